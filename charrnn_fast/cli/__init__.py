@@ -1,0 +1,41 @@
+"""The command line: charrnn-fast train | generate | evaluate | doctor.
+
+Results go to standard output; notices, the progress bar and errors to standard error. Exit codes: 0 done, 2 an error
+that the user can mend (one line, no traceback), 130 interrupted.
+"""
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import torch
+
+from charrnn_fast import __version__
+from charrnn_fast.cli import decode, doctor, train
+from charrnn_fast.errors import InputError, TrainingError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line on `arguments` (sys.argv by default); returns the exit code."""
+    options = _parser().parse_args(arguments)
+    try:
+        return options.run(options)
+    except (InputError, TrainingError) as error:
+        print(f"charrnn-fast: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("charrnn-fast: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="charrnn-fast", description="Train, decode and evaluate character-level Elman RNNs."
+    )
+    parser.add_argument("--version", action="version", version=f"charrnn-fast {__version__}, torch {torch.__version__}")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    train.add_parser(commands)
+    decode.add_generate_parser(commands)
+    decode.add_evaluate_parser(commands)
+    doctor.add_parser(commands)
+    return parser

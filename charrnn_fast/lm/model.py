@@ -1,0 +1,180 @@
+"""The character language model: token ids -> Elman layers -> linear head, and its decoder."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from charrnn_fast.errors import InputError
+from charrnn_fast.lm.data import Vocabulary
+from charrnn_fast.reference import generate as reference_generate
+from charrnn_fast.reference.language_model import RNNLM, Cell
+from charrnn_fast.rnn import FusedRNN
+
+
+class CharRNN(nn.Module):
+    """A language model over V token ids: logits o_t = h_t W_hq + b_q from the states h_t of stacked Elman cells.
+
+    Args:
+        vocab_size: V.
+        hidden_size: H.
+        num_layers: L.
+        nonlinearity: "tanh" or "relu".
+        embedding: "onehot", or the width of a learned embedding.
+        second_bias: whether the cells have PyTorch's second bias (bias_hh). Without it, bias_hh stays zero and is not
+            trained, which makes the cell the textbook's with its one b_h.
+        cell: "fused" for FusedRNN, "torch" for torch.nn.RNN on one-hot inputs, to compare with.
+        backend: FusedRNN's backend; see charrnn_fast.ops.backends.
+
+    Attributes: rnn (FusedRNN or torch.nn.RNN), head (nn.Linear), embed (nn.Embedding or None).
+    """
+
+    def __init__(
+        self,
+        vocab_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        *,
+        nonlinearity: str = "tanh",
+        embedding: str | int = "onehot",
+        second_bias: bool = True,
+        cell: str = "fused",
+        backend: str = "auto",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        if not (embedding == "onehot" or (isinstance(embedding, int) and embedding > 0)):
+            raise ValueError(f"embedding must be 'onehot' or a width of at least 1, got {embedding!r}")
+        if cell not in ("fused", "torch"):
+            raise ValueError(f"cell must be 'fused' or 'torch', got {cell!r}")
+        self.vocab_size, self.hidden_size, self.num_layers = vocab_size, hidden_size, num_layers
+        self.nonlinearity, self.embedding, self.second_bias, self.cell = nonlinearity, embedding, second_bias, cell
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        width = embedding if isinstance(embedding, int) else vocab_size
+        self.embed = nn.Embedding(vocab_size, width, **factory) if isinstance(embedding, int) else None
+        shape: dict[str, Any] = {"input_size": width, "hidden_size": hidden_size, "num_layers": num_layers}
+        shape.update(nonlinearity=nonlinearity, batch_first=True)
+        self.rnn: nn.RNNBase
+        if cell == "fused":
+            self.rnn = FusedRNN(**shape, backend=backend, **factory)
+        else:
+            self.rnn = nn.RNN(**shape, **factory)
+        self.head = nn.Linear(hidden_size, vocab_size, **factory)
+        if not second_bias:
+            for layer in range(num_layers):
+                nn.init.zeros_(self._cell_parameter("bias_hh", layer)).requires_grad_(False)
+
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments that determine the parameters, as plain values; what a checkpoint keeps."""
+        names = ("vocab_size", "hidden_size", "num_layers", "nonlinearity", "embedding", "second_bias")
+        return {name: getattr(self, name) for name in names}
+
+    def hidden(self, tokens: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The last layer's states (B, T, H) and the final states (L, B, H), from token ids (B, T) and h_0 (L, B, H) or
+        None.
+        """
+        if self.embed is not None:
+            return self.rnn(self.embed(tokens), state)
+        if isinstance(self.rnn, FusedRNN):
+            return self.rnn.forward_tokens(tokens, state)
+        return self.rnn(F.one_hot(tokens, self.vocab_size).to(self.head.weight.dtype), state)
+
+    def forward(self, tokens: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Logits (B, T, V) and the final states (L, B, H), from token ids (B, T) int64 and h_0 (L, B, H), zero if
+        None.
+        """
+        outputs, state = self.hidden(tokens, state)
+        return self.head(outputs), state
+
+    def loss(self, tokens: Tensor, targets: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The mean loss in nats over targets (B, T) int64, and the final states (L, B, H)."""
+        logits, state = self(tokens, state)
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten()), state
+
+    def to_reference(self) -> RNNLM:
+        """The same model from scratch, in tensor operations only: a copy of the parameters under their textbook
+        names.
+        """
+
+        def copy(p: Tensor) -> Tensor:
+            return p.detach().clone().contiguous()
+
+        cells = [
+            Cell(
+                copy(self._cell_parameter("weight_ih", layer).T),
+                copy(self._cell_parameter("weight_hh", layer).T),
+                copy(self._cell_parameter("bias_ih", layer)),
+                copy(self._cell_parameter("bias_hh", layer)) if self.second_bias else None,
+            )
+            for layer in range(self.num_layers)
+        ]
+        W_embed = None if self.embed is None else copy(self.embed.weight)
+        return RNNLM(cells, copy(self.head.weight.T), copy(self.head.bias), W_embed, self.nonlinearity)
+
+    @torch.no_grad()
+    def load_reference(self, net: RNNLM) -> "CharRNN":
+        """Take over the parameters of a reference model of the same sizes; returns self."""
+        for layer, cell in enumerate(net.cells):
+            self._cell_parameter("weight_ih", layer).copy_(cell.W_xh.T)
+            self._cell_parameter("weight_hh", layer).copy_(cell.W_hh.T)
+            self._cell_parameter("bias_ih", layer).copy_(cell.b_h)
+            if cell.b_hh is not None:
+                self._cell_parameter("bias_hh", layer).copy_(cell.b_hh)
+        self.head.weight.copy_(net.W_hq.T)
+        self.head.bias.copy_(net.b_q)
+        if self.embed is not None and net.W_embed is not None:
+            self.embed.weight.copy_(net.W_embed)
+        return self
+
+    def _cell_parameter(self, kind: str, layer: int) -> nn.Parameter:
+        return getattr(self.rnn, f"{kind}_l{layer}")
+
+
+def generate(
+    model: CharRNN | RNNLM,
+    vocab: Vocabulary,
+    prompt: str,
+    num_chars: int,
+    *,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    alpha: float = 1.0,
+    seed: int | None = None,
+) -> str:
+    """Continue a prompt by num_chars characters; returns the prompt and its continuation.
+
+    temperature=None decodes greedily. Otherwise characters are drawn from q ~ p^alpha with p = softmax(o /
+    temperature), among the top_k most probable if given; lower temperatures and larger alphas are more deterministic.
+    The uniform numbers come from a torch.Generator with `seed` (fresh entropy if None), so a seed gives one text on
+    every backend.
+
+    Raises InputError for an empty prompt, characters outside the vocabulary, and options out of range.
+    """
+    if not vocab.prepare(prompt):
+        raise InputError("the prompt is empty: expected at least one character")
+    if num_chars < 0:
+        raise InputError(f"the number of characters must be at least 0, got {num_chars}")
+    if temperature is not None and not temperature > 0:
+        raise InputError(f"the temperature must be above 0, got {temperature}; leave it out to decode greedily")
+    if not alpha > 0:
+        raise InputError(f"alpha must be above 0, got {alpha}")
+    if top_k is not None and top_k < 1:
+        raise InputError(f"top_k must be at least 1, got {top_k}")
+    if temperature is None and (top_k is not None or alpha != 1.0 or seed is not None):
+        raise InputError("top_k, alpha and seed apply to sampling: pass a temperature with them")
+    device = (model.head.weight if isinstance(model, CharRNN) else model.W_hq).device
+    ids = vocab.encode(prompt).to(device).unsqueeze(0)  # (1, P)
+    uniforms = None
+    if temperature is not None:
+        generator = torch.Generator()
+        if seed is None:
+            generator.seed()
+        else:
+            generator.manual_seed(seed)
+        uniforms = torch.rand(1, num_chars, generator=generator, dtype=torch.float64).to(device)
+    new, _ = reference_generate.generate(
+        model, ids, num_chars, uniforms=uniforms, temperature=temperature or 1.0, alpha=alpha, top_k=top_k
+    )
+    return vocab.prepare(prompt) + vocab.decode(new[0])

@@ -1,0 +1,170 @@
+"""Which backend can run what, and why the others cannot: one table, explainable.
+
+A row of ``BACKENDS`` says of one backend what it cannot run and, for ``backend="auto"``, what it should not be given
+although it could. ``choose`` reads the table from the top; ``explain`` reads it aloud.
+"""
+
+import functools
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+
+_HAS_TRITON = find_spec("triton") is not None
+
+
+def _triton_cannot(device: torch.device, dtype: torch.dtype, hidden_size: int) -> str | None:
+    if not _HAS_TRITON:
+        return "the package triton is not installed"
+    if device.type not in ("cpu", "cuda"):
+        return f"it has no kernels for device type '{device.type}'"
+    if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
+        return "it needs a GPU of compute capability 8.0 or newer"
+    from charrnn_fast.kernels.triton import elman as kernels
+
+    if device.type == "cpu" and not kernels.INTERPRETED:
+        return "it needs a CUDA or ROCm device (on a CPU it runs only under TRITON_INTERPRET=1, for tests)"
+    return kernels.elman_limits(hidden_size, dtype, _precision(device, dtype, hidden_size), device)
+
+
+def _triton_should_not(device: torch.device, dtype: torch.dtype, hidden_size: int) -> str | None:
+    return "on a CPU it is interpreted, thousands of times slower" if device.type == "cpu" else None
+
+
+def _triton_kernels(
+    device: torch.device, dtype: torch.dtype, hidden_size: int
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    from charrnn_fast.kernels.triton import elman as kernels
+
+    precision = _precision(device, dtype, hidden_size)
+    forward = functools.partial(kernels.elman_forward, precision=precision)
+    return forward, functools.partial(kernels.elman_backward, precision=precision)
+
+
+def _precision(device: torch.device, dtype: torch.dtype, hidden_size: int) -> str:
+    """How the kernels multiply float32: TF32 where torch's switch for RNNs allows it, or else the first full one."""
+    if dtype != torch.float32 or device.type != "cuda" or torch.version.hip is not None:
+        return "ieee"
+    if _tf32_allowed():
+        return "tf32"
+    from charrnn_fast.kernels.triton import elman as kernels
+
+    return "ieee" if kernels.elman_limits(hidden_size, dtype, "ieee", device) is None else "tf32x3"
+
+
+def _tf32_allowed() -> bool:
+    """torch's own switch for RNNs. Reading the older one fails where convolutions and RNNs are set apart."""
+    allowed = getattr(torch.backends.cudnn.rnn, "fp32_precision", None)
+    return torch.backends.cudnn.allow_tf32 if allowed is None else allowed == "tf32"
+
+
+def _never(device: torch.device, dtype: torch.dtype, hidden_size: int) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One row of the table."""
+
+    name: str
+    cannot: Callable[[torch.device, torch.dtype, int], str | None]  # one clause saying why it cannot run, or None
+    should_not: Callable[[torch.device, torch.dtype, int], str | None]  # why "auto" passes it over although it can
+    kernels: Callable[[torch.device, torch.dtype, int], tuple[Callable[..., Any], Callable[..., Any]]] | None
+    # (elman_forward, elman_backward); None: torch's own RNN and tensor operations
+
+
+# In the order of preference of "auto"; the last row runs everything.
+BACKENDS = (
+    Backend("triton", _triton_cannot, _triton_should_not, _triton_kernels),
+    Backend("torch", _never, _never, None),
+)
+NAMES = ("auto", *(row.name for row in BACKENDS))
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The backend that runs, and for each other one why it does not. ``str()`` gives one line per backend."""
+
+    backend: str
+    why_not: dict[str, str]
+
+    def __str__(self) -> str:
+        return "\n".join([f"{self.backend}: runs", *(f"{name}: {why}" for name, why in self.why_not.items())])
+
+
+def check_name(backend: str) -> str:
+    """Return ``backend``; ValueError if there is none of that name."""
+    if backend not in NAMES:
+        raise ValueError(f"Unknown backend '{backend}'. Select from {', '.join(repr(name) for name in NAMES)}.")
+    return backend
+
+
+def requested(backend: str) -> str:
+    """The backend asked for: ``backend`` itself or, where that is "auto", the environment's ``CHARRNN_BACKEND``."""
+    if check_name(backend) != "auto":
+        return backend
+    default = os.environ.get("CHARRNN_BACKEND") or "auto"
+    if default not in NAMES:
+        raise ValueError(f"CHARRNN_BACKEND is '{default}'. Select from {', '.join(repr(name) for name in NAMES)}.")
+    return default
+
+
+@torch.compiler.assume_constant_result  # a compiler need not look into the table
+def choose(backend: str, device: torch.device, dtype: torch.dtype, hidden_size: int) -> str:
+    """The name of the backend that runs an Elman layer of ``hidden_size`` units in ``dtype`` on ``device``.
+
+    ``backend``: a name, or "auto" for ``CHARRNN_BACKEND`` or, without it, the first row that can and should.
+    Raises ValueError for an unknown name, RuntimeError saying why if a backend asked for by name cannot run.
+    """
+    return _choose(requested(backend), device, dtype, hidden_size, device.type == "cuda" and _tf32_allowed())
+
+
+@functools.lru_cache(maxsize=None)  # asked at every call of a module, where reading the table would cost 5 us
+def _choose(name: str, device: torch.device, dtype: torch.dtype, hidden_size: int, tf32: bool) -> str:
+    for row in BACKENDS:
+        if name == "auto":
+            if row.cannot(device, dtype, hidden_size) is None and row.should_not(device, dtype, hidden_size) is None:
+                return row.name
+        elif name == row.name:
+            why = row.cannot(device, dtype, hidden_size)
+            if why is not None:
+                raise RuntimeError(f"backend '{name}' cannot run hidden_size={hidden_size}, {dtype} on {device}: {why}")
+            return name
+    raise AssertionError("the last row of the table runs everything")
+
+
+def explain(
+    hidden_size: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+    *,
+    backend: str = "auto",
+) -> Explanation:
+    """Say which backend runs an Elman layer of this size, and for each other backend why it does not.
+
+    Arguments and errors as in :func:`choose`.
+    """
+    device = torch.device(device)
+    chosen = choose(backend, device, dtype, hidden_size)
+    automatic = requested(backend) == "auto"
+    why_not = {}
+    for row in BACKENDS:
+        if row.name != chosen:
+            why = row.cannot(device, dtype, hidden_size)
+            if why is None and automatic:
+                why = row.should_not(device, dtype, hidden_size)
+            why_not[row.name] = why or (f"'{chosen}' is preferred" if automatic else f"'{chosen}' was asked for")
+    return Explanation(chosen, why_not)
+
+
+def kernels_of(
+    backend: str, device: torch.device, dtype: torch.dtype, hidden_size: int
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """(elman_forward, elman_backward) of a backend that has kernels, with torch's float32 precision switch applied."""
+    for row in BACKENDS:
+        if row.name == backend and row.kernels is not None:
+            return row.kernels(device, dtype, hidden_size)
+    raise ValueError(f"backend '{backend}' has no kernels")

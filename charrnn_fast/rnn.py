@@ -1,0 +1,300 @@
+"""FusedRNN, a drop-in for torch.nn.RNN, and replace_rnn, which swaps it into a whole model.
+
+h_t = f(x_t W_ih^T + b_ih + h_{t-1} W_hh^T + b_hh), f = tanh or relu, layer upon layer: torch.nn.RNN's formula,
+parameters, shapes and errors. A layer with all its directions is one launch of a kernel that holds W_hh; what the
+kernels cannot take (sizes, devices, malformed arguments) goes to torch's own path, whose errors are then torch's.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+from .ops import backends
+from .ops.elman import elman_layer
+from .ops.elman_torch import TOKEN_TYPES, tensor_operations_only, torch_rnn, transforms_active
+
+
+class FusedRNN(nn.RNNBase):
+    """Elman RNN with torch.nn.RNN's constructor, parameters, state_dict, shapes and errors.
+
+    Args:
+        input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, dropout, bidirectional, device, dtype:
+            as in torch.nn.RNN.
+        backend: "auto" (the environment's ``CHARRNN_BACKEND`` or else the first that runs), or a name from
+            ``charrnn_fast.ops.backends``: one that cannot run is a RuntimeError at the call.
+
+    Inputs and outputs of ``forward`` are those of torch.nn.RNN; ``forward_tokens`` takes token ids for one-hot rows.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: str = "tanh",
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        device: Any = None,
+        dtype: Any = None,
+        *,
+        backend: str = "auto",
+        **kwargs: Any,
+    ) -> None:
+        # Further keywords are refused in torch.nn.RNN's words: here, or by the base class.
+        if "proj_size" in kwargs:
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+        self.nonlinearity = nonlinearity
+        self.backend = backends.check_name(backend)
+        super().__init__(
+            "RNN_TANH" if nonlinearity == "tanh" else "RNN_RELU",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            device=device,
+            dtype=dtype,
+            **kwargs,
+        )
+
+    def forward(self, input: Any, hx: Tensor | None = None) -> Any:
+        """torch.nn.RNN's forward.
+
+        Args:
+            input: (T, B, I), (B, T, I) if ``batch_first``, (T, I) unbatched, or a PackedSequence.
+            hx: (L*D, B, H), unbatched (L*D, H), or None for zeros.
+
+        Returns:
+            output like input with D*H columns, and h_n like hx.
+        """
+        return self._run(input, hx, tokens=False)
+
+    def forward_tokens(self, tokens: Any, hx: Tensor | None = None) -> Any:
+        """``forward(one_hot(tokens, input_size), hx)`` without the one-hot rows: layer 0 reads rows of a table.
+
+        Args:
+            tokens: int64 or int32 ids in 0..I-1: (T, B), (B, T) if ``batch_first``, (T,) unbatched, or a
+                PackedSequence of them.
+            hx: as in :meth:`forward`.
+
+        Returns:
+            output and h_n as :meth:`forward` gives them, in the parameters' dtype.
+
+        Raises:
+            IndexError: an id out of range, on a CPU; a GPU reports it as ``torch.nn.functional.embedding`` does.
+            ValueError: not int64 or int32, or another number of dimensions. Hooks of the module run for ``forward``.
+        """
+        return self._run(tokens, hx, tokens=True)
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + ("" if self.backend == "auto" else f", backend={self.backend}")
+
+    def _run(self, input: Any, hx: Tensor | None, tokens: bool) -> Any:
+        """The door: every form of input made (T, B, ...) or packed, checked as torch.nn.RNN does, and back again."""
+        self._update_flat_weights()
+        if isinstance(input, PackedSequence):
+            data, batch_sizes, sorted_indices, unsorted_indices = input
+            if hx is not None:
+                hx = self.permute_hidden(hx, sorted_indices)
+            self._check(data, hx, batch_sizes, tokens)
+            output, hidden = self._stack(data, hx, batch_sizes, tokens)
+            packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+            return packed, self.permute_hidden(hidden, unsorted_indices)
+
+        dims = input.dim() + tokens
+        if dims not in (2, 3):
+            expected = "1D or 2D" if tokens else "2D or 3D"
+            raise ValueError(f"RNN: Expected input to be {expected}, got {input.dim()}D tensor instead")
+        batch_dim = 0 if self.batch_first else 1
+        if dims == 2:
+            input = input.unsqueeze(batch_dim)
+            if hx is not None:
+                if hx.dim() != 2:
+                    raise RuntimeError(f"For unbatched 2-D input, hx should also be 2-D but got {hx.dim()}-D tensor")
+                hx = hx.unsqueeze(1)
+        elif hx is not None and hx.dim() != 3:
+            raise RuntimeError(f"For batched 3-D input, hx should also be 3-D but got {hx.dim()}-D tensor")
+        self._check(input, hx, None, tokens)
+        if self.batch_first:
+            input = input.transpose(0, 1)
+        output, hidden = self._stack(input, hx, None, tokens)
+        if self.batch_first:
+            output = output.transpose(0, 1)
+        return (output.squeeze(batch_dim), hidden.squeeze(1)) if dims == 2 else (output, hidden)
+
+    def _check(self, input: Tensor, hx: Tensor | None, batch_sizes: Tensor | None, tokens: bool) -> None:
+        if not tokens:
+            self.check_input(input, batch_sizes)
+        elif input.dtype not in TOKEN_TYPES:
+            raise ValueError(f"forward_tokens expects int64 or int32 token ids, got {input.dtype}")
+        elif batch_sizes is not None and input.dim() != 1:
+            raise RuntimeError(f"packed token ids must have 1 dimension, got {input.dim()}")
+        if hx is not None:
+            self.check_hidden_size(hx, self.get_expected_hidden_size(input, batch_sizes))
+
+    def _stack(
+        self, input: Tensor, hx: Tensor | None, batch_sizes: Tensor | None, tokens: bool
+    ) -> tuple[Tensor, Tensor]:
+        """input (T, B, I), ids (T, B) or packed; hx (L*D, B, H) or None -> output (T, B, D*H) or packed, h_n."""
+        weights = [weight for weight in self._flat_weights if weight is not None]
+        operands = _autocast(input.device.type, [input, hx, *weights])
+        backend = self._layerwise_backend(operands, tokens)
+        if backend is not None:
+            return self._layers(backend, operands[0], operands[1], operands[2:], batch_sizes)
+        if hx is None:
+            dtype = weights[0].dtype if tokens else input.dtype
+            layers = self.num_layers * (2 if self.bidirectional else 1)
+            batch = input.size(1) if batch_sizes is None else int(batch_sizes[0])
+            hx = torch.zeros(layers, batch, self.hidden_size, dtype=dtype, device=input.device)
+        if tokens:
+            if input.size(0) == 0:
+                raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+            return self._torch_layers_of_tokens(input, hx, weights, batch_sizes)
+        return self._torch_layers(input, hx, weights, batch_sizes)
+
+    def _layerwise_backend(self, operands: list[Any], tokens: bool) -> str | None:
+        """The backend that takes layer after layer; None for torch's own RNN, which also refuses malformed calls."""
+        input = operands[0]
+        numbers = [x for x in operands[1 if tokens else 0 :] if x is not None]
+        if input.size(0) == 0 or not _alike(numbers, input.device):
+            return None
+        if transforms_active():
+            return "torch"  # torch's own RNN has no rule for vmap
+        if tensor_operations_only():
+            return None
+        name = backends.choose(self.backend, input.device, numbers[0].dtype, self.hidden_size)
+        return None if name == "torch" else name
+
+    def _layers(
+        self, backend: str, input: Tensor, hx: Tensor | None, weights: list[Tensor], batch_sizes: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Layer upon layer, each with all its directions at once."""
+        output, state = self._layer(backend, input, hx, weights, batch_sizes, 0)
+        states = [state]
+        for layer in range(1, self.num_layers):
+            output, state = self._layer(backend, self._dropout(output), hx, weights, batch_sizes, layer)
+            states.append(state)
+        return output, state if self.num_layers == 1 else torch.cat(states)
+
+    def _layer(
+        self,
+        backend: str,
+        input: Tensor,
+        hx: Tensor | None,
+        weights: list[Tensor],
+        batch_sizes: Tensor | None,
+        layer: int,
+    ) -> tuple[Tensor, Tensor]:
+        directions = 2 if self.bidirectional else 1
+        own: list[Tensor] = []
+        for row in range(layer * directions, (layer + 1) * directions):
+            if self.bias:
+                weight_ih, weight_hh, bias_ih, bias_hh = weights[4 * row : 4 * (row + 1)]
+                own += [weight_ih, weight_hh, bias_ih + bias_hh]
+            else:
+                own += weights[2 * row : 2 * (row + 1)]
+        h0 = None if hx is None else hx[layer * directions : (layer + 1) * directions]
+        return elman_layer(backend, input, h0, own, batch_sizes, self.nonlinearity, (False, True)[:directions])
+
+    def _dropout(self, output: Tensor) -> Tensor:
+        return F.dropout(output, self.dropout, self.training) if self.dropout > 0 else output
+
+    def _torch_layers(
+        self, input: Tensor, hx: Tensor, weights: list[Tensor], batch_sizes: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """The layers whose weights these are, by torch's own path; input (T, B, C) or packed."""
+        layers = hx.size(0) // (2 if self.bidirectional else 1)
+        return torch_rnn(
+            input,
+            hx,
+            weights,
+            batch_sizes,
+            self.nonlinearity,
+            self.bias,
+            layers,
+            self.dropout,
+            self.training,
+            self.bidirectional,
+        )
+
+    def _torch_layers_of_tokens(
+        self, tokens: Tensor, hx: Tensor, weights: list[Tensor], batch_sizes: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """Layer 0 by tensor operations, which can read a table; the others by torch's own path."""
+        output, state = self._layer("torch", tokens, hx, weights, batch_sizes, 0)
+        if self.num_layers == 1:
+            return output, state
+        directions = 2 if self.bidirectional else 1
+        others = weights[(4 if self.bias else 2) * directions :]
+        output, states = self._torch_layers(self._dropout(output), hx[directions:], others, batch_sizes)
+        return output, torch.cat([state, states])
+
+
+def _autocast(device_type: str, operands: list[Any]) -> list[Any]:
+    """As torch's autocast treats the operands of torch.nn.RNN: to the region's type, float64 excepted."""
+    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+        return operands
+    dtype = torch.get_autocast_dtype(device_type)
+    return [x if x is None or not x.is_floating_point() or x.dtype == torch.float64 else x.to(dtype) for x in operands]
+
+
+def _alike(tensors: list[Tensor], device: torch.device) -> bool:
+    """Plain tensors of one type on ``device``? Anything else is left to torch, to run or to refuse in its own words."""
+    dtype, compiling = tensors[0].dtype, torch.compiler.is_compiling()
+    for x in tensors:
+        if x.dtype != dtype or x.device != device or not (compiling or type(x) is Tensor or type(x) is nn.Parameter):
+            return False
+    return True
+
+
+def replace_rnn(module: nn.Module) -> nn.Module:
+    """Swap every torch.nn.RNN inside ``module`` (or ``module`` itself) for a FusedRNN that shares its parameters.
+
+    The new modules hold the same Parameter objects, training flag, hooks and parametrizations; a torch.nn.RNN that
+    appears twice becomes one FusedRNN that appears twice. Subclasses of torch.nn.RNN are left as they are: their
+    forward may be their own. Returns ``module``, or the FusedRNN in its place if it is a torch.nn.RNN.
+    """
+    replaced: dict[nn.Module, nn.Module] = {}
+
+    def fused(child: nn.Module) -> nn.Module:
+        if child not in replaced:
+            replaced[child] = _fused_from(child)
+        return replaced[child]
+
+    if _is_torch_rnn(module):
+        return fused(module)
+    for parent in list(module.modules()):
+        for name, child in parent._modules.items():
+            if child is not None and _is_torch_rnn(child):
+                parent._modules[name] = fused(child)
+    return module
+
+
+def _is_torch_rnn(module: nn.Module) -> bool:
+    kind = type(module)
+    # torch.nn.utils.parametrize gives the module a class of its own, one step below torch.nn.RNN.
+    return kind is nn.RNN or (nn.utils.parametrize.is_parametrized(module) and kind.__bases__ == (nn.RNN,))
+
+
+def _fused_from(rnn: nn.Module) -> FusedRNN:
+    kind = type(rnn)
+    fused_kind: Any = FusedRNN
+    if kind is not nn.RNN:  # the properties that compute the parametrized weights live on the class
+        members = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
+        fused_kind = type("ParametrizedFusedRNN", (FusedRNN,), members)
+    fused: FusedRNN = fused_kind.__new__(fused_kind)
+    state = dict(rnn.__dict__)
+    for name in ("_parameters", "_buffers", "_modules", "_flat_weights", "_flat_weight_refs"):
+        state[name] = state[name].copy()
+    state.pop("_compiled_call_impl", None)
+    fused.__dict__.update(state, backend="auto")
+    return fused

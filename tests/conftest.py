@@ -1,0 +1,28 @@
+"""For all tests: without a GPU the Triton kernels are interpreted, and what needs a GPU is skipped."""
+
+import os
+
+import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA or ROCm device"))
+
+
+@pytest.fixture(params=["torch", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture
+def device(request: pytest.FixtureRequest) -> torch.device:
+    """Where the Triton kernels run here, a GPU or else the CPU; with the fixture ``backend`` at "torch", the CPU."""
+    plain = "backend" in request.fixturenames and request.getfixturevalue("backend") == "torch"
+    return torch.device("cuda" if torch.cuda.is_available() and not plain else "cpu")

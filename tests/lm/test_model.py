@@ -1,0 +1,120 @@
+"""CharRNN against the reference model, and the decoder's string interface."""
+
+import pytest
+import torch
+
+from charrnn_fast.errors import InputError
+from charrnn_fast.lm.data import Vocabulary
+from charrnn_fast.lm.model import CharRNN, generate
+from charrnn_fast.reference.generate import generate as reference_generate
+
+
+def _model(**options) -> CharRNN:
+    torch.manual_seed(0)
+    return CharRNN(7, 5, dtype=torch.float64, **options)
+
+
+OPTIONS = [
+    {},
+    {"num_layers": 2},
+    {"nonlinearity": "relu"},
+    {"embedding": 3},
+    {"second_bias": False, "num_layers": 2},
+    {"cell": "torch"},
+    {"cell": "torch", "embedding": 3, "num_layers": 2},
+]
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_matches_the_reference(options):
+    """Logits, states, loss and the gradient of every trained parameter; then back through load_reference."""
+    model = _model(**options)
+    net = model.to_reference()
+    tokens = torch.randint(7, (3, 9), generator=torch.Generator().manual_seed(1))
+    state = torch.randn(model.num_layers, 3, 5, dtype=torch.float64)
+    for ours, theirs in zip(model(tokens, state), net(tokens, state), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
+    loss, _ = model.loss(tokens[:, :-1], tokens[:, 1:])
+    expected, _ = net.loss(tokens[:, :-1], tokens[:, 1:])
+    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-13)
+    loss.backward()
+    expected.backward()
+    gradients = _model(**options)
+    for p in net.parameters():
+        p.data = p.grad
+    gradients.load_reference(net)
+    for (name, p), q in zip(model.named_parameters(), gradients.parameters(), strict=True):
+        if p.requires_grad:
+            torch.testing.assert_close(p.grad, q, rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_reference_and_back_is_the_same_model(options):
+    model = _model(**options)
+    torch.manual_seed(5)
+    other = CharRNN(7, 5, dtype=torch.float64, **options).load_reference(model.to_reference())
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_one_bias_means_one_trained_bias():
+    model = CharRNN(28, 32, second_bias=False)
+    assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 2876
+    assert model.rnn.bias_hh_l0.eq(0).all()
+
+
+@pytest.mark.parametrize(
+    "options", [{"embedding": 0}, {"embedding": "two"}, {"cell": "lstm"}, {"nonlinearity": "gelu"}]
+)
+def test_bad_options(options):
+    with pytest.raises(ValueError, match=str(next(iter(options.values())))):
+        CharRNN(7, 5, **options)
+
+
+def test_token_ids_out_of_range():
+    with pytest.raises(IndexError):
+        _model()(torch.tensor([[1, 7]]))
+
+
+VOCAB = Vocabulary.of("abcdefg", letters=False)
+
+
+def test_generate_is_the_reference_decoder():
+    model = _model()
+    ids, _ = reference_generate(model.to_reference(), VOCAB.encode("cab").unsqueeze(0), 12)
+    assert generate(model, VOCAB, "cab", 12) == "cab" + VOCAB.decode(ids[0])
+    assert generate(model.to_reference(), VOCAB, "cab", 12) == generate(model, VOCAB, "cab", 12)
+    assert generate(model, VOCAB, "cab", 0) == "cab"
+
+
+def test_sampling_is_repeated_by_its_seed():
+    model = _model()
+    texts = [generate(model, VOCAB, "a", 60, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
+    assert texts[0] == texts[1] != texts[2]
+    assert generate(model, VOCAB, "a", 60, temperature=1.0) != generate(model, VOCAB, "a", 60, temperature=1.0)
+    assert generate(model, VOCAB, "a", 60, temperature=1.0, top_k=1, seed=3) == generate(model, VOCAB, "a", 60)
+    assert generate(model, VOCAB, "a", 60, temperature=1e-4, seed=3) == generate(model, VOCAB, "a", 60)
+
+
+def test_prompt_is_prepared_as_the_text_was():
+    model = CharRNN(28, 4)
+    vocab = Vocabulary.of("abcdefghijklmnopqrstuvwxyz ", letters=True)
+    assert generate(model, vocab, "Time, 1895 Traveller", 0) == "time traveller"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options", "message"),
+    [
+        (("", 5), {}, "the prompt is empty"),
+        (("axb", 5), {}, "outside the model's vocabulary of 7: 'x'"),
+        (("a", -1), {}, "must be at least 0, got -1"),
+        (("a", 5), {"temperature": 0.0}, "temperature must be above 0, got 0.0"),
+        (("a", 5), {"temperature": float("nan")}, "temperature must be above 0, got nan"),
+        (("a", 5), {"temperature": 1.0, "top_k": 0}, "top_k must be at least 1, got 0"),
+        (("a", 5), {"temperature": 1.0, "alpha": -1.0}, r"alpha must be above 0, got -1\.0"),
+        (("a", 5), {"top_k": 3}, "pass a temperature"),
+    ],
+)
+def test_bad_requests(arguments, options, message):
+    with pytest.raises(InputError, match=message):
+        generate(_model(), VOCAB, *arguments, **options)

@@ -1,0 +1,157 @@
+"""Trainer: the same curve as the reference, the same curve from the same seed, exact resume, losses that are not
+finite.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from charrnn_fast.errors import TrainingError
+from charrnn_fast.lm import checkpoint, corpora, data
+from charrnn_fast.lm.model import CharRNN
+from charrnn_fast.lm.recipes import RECIPES, build_model, build_sampler
+from charrnn_fast.lm.training import MAX_GRAPH_BATCHES, Trainer, train_batches, validate
+from charrnn_fast.reference import training as reference
+
+# English that is on every machine, which the recipes' own books are not; all 27 symbols of it and <unk> make V = 28.
+ENGLISH = corpora.fallback(corpora.BOOKS["timemachine"], "offline").text[:20_000]
+TEXT = data.Vocabulary.of(f"{ENGLISH} abcdefghijklmnopqrstuvwxyz", letters=True).encode(ENGLISH)[:9_000]
+
+# The constants of each recipe but for sizes that would take minutes in fp64.
+SMALL = {
+    "scratch": {"batch_size": 256},
+    "concise": {"batch_size": 256},
+    "ch8": {"hidden_size": 48, "batch_size": 16},
+    "santa": {"hidden_size": 48},
+}
+
+
+def _curve(recipe, kind: str, steps: int) -> list[float]:
+    """The losses of the first steps, epoch after epoch, in fp64."""
+    model = build_model(recipe, 28, seed=0, kind=kind, dtype=torch.float64)
+    sampler = build_sampler(recipe, TEXT, seed=0)
+    trainer = Trainer(model, optimizer=recipe.optimizer, lr=recipe.lr, clip=recipe.clip)
+    run = reference.train_batches if kind == "reference" else train_batches
+    losses: list[float] = []
+    while len(losses) < steps:
+        for loss in run(model, sampler.train(), trainer.optimizer, trainer.clip, carry_state=sampler.carry_state):
+            losses.append(float(loss))
+    return losses[:steps]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_fused_and_reference_follow_the_same_curve_for_200_steps(name):
+    recipe = replace(RECIPES[name], **SMALL[name])
+    fused, scratch = _curve(recipe, "fused", 200), _curve(recipe, "reference", 200)
+    torch.testing.assert_close(fused, scratch, rtol=0, atol=1e-9)
+    assert min(fused[-20:]) < fused[0] - 0.2
+
+
+def test_torch_model_follows_the_same_curve():
+    recipe = replace(RECIPES["concise"], batch_size=64)
+    torch.testing.assert_close(_curve(recipe, "fused", 30), _curve(recipe, "torch", 30), rtol=0, atol=1e-10)
+
+
+def test_graph_across_batches_follows_the_reference():
+    def curve(kind: str) -> list[float]:
+        recipe = replace(RECIPES["ch8"], hidden_size=16, batch_size=8)
+        model = build_model(recipe, 28, seed=0, kind=kind, dtype=torch.float64)
+        trainer = Trainer(model, epochs=2, graph_batches=3)
+        return [record.train_loss for record in trainer.fit(build_sampler(recipe, TEXT[:2000], seed=0))]
+
+    torch.testing.assert_close(curve("fused"), curve("reference"), rtol=0, atol=1e-11)
+
+
+@pytest.mark.parametrize("sampler", ["sequential", "random"])
+def test_ch8_learns_in_a_short_form(time_machine, sampler):
+    """25 epochs of the recipe at a quarter of its width; the full runs are recorded in bench/results."""
+    from charrnn_fast.lm.recipes import prepare_text
+
+    recipe = replace(RECIPES["ch8"], hidden_size=128, sampler=sampler)
+    vocab, tokens = prepare_text(recipe, time_machine)
+    trainer = Trainer(build_model(recipe, len(vocab), seed=0), epochs=25)
+    history = trainer.fit(build_sampler(recipe, tokens, seed=0))
+    assert 8 < history[-1].train_ppl < 16 < history[0].train_ppl < 29
+
+
+def test_same_seed_same_curve():
+    def losses(seed: int) -> list[float]:
+        recipe = replace(RECIPES["scratch"], batch_size=256)
+        trainer = Trainer(build_model(recipe, 28, seed), epochs=2)
+        return [record.train_loss for record in trainer.fit(build_sampler(recipe, TEXT, seed))]
+
+    assert losses(3) == losses(3) != losses(4)
+
+
+@pytest.mark.parametrize("name", ["scratch", "santa"])
+def test_resumed_run_is_the_run_that_was_never_stopped(name, tmp_path):
+    recipe = replace(RECIPES[name], hidden_size=8, batch_size=RECIPES[name].batch_size // 4 or 1, epochs=4)
+    vocab = data.Vocabulary([chr(97 + i) for i in range(28)], letters=False)
+
+    def start(epochs: int) -> tuple[Trainer, data.Sampler]:
+        model = build_model(recipe, 28, seed=0)
+        return Trainer(model, optimizer=recipe.optimizer, lr=recipe.lr, epochs=epochs), build_sampler(
+            recipe, TEXT[:3000], 0
+        )
+
+    straight, sampler = start(4)
+    straight.fit(sampler)
+    stopped, sampler = start(2)
+    stopped.fit(sampler)
+    checkpoint.save(tmp_path / "a.ckpt", stopped, sampler, vocab, recipe, kind="fused", seed=0, source="random")
+    resumed, sampler = start(4)
+    checkpoint.resume(checkpoint.load(tmp_path / "a.ckpt"), resumed, sampler, recipe)
+    resumed.fit(sampler)
+    assert [r.train_loss for r in resumed.history] == [r.train_loss for r in straight.history]
+    assert [r.val_ppl for r in resumed.history] == [r.val_ppl for r in straight.history]
+    for p, q in zip(straight.model.parameters(), resumed.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("kind", ["fused", "reference"])
+def test_loss_that_is_not_finite_stops_the_run(kind):
+    recipe = replace(RECIPES["scratch"], nonlinearity="relu", batch_size=64)
+    trainer = Trainer(build_model(recipe, 28, seed=0, kind=kind), lr=1e12, clip=None, epochs=3)
+    seen = []
+    with pytest.raises(
+        TrainingError,
+        match=r"the (training loss|validation perplexity) is (nan|inf) in epoch \d: expected a finite number",
+    ):
+        trainer.fit(build_sampler(recipe, TEXT, seed=0), on_epoch=seen.append)
+    assert len(trainer.history) == len(seen) < 3
+
+
+def test_perplexities_of_unequal_batches():
+    model = CharRNN(28, 4, dtype=torch.float64)
+    batches = [(TEXT[None, :100], TEXT[None, 1:101]), (TEXT[None, 500:510], TEXT[None, 501:511])]
+    losses = [model.loss(X, Y)[0].item() for X, Y in batches]
+    ppl, batch_mean = validate(model, batches)
+    assert ppl == pytest.approx(
+        float(torch.tensor((100 * losses[0] + 10 * losses[1]) / 110, dtype=torch.float64).exp())
+    )
+    assert batch_mean == pytest.approx(float(torch.tensor(losses, dtype=torch.float64).exp().mean()))
+    assert validate(model, []) is None
+
+
+def test_trainer_takes_an_optimizer_of_torch():
+    model = CharRNN(28, 4)
+    trainer = Trainer(model, optimizer=torch.optim.RMSprop(model.parameters(), 1e-2), epochs=2)
+    recipe = replace(RECIPES["scratch"], batch_size=64)
+    history = trainer.fit(build_sampler(recipe, TEXT[:1000], seed=0))
+    assert history[1].train_loss < history[0].train_loss
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"optimizer": "lion"}, "optimizer must be 'sgd', 'adam' .* got 'lion'"),
+        ({"lr": 0.0}, r"lr must be above 0, got 0\.0"),
+        ({"clip": -1.0}, r"clip must be above 0, or None for no clipping, got -1\.0"),
+        ({"graph_batches": 0}, "graph_batches must be 1 to 16, got 0"),
+        ({"graph_batches": MAX_GRAPH_BATCHES + 1}, "graph_batches must be 1 to 16, got 17"),
+    ],
+)
+def test_bad_options(options, message):
+    with pytest.raises(ValueError, match=message):
+        Trainer(CharRNN(28, 4), **options)

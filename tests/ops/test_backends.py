@@ -1,0 +1,118 @@
+"""The backend table: what is chosen, what is refused and in which words."""
+
+import pytest
+import torch
+
+from charrnn_fast.ops import backends
+
+CPU = torch.device("cpu")
+interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled, not interpreted")
+
+
+@pytest.fixture(autouse=True)
+def no_default(monkeypatch):
+    """No default from outside, and no choice remembered that a test changes the grounds of."""
+    monkeypatch.delenv("CHARRNN_BACKEND", raising=False)
+    backends._choose.cache_clear()
+    yield
+    backends._choose.cache_clear()
+
+
+@interpreted
+def test_auto_does_not_choose_the_interpreter():
+    explanation = backends.explain(32)
+    assert explanation.backend == "torch"
+    assert "interpreted" in explanation.why_not["triton"]
+    assert str(explanation).splitlines()[0] == "torch: runs"
+
+
+@interpreted
+def test_a_backend_asked_for_by_name():
+    assert backends.choose("triton", CPU, torch.float32, 32) == "triton"
+    assert backends.choose("torch", CPU, torch.float32, 32) == "torch"
+    assert backends.explain(32, backend="triton").why_not == {"torch": "'triton' was asked for"}
+
+
+@interpreted
+def test_the_environment_sets_the_default_alone(monkeypatch):
+    monkeypatch.setenv("CHARRNN_BACKEND", "triton")
+    assert backends.choose("auto", CPU, torch.float32, 32) == "triton"
+    assert backends.choose("torch", CPU, torch.float32, 32) == "torch"
+    monkeypatch.setenv("CHARRNN_BACKEND", "")
+    assert backends.choose("auto", CPU, torch.float32, 32) == "torch"
+
+
+def test_unknown_names_list_the_known(monkeypatch):
+    with pytest.raises(ValueError, match=r"Unknown backend 'cuda'\. Select from 'auto', 'triton', .*'torch'\."):
+        backends.choose("cuda", CPU, torch.float32, 32)
+    monkeypatch.setenv("CHARRNN_BACKEND", "fastest")
+    with pytest.raises(ValueError, match=r"CHARRNN_BACKEND is 'fastest'\. Select from 'auto', 'triton', "):
+        backends.choose("auto", CPU, torch.float32, 32)
+
+
+@interpreted
+@pytest.mark.parametrize("by_environment", [False, True])
+def test_a_backend_asked_for_that_cannot_run_says_why(monkeypatch, by_environment):
+    if by_environment:
+        monkeypatch.setenv("CHARRNN_BACKEND", "triton")
+    with pytest.raises(RuntimeError, match=r"'triton' cannot run hidden_size=5000, torch\.float32 on cpu: hidden"):
+        backends.choose("auto" if by_environment else "triton", CPU, torch.float32, 5000)
+
+
+@pytest.mark.parametrize(
+    ("device", "dtype", "hidden_size", "why"),
+    [
+        ("meta", torch.float32, 32, "no kernels for device type 'meta'"),
+        ("cpu", torch.complex64, 32, "complex64|needs a CUDA"),
+        ("cpu", torch.float32, 100_000, "too large|needs a CUDA"),
+    ],
+)
+def test_auto_falls_back_and_explain_tells(device, dtype, hidden_size, why):
+    assert backends.choose("auto", torch.device(device), dtype, hidden_size) == "torch"
+    explanation = backends.explain(hidden_size, dtype, device)
+    assert explanation.backend == "torch"
+    with pytest.raises(RuntimeError, match=why):
+        backends.choose("triton", torch.device(device), dtype, hidden_size)
+
+
+def test_without_the_package_triton(monkeypatch):
+    monkeypatch.setattr(backends, "_HAS_TRITON", False)
+    assert backends.explain(32).why_not["triton"] == "the package triton is not installed"
+
+
+def test_compiled_kernels_do_not_run_on_a_cpu(monkeypatch):
+    from charrnn_fast.kernels.triton import elman as kernels
+
+    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    assert backends.choose("auto", CPU, torch.float32, 32) == "torch"
+    assert "TRITON_INTERPRET=1" in backends.explain(32).why_not["triton"]
+
+
+def test_every_row_but_the_last_has_kernels():
+    assert [row.name for row in backends.BACKENDS if row.kernels is None] == [backends.BACKENDS[-1].name] == ["torch"]
+    with pytest.raises(ValueError, match="backend 'torch' has no kernels"):
+        backends.kernels_of("torch", CPU, torch.float32, 32)
+
+
+@pytest.mark.skipif(torch.version.hip is not None, reason="TF32 is NVIDIA's")
+def test_tf32_follows_torchs_switch_for_rnns(monkeypatch):
+    from charrnn_fast.kernels.triton import elman as kernels
+
+    limits = {"ieee": None, "tf32x3": None}
+    monkeypatch.setattr(kernels, "elman_limits", lambda hidden_size, dtype, precision, device: limits[precision])
+    gpu = torch.device("cuda")
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
+        assert backends._precision(gpu, torch.float32, 64) == "tf32"
+        assert backends._precision(gpu, torch.float64, 64) == backends._precision(CPU, torch.float32, 64) == "ieee"
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        assert backends._precision(gpu, torch.float32, 64) == "ieee"
+        limits["ieee"] = "spills"
+        assert backends._precision(gpu, torch.float32, 64) == "tf32x3"
+
+
+@pytest.mark.gpu
+def test_auto_on_a_gpu():
+    assert backends.choose("auto", torch.device("cuda"), torch.float32, 32) == "triton"
+    assert backends.choose("auto", torch.device("cuda"), torch.float32, 5000) == "torch"
+    with pytest.raises(RuntimeError, match="needs a CUDA or ROCm device"):
+        backends.choose("triton", CPU, torch.float32, 32)
