@@ -205,7 +205,6 @@ class _Run:
         self.out: Path | None = options.out
         self.kind, self.seed = options.model, options.seed
         self.recipe, self.trainer, self.sampler, self.vocab, self.source = recipe, trainer, sampler, vocab, source
-        self.bar = tqdm(unit=" batches", leave=False, disable=not sys.stderr.isatty())
 
     def resume(self) -> None:
         assert self.out is not None
@@ -224,8 +223,14 @@ class _Run:
 
     def fit(self) -> list[EpochRecord]:
         try:
-            with self.bar:
-                return self.trainer.fit(self.sampler, on_epoch=self.report, on_batch=self.bar.update)
+            with tqdm(
+                total=self.recipe.epochs,
+                initial=len(self.trainer.history),
+                unit=f" {self.recipe.unit}s",
+                leave=False,
+                disable=not sys.stderr.isatty(),
+            ) as bar:
+                return self.trainer.fit(self.sampler, on_epoch=lambda record: self.report(record, bar))
         except (TrainingError, KeyboardInterrupt):
             if self.out is not None and (self.out / checkpoint.LAST).exists():
                 print(
@@ -233,7 +238,8 @@ class _Run:
                 )
             raise
 
-    def report(self, record: EpochRecord) -> None:
+    def report(self, record: EpochRecord, bar: tqdm) -> None:
+        bar.update()
         if record.epoch % self.recipe.report_every and record.epoch not in (1, self.recipe.epochs):
             return
         recent = self.trainer.history[-self.recipe.report_every :]
@@ -253,7 +259,7 @@ class _Run:
                 f"  {_decode(self.trainer.model, self.vocab, p, self.seed + record.epoch)!r}"
                 for p in self.recipe.prompts
             )
-        with self.bar.external_write_mode():
+        with bar.external_write_mode():
             print(line, flush=True)
         self.write()
 

@@ -145,27 +145,20 @@ class Trainer:
             raise ValueError(f"lr must be above 0, got {lr}")
         return kinds[name]([p for p in self.model.parameters() if p.requires_grad], lr)
 
-    def fit(
-        self,
-        data: Sampler,
-        *,
-        on_epoch: Callable[[EpochRecord], None] | None = None,
-        on_batch: Callable[[], None] | None = None,
-    ) -> list[EpochRecord]:
-        """Train until `epochs` epochs are in the history; calls on_batch after every batch and on_epoch after every
-        epoch.
+    def fit(self, data: Sampler, *, on_epoch: Callable[[EpochRecord], None] | None = None) -> list[EpochRecord]:
+        """Train until `epochs` epochs are in the history, and call on_epoch after each.
 
-        Returns the history. Raises TrainingError as soon as an epoch's loss is not finite; on_epoch is not called for
-        it.
+        Returns the history. Raises TrainingError when an epoch's loss or validation perplexity is not finite; that
+        epoch is not recorded.
         """
         for epoch in range(len(self.history) + 1, self.epochs + 1):
-            record = self._epoch(epoch, data, on_batch)
+            record = self._epoch(epoch, data)
             self.history.append(record)
             if on_epoch is not None:
                 on_epoch(record)
         return self.history
 
-    def _epoch(self, epoch: int, data: Sampler, on_batch: Callable[[], None] | None) -> EpochRecord:
+    def _epoch(self, epoch: int, data: Sampler) -> EpochRecord:
         # The reference's loop has the signature of ours with its own optimisers: no common base to name here.
         run: Callable = reference.train_batches if isinstance(self.model, RNNLM) else train_batches
         counts: list[int] = []
@@ -186,8 +179,6 @@ class Trainer:
             graph_batches=self.graph_batches if data.carry_state else 1,
         ):
             losses.append(loss)
-            if on_batch is not None:
-                on_batch()
         weights = torch.tensor(counts, dtype=torch.float64)
         # The only transfer from the device in an epoch, and the point where its work is known to be done.
         mean = float((torch.stack(losses).double().cpu() * weights).sum() / weights.sum())
