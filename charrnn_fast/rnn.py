@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .ops import backends
-from .ops.elman import elman_layer
+from .ops.elman import autocast, elman_layer
 from .ops.elman_torch import TOKEN_TYPES, tensor_operations_only, torch_rnn, transforms_active
 
 
@@ -27,6 +27,8 @@ class FusedRNN(nn.RNNBase):
             ``charrnn_fast.ops.backends``: one that cannot run is a RuntimeError at the call.
 
     Inputs and outputs of ``forward`` are those of torch.nn.RNN; ``forward_tokens`` takes token ids for one-hot rows.
+    Backward reads the outputs, so changing them in place before it is an error, as it is with cuDNN. Dropout draws
+    torch.nn.RNN's random numbers on a CPU, in the order of the layers' memory: (B, T, C) with ``batch_first``.
     """
 
     def __init__(
@@ -138,15 +140,21 @@ class FusedRNN(nn.RNNBase):
             raise ValueError(f"forward_tokens expects int64 or int32 token ids, got {input.dtype}")
         elif batch_sizes is not None and input.dim() != 1:
             raise RuntimeError(f"packed token ids must have 1 dimension, got {input.dim()}")
-        if hx is not None:
-            self.check_hidden_size(hx, self.get_expected_hidden_size(input, batch_sizes))
+        if hx is None:
+            return
+        if batch_sizes is not None and torch.compiler.is_compiling():
+            # How many sequences there are is data to the compiler: the operator checks it when the graph runs.
+            expected = (self.num_layers * (2 if self.bidirectional else 1), hx.size(1), self.hidden_size)
+        else:
+            expected = self.get_expected_hidden_size(input, batch_sizes)
+        self.check_hidden_size(hx, expected)
 
     def _stack(
         self, input: Tensor, hx: Tensor | None, batch_sizes: Tensor | None, tokens: bool
     ) -> tuple[Tensor, Tensor]:
         """input (T, B, I), ids (T, B) or packed; hx (L*D, B, H) or None -> output (T, B, D*H) or packed, h_n."""
         weights = [weight for weight in self._flat_weights if weight is not None]
-        operands = _autocast(input.device.type, [input, hx, *weights])
+        operands = autocast(input.device.type, [input, hx, *weights])
         backend = self._layerwise_backend(operands, tokens)
         if backend is not None:
             return self._layers(backend, operands[0], operands[1], operands[2:], batch_sizes)
@@ -155,24 +163,28 @@ class FusedRNN(nn.RNNBase):
             layers = self.num_layers * (2 if self.bidirectional else 1)
             batch = input.size(1) if batch_sizes is None else int(batch_sizes[0])
             hx = torch.zeros(layers, batch, self.hidden_size, dtype=dtype, device=input.device)
-        if tokens:
-            if input.size(0) == 0:
-                raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        if tokens and input.size(0) == 0:
+            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
+        if tokens and input.device.type == "cpu":
             return self._torch_layers_of_tokens(input, hx, weights, batch_sizes)
+        if tokens:  # cuDNN walks one-hot rows faster than a loop of launches walks a table
+            rows = torch.zeros(*input.shape, self.input_size, dtype=weights[0].dtype, device=input.device)
+            input = rows.scatter_(-1, input.long().unsqueeze(-1), 1)
         return self._torch_layers(input, hx, weights, batch_sizes)
 
     def _layerwise_backend(self, operands: list[Any], tokens: bool) -> str | None:
         """The backend that takes layer after layer; None for torch's own RNN, which also refuses malformed calls."""
-        input = operands[0]
-        numbers = [x for x in operands[1 if tokens else 0 :] if x is not None]
-        if input.size(0) == 0 or not _alike(numbers, input.device):
-            return None
-        if transforms_active():
-            return "torch"  # torch's own RNN has no rule for vmap
+        weight = operands[-1]
         if tensor_operations_only():
-            return None
-        name = backends.choose(self.backend, input.device, numbers[0].dtype, self.hidden_size)
-        return None if name == "torch" else name
+            if not transforms_active():
+                return None
+            name = "torch"  # whose own RNN has no rule for vmap
+        else:
+            name = backends.choose(self.backend, weight.device, weight.dtype, self.hidden_size)
+            if name == "torch":
+                return None
+        numbers = operands[1 if tokens else 0 :]
+        return name if operands[0].size(0) > 0 and _alike(numbers, operands[0].device) else None
 
     def _layers(
         self, backend: str, input: Tensor, hx: Tensor | None, weights: list[Tensor], batch_sizes: Tensor | None
@@ -203,7 +215,8 @@ class FusedRNN(nn.RNNBase):
             else:
                 own += weights[2 * row : 2 * (row + 1)]
         h0 = None if hx is None else hx[layer * directions : (layer + 1) * directions]
-        return elman_layer(backend, input, h0, own, batch_sizes, self.nonlinearity, (False, True)[:directions])
+        nonlinearity = "tanh" if self.mode == "RNN_TANH" else "relu"
+        return elman_layer(backend, input, h0, own, batch_sizes, nonlinearity, (False, True)[:directions])
 
     def _dropout(self, output: Tensor) -> Tensor:
         return F.dropout(output, self.dropout, self.training) if self.dropout > 0 else output
@@ -212,15 +225,14 @@ class FusedRNN(nn.RNNBase):
         self, input: Tensor, hx: Tensor, weights: list[Tensor], batch_sizes: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         """The layers whose weights these are, by torch's own path; input (T, B, C) or packed."""
-        layers = hx.size(0) // (2 if self.bidirectional else 1)
         return torch_rnn(
             input,
             hx,
             weights,
             batch_sizes,
-            self.nonlinearity,
+            "tanh" if self.mode == "RNN_TANH" else "relu",
             self.bias,
-            layers,
+            hx.size(0) // (2 if self.bidirectional else 1),
             self.dropout,
             self.training,
             self.bidirectional,
@@ -239,18 +251,12 @@ class FusedRNN(nn.RNNBase):
         return output, torch.cat([state, states])
 
 
-def _autocast(device_type: str, operands: list[Any]) -> list[Any]:
-    """As torch's autocast treats the operands of torch.nn.RNN: to the region's type, float64 excepted."""
-    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
-        return operands
-    dtype = torch.get_autocast_dtype(device_type)
-    return [x if x is None or not x.is_floating_point() or x.dtype == torch.float64 else x.to(dtype) for x in operands]
-
-
-def _alike(tensors: list[Tensor], device: torch.device) -> bool:
-    """Plain tensors of one type on ``device``? Anything else is left to torch, to run or to refuse in its own words."""
-    dtype, compiling = tensors[0].dtype, torch.compiler.is_compiling()
+def _alike(tensors: list[Any], device: torch.device) -> bool:
+    """Plain tensors (or None) of one type on ``device``? If not, torch runs them or refuses them in its own words."""
+    dtype, compiling = tensors[-1].dtype, torch.compiler.is_compiling()
     for x in tensors:
+        if x is None:
+            continue
         if x.dtype != dtype or x.device != device or not (compiling or type(x) is Tensor or type(x) is nn.Parameter):
             return False
     return True

@@ -21,12 +21,19 @@ def _triton_cannot(device: torch.device, dtype: torch.dtype, hidden_size: int) -
         return "the package triton is not installed"
     if device.type not in ("cpu", "cuda"):
         return f"it has no kernels for device type '{device.type}'"
+    needs_gpu = "it needs a CUDA or ROCm device (on a CPU it runs only under TRITON_INTERPRET=1, for tests)"
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        return needs_gpu
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "there is no such device here"
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or newer"
-    from charrnn_fast.kernels.triton import elman as kernels
-
-    if device.type == "cpu" and not kernels.INTERPRETED:
-        return "it needs a CUDA or ROCm device (on a CPU it runs only under TRITON_INTERPRET=1, for tests)"
+    try:
+        from charrnn_fast.kernels.triton import elman as kernels
+    except ImportError as error:
+        return f"its kernels cannot be imported: {error}"
+    if device.type == "cpu" and not kernels.INTERPRETED:  # the variable was set after the import
+        return needs_gpu
     return kernels.elman_limits(hidden_size, dtype, _precision(device, dtype, hidden_size), device)
 
 
@@ -122,7 +129,7 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, hidden_size: 
     return _choose(requested(backend), device, dtype, hidden_size, device.type == "cuda" and _tf32_allowed())
 
 
-@functools.lru_cache(maxsize=None)  # asked at every call of a module, where reading the table would cost 5 us
+@functools.cache  # asked at every call of a module, where reading the table would cost 5 us
 def _choose(name: str, device: torch.device, dtype: torch.dtype, hidden_size: int, tf32: bool) -> str:
     for row in BACKENDS:
         if name == "auto":

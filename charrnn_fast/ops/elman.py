@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends
@@ -45,12 +46,15 @@ def elman(
 
     Returns:
         output (T, B, H), packed (N, H), and h_n (B, H), each sequence's state after its own last step
-        (``reverse``: after its first).
+        (``reverse``: after its first). Under autocast in its type, as torch.nn.RNN's.
 
     Raises:
         ValueError: a shape, type or option is not one of the above. IndexError: a token id outside 0..I-1, on a CPU;
         a GPU reports it as ``torch.nn.functional.embedding`` does. RuntimeError: ``backend`` cannot run this.
     """
+    input, h0, weight_ih, weight_hh, bias_ih, bias_hh = autocast(
+        weight_ih.device.type, [input, h0, weight_ih, weight_hh, bias_ih, bias_hh]
+    )
     _check_arguments(input, h0, weight_ih, weight_hh, bias_ih, bias_hh, nonlinearity, batch_sizes)
     name = backends.choose(backend, weight_ih.device, weight_ih.dtype, weight_hh.shape[0])
     weights = (weight_ih, weight_hh) if bias_ih is None else (weight_ih, weight_hh, bias_ih)
@@ -60,6 +64,14 @@ def elman(
         name, input, None if h0 is None else h0[None], weights, batch_sizes, nonlinearity, (bool(reverse),)
     )
     return output, h_n[0]
+
+
+def autocast(device_type: str, operands: list[Any]) -> list[Any]:
+    """As torch's autocast treats the operands of torch.nn.RNN: to the region's type, float64 excepted."""
+    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+        return operands
+    dtype = torch.get_autocast_dtype(device_type)
+    return [x if x is None or not x.is_floating_point() or x.dtype == torch.float64 else x.to(dtype) for x in operands]
 
 
 def elman_layer(
@@ -88,6 +100,8 @@ def elman_layer(
         return layer_by_tensor_operations(input, h0, weights, batch_sizes, nonlinearity, reverse)
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return _elman_layer_op(input, h0, batch_sizes, list(weights), backend, nonlinearity, list(reverse))
+    if not torch.is_grad_enabled():
+        return _layer_forward(backend, input, h0, weights, batch_sizes, nonlinearity, reverse)
     return _ElmanLayer.apply(backend, nonlinearity, reverse, batch_sizes, input, h0, *weights)
 
 
@@ -105,25 +119,18 @@ def _layer_forward(
 ) -> tuple[Tensor, Tensor]:
     """Project into the output's memory and walk it there; or, for tokens, make the table and walk by it."""
     directions, hidden = len(reverse), weights[1].shape[0]
-    out = _empty_output(input, directions * hidden, weights[0].dtype)
+    # Callers have checked this, except where a compiler could not know the number of packed sequences.
+    if h0 is not None and batch_sizes is not None and len(batch_sizes) and h0.shape[1] != batch_sizes[0]:
+        expected = (directions, int(batch_sizes[0]), hidden)
+        raise RuntimeError(f"Expected hidden size {expected}, got {list(h0.shape)}")
     if _is_tokens(input):
-        tokens, x = input, out.new_empty(weights[0].shape[1], directions * hidden)
+        tokens, x = input, _table(weights, directions)
         _check_tokens(tokens, x.shape[0])
+        out = _in_order(x.new_empty(tokens.numel(), x.shape[1]), tokens)
     else:
-        tokens, x = None, out
-        rows, out_rows = _rows(input, input), _rows(out, input)
-    for direction in range(directions):
-        weight_ih, _, bias = of_direction(weights, direction, directions)
-        columns = slice(direction * hidden, (direction + 1) * hidden)
-        if tokens is not None:
-            table = x[:, columns].copy_(weight_ih.t())
-            if bias is not None:
-                table += bias
-        elif bias is None:
-            torch.mm(rows, weight_ih.t(), out=out_rows[:, columns])
-        else:
-            torch.addmm(bias, rows, weight_ih.t(), out=out_rows[:, columns])
-    forward, _ = backends.kernels_of(backend, out.device, out.dtype, hidden)
+        tokens, x = None, _project(input, weights, directions)
+        out = x
+    forward, _ = backends.kernels_of(backend, x.device, x.dtype, hidden)
     return forward(
         x,
         _recurrent(weights, directions),
@@ -167,32 +174,63 @@ def _layer_backward(
         reverse=tuple(reverse),
         need_weight_grad=any(needs_grad[3::each]),
     )
-    grads: list[Tensor | None] = [None, grad_h0 if needs_grad[1] else None]
-    grad_rows = grad_x if tokens is not None else _rows(grad_x, input)
-    if needs_grad[0]:
-        grads[0] = _grad_input(grad_rows, input, weights, directions)
+    rows = grad_x if tokens is not None else _rows(grad_x, input)
+    needs_ih, needs_bias = any(needs_grad[2::each]), each == 3 and any(needs_grad[4::each])
+    if needs_ih:  # (D*H, I); of the table with a row per token, it is the transpose
+        grad_weight_ih = rows.t() if tokens is not None else rows.t() @ _rows(input, input)
+    if needs_bias:
+        grad_bias = rows.sum(0)
+    grads = [
+        _grad_input(rows, input, weights, directions) if needs_grad[0] else None,
+        grad_h0 if needs_grad[1] else None,
+    ]
     for direction in range(directions):
-        grad = grad_rows[:, direction * hidden : (direction + 1) * hidden]
-        needs_ih, needs_hh, *needs_bias = needs_grad[2 + direction * each : 2 + (direction + 1) * each]
-        if needs_ih:
-            grads.append(grad.t() if tokens is not None else grad.t() @ _rows(input, input))
+        units = slice(direction * hidden, (direction + 1) * hidden)
+        grads.append(grad_weight_ih[units] if needs_ih else None)
+        grads.append(grad_weight_hh[direction] if grad_weight_hh is not None else None)
+        if each == 3:
+            grads.append(grad_bias[units] if needs_bias else None)
+    return [grad if needs else None for grad, needs in zip(grads, needs_grad, strict=True)]
+
+
+def _table(weights: Sequence[Tensor], directions: int) -> Tensor:
+    """(V, D*H): row v is token v's input, W_ih[:, v] + b_ih + b_hh of each direction."""
+    hidden, vocab = weights[0].shape
+    table = weights[0].new_empty(vocab, directions * hidden)
+    for direction in range(directions):
+        weight_ih, _, bias = of_direction(weights, direction, directions)
+        columns = table[:, direction * hidden : (direction + 1) * hidden]
+        if bias is None:
+            columns.copy_(weight_ih.t())
         else:
-            grads.append(None)
-        grads.append(grad_weight_hh[direction] if needs_hh else None)
-        if needs_bias:
-            grads.append(grad.sum(0) if needs_bias[0] else None)
-    return grads
+            torch.add(weight_ih.t(), bias, out=columns)
+    return table
+
+
+def _project(input: Tensor, weights: Sequence[Tensor], directions: int) -> Tensor:
+    """input (T, B, I) or (N, I) -> input W_ih^T + b_ih + b_hh, (T, B, D*H) or (N, D*H), memory in the input's order."""
+    rows = _rows(input, input)
+    if directions == 1:
+        return _in_order(F.linear(rows, weights[0], weights[2] if len(weights) == 3 else None), input)
+    hidden = weights[0].shape[0]
+    projected = rows.new_empty(rows.shape[0], directions * hidden)
+    for direction in range(directions):
+        weight_ih, _, bias = of_direction(weights, direction, directions)
+        columns = projected[:, direction * hidden : (direction + 1) * hidden]
+        if bias is None:
+            torch.mm(rows, weight_ih.t(), out=columns)
+        else:
+            torch.addmm(bias, rows, weight_ih.t(), out=columns)
+    return _in_order(projected, input)
 
 
 def _grad_input(grad_rows: Tensor, input: Tensor, weights: Sequence[Tensor], directions: int) -> Tensor:
     """grad_rows (R, D*H), rows in ``_rows``'s order -> gradient of the dense input, in the input's shape."""
     hidden = weights[1].shape[0]
-    grad_input = _empty_output(input, input.shape[-1], input.dtype)
-    rows = _rows(grad_input, input)
-    torch.mm(grad_rows[:, :hidden], weights[0], out=rows)
+    rows = grad_rows[:, :hidden] @ weights[0]
     if directions == 2:
         rows.addmm_(grad_rows[:, hidden:], weights[len(weights) // 2])
-    return grad_input
+    return _in_order(rows, input)
 
 
 def _is_tokens(input: Tensor) -> bool:
@@ -210,7 +248,8 @@ def _unit_stride(tensor: Tensor | None) -> Tensor | None:
 def _is_batch_major(input: Tensor) -> bool:
     """Does the memory of the (T, B, ...) view ``input`` run (B, T, ...), so that only that order merges for free?"""
     steps, batch = input.shape[:2]
-    return input.stride(1) == steps * input.stride(0) and input.stride(0) != batch * input.stride(1)
+    stride_t, stride_b = input.stride()[:2]
+    return stride_b == steps * stride_t and stride_t != batch * stride_b
 
 
 def _is_packed(input: Tensor) -> bool:
@@ -224,21 +263,26 @@ def _rows(x: Tensor, input: Tensor) -> Tensor:
     return (x.transpose(0, 1) if _is_batch_major(input) else x).reshape(-1, x.shape[-1])
 
 
-def _empty_output(input: Tensor, columns: int, dtype: torch.dtype) -> Tensor:
-    """Memory for (T, B, columns) or (N, columns) in the order of ``input``'s."""
+def _in_order(rows: Tensor, input: Tensor) -> Tensor:
+    """The way back from :func:`_rows`: rows (T*B, C) in the order of ``input``'s memory as (T, B, C)."""
     if _is_packed(input):
-        return input.new_empty(input.shape[0], columns, dtype=dtype)
+        return rows
     steps, batch = input.shape[:2]
     if _is_batch_major(input):
-        return input.new_empty(batch, steps, columns, dtype=dtype).transpose(0, 1)
-    return input.new_empty(steps, batch, columns, dtype=dtype)
+        return rows.view(batch, steps, rows.shape[1]).transpose(0, 1)
+    return rows.view(steps, batch, rows.shape[1])
 
 
 class _ElmanLayer(torch.autograd.Function):
-    """The kernels under autograd; differentiated again, the layer is recomputed by tensor operations."""
+    """The kernels under autograd; differentiated again, the layer is recomputed by tensor operations.
+
+    torch.func never comes here, so there is no setup_context, with which PyTorch inspects the signature at every call
+    (some 50 us).
+    """
 
     @staticmethod
     def forward(
+        ctx: Any,
         backend: str,
         nonlinearity: str,
         reverse: tuple[bool, ...],
@@ -247,13 +291,11 @@ class _ElmanLayer(torch.autograd.Function):
         h0: Tensor | None,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        return _layer_forward(backend, input, h0, weights, batch_sizes, nonlinearity, reverse)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        ctx.backend, ctx.nonlinearity, ctx.reverse, *tensors = inputs
-        ctx.save_for_backward(output[0], *tensors)
+        out, h_n = _layer_forward(backend, input, h0, weights, batch_sizes, nonlinearity, reverse)
+        ctx.backend, ctx.nonlinearity, ctx.reverse = backend, nonlinearity, reverse
+        ctx.save_for_backward(out, batch_sizes, input, h0, *weights)
         ctx.set_materialize_grads(False)
+        return out, h_n
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_h_n: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -329,7 +371,8 @@ def _(
         batch = input.shape[1]
     else:
         batch = torch.library.get_ctx().new_dynamic_size()
-    out = _empty_output(input, directions * hidden, weights[0].dtype)
+    count = input.shape[0] if _is_packed(input) else input.shape[0] * input.shape[1]
+    out = _in_order(weights[0].new_empty(count, directions * hidden), input)
     return out, out.new_empty(directions, batch, hidden)
 
 

@@ -1,6 +1,8 @@
 """The operation elman: one layer, one direction; gradients of every order; arguments; the registered operator."""
 
 import itertools
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -200,6 +202,26 @@ def test_memory_order_follows_the_input(device):
     assert expected.is_contiguous() and output.transpose(0, 1).is_contiguous()
 
 
+def test_autocast(backend, device):
+    arguments, _ = make_case(dtype=torch.float32, device=device)
+    with torch.autocast(device.type, dtype=torch.bfloat16):
+        output, h_n = elman(*arguments, backend=backend)
+    assert output.dtype == h_n.dtype == torch.bfloat16
+    torch.testing.assert_close((output.float(), h_n.float()), elman(*arguments, backend=backend), atol=0.05, rtol=0.05)
+    assert {grad.dtype for grad in gradients((output, h_n), arguments)} == {torch.float32}
+
+
+def test_compiled_in_one_graph(backend, device):
+    for tokens in (False, True):
+        arguments, _ = make_case(tokens, device=device)
+        torch._dynamo.reset()
+        compiled = torch.compile(elman, fullgraph=True, backend="aot_eager")
+        result = compiled(*arguments, reverse=True, backend=backend)
+        expected = elman(*arguments, reverse=True, backend=backend)
+        torch.testing.assert_close(result, expected)
+        torch.testing.assert_close(gradients(result, arguments), gradients(expected, arguments))
+
+
 BAD_ARGUMENTS = {
     "weight_ih must be": {"weight_ih": torch.zeros(H)},
     "input must be torch.float64 as weight_ih is, or int64 or int32 token ids, got torch.float32": {
@@ -264,9 +286,6 @@ def test_dispatch_modes_see_the_operator(device):
 @pytest.mark.gpu
 def test_ids_out_of_range_on_a_gpu_are_reported_like_embeddings():
     """In a process of its own: a device-side assertion ends a CUDA context."""
-    import subprocess
-    import sys
-
     program = """
 import torch
 from charrnn_fast import FusedRNN
