@@ -327,6 +327,8 @@ def elman_backward(
 
 def _table_gradient(grad_x: torch.Tensor, tokens: torch.Tensor, V: int) -> torch.Tensor:
     """Sum of grad_x's rows by token id, (V, columns). torch's embedding backward sorts, so the order is fixed."""
+    if grad_x.dim() == 3 and not grad_x.is_contiguous():  # batch-first: the order in memory, or it would be copied
+        grad_x, tokens = grad_x.transpose(0, 1), tokens.transpose(0, 1)
     outside = (tokens < 0) | (tokens >= V)
     ids = torch.where(outside, V, tokens)
     return torch.ops.aten.embedding_dense_backward(grad_x, ids, V + 1, -1, False)[:V]

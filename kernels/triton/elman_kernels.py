@@ -1,5 +1,4 @@
-"""The Elman recurrence with the time loop inside one program (imports Triton alone, so it compiles where torch is
-missing).
+"""The Elman recurrence with the time loop inside one program. Imports Triton alone: it compiles where torch is missing.
 
     forward    pre_t = x_t + h_{t-1} @ W^T          h_t = tanh(pre_t) or relu(pre_t)
     backward   d_t = (g_t + c_t) * f'(h_t)          c_{t-1} = d_t @ W        grad_W = sum_t d_t^T @ h_{t-1}

@@ -98,8 +98,7 @@ def activation_backward(grad, h, TANH: tl.constexpr):
 
 @triton.jit
 def cast(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
-    """x in another float type, to nearest even. The interpreter cuts fp32 to bf16, so there the bits are rounded
-    first."""
+    """x in another float type, to nearest even; the interpreter cuts fp32 to bf16, so there its bits are rounded."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)

@@ -1,0 +1,336 @@
+"""Static figures of the Triton kernels, compiled for GPUs that need not be there.
+
+    python bench/static.py            compile every shipped tile for every target, print the table
+    python bench/static.py --write    and record it in bench/results/static.json, under this Triton's version
+    python bench/static.py --check    and fail where a figure is worse than the record
+
+Needs Triton alone (torch is not imported). Recorded for each tile: registers a thread, stack in bytes (anything but 0
+is a spill), shared memory in bytes, the matrix instructions, and inside the time loop, per warp and step:
+instructions, barriers, shared loads and stores, matrix instructions and FMAs. The time loop is the longest span of
+code that a branch at its end goes back over.
+"""
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORD = ROOT / "bench" / "results" / "static.json"
+# Target and the shared memory one program can have on it, in bytes.
+TARGETS = {
+    "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
+    "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
+    "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
+    "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
+}
+# How much worse than the record a figure may be before --check fails: (ratio, absolute).
+TOLERANCE = {
+    "registers": (1.1, 8),
+    "stack": (1.0, 0),
+    "shared": (1.0, 0),
+    "instructions": (1.05, 4),
+    "barriers": (1.0, 0),
+}
+POINTER = {"fp64": "*fp64", "ieee": "*fp32", "tf32x3": "*fp32", "tf32": "*fp32", "16bit": "*bf16"}
+
+
+def load(module: str):
+    """A module of the kernels folder, imported from this checkout without charrnn_fast (and so without torch)."""
+    if str(ROOT) not in sys.path:
+        sys.path.insert(0, str(ROOT))
+    return importlib.import_module(f"kernels.triton.{module}")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One kernel with one tile and one set of options, for one target."""
+
+    name: str
+    target: str
+    module: str
+    kernel: str
+    types: dict[str, str]  # types of the pointers that are there; the others are None
+    constants: dict[str, object]
+    divisible: bool  # strides are multiples of 16, as they are where H is
+    options: dict[str, object]
+    matrix: bool | None  # whether a matrix instruction is meant; None: either will do
+    shared: int  # bytes of shared memory that it may have
+
+
+def elman_cases(target: str) -> list[Case]:
+    """Every tile of the Elman table as the kernel with every option that adds work, and on sm_90 as the plain one too.
+
+    "full" has packed input, tokens of the largest V, h0, grad_h_n and an H that does not fill the tile. "plain" has
+    an H that does, and no such options but token input with V = 28 (recipe d2l): forward up to H = 32, and in the
+    backward kernel that sums.
+    """
+    tiles = load("elman_tiles")
+    return [
+        elman_case(step, kind, width, tile, full, target)
+        for step, table in (("forward", tiles.TILES), ("backward", tiles.TILES), ("backward_sums", tiles.SUM_TILES))
+        for (kind, width), entries in table.items()
+        for tile in entries
+        if target in tile.targets
+        for full in ((False, True) if target == "sm_90" else (True,))
+    ]
+
+
+def elman_case(step: str, kind: str, width: int, tile, full: bool, target: str) -> Case:
+    value = POINTER[kind]
+    types = {name: value for name in ("weight_ptr", "weight_reverse_ptr", "out_ptr")}
+    if full:
+        types |= {"h0_ptr": value, "steps_ptr": "*i64", "grad_h_n_ptr": value}
+    constants = {
+        "H": width - 1 if full else width,
+        "BLOCK_B": tile.block_b,
+        "BLOCK_H": width,
+        "W_LEFT": tile.w_left,
+        "TANH": True,
+        "HAS_H0": full,
+        "PACKED": full,
+        "PRECISION": kind if value == "*fp32" else "ieee",
+        "WIDE": False,
+        "INTERPRETED": False,
+    }
+    tokens = full or width <= 32
+    if step == "forward":
+        kernel = "elman_forward_kernel"
+        types |= {"x_ptr": value, "h_n_ptr": value}
+        constants |= {"TOKENS": tokens}
+    else:
+        kernel = "elman_backward_kernel"
+        sums = step == "backward_sums"
+        tokens = sums
+        accumulator = "*fp64" if kind == "fp64" else "*fp32"
+        types |= {"grad_out_ptr": value, "grad_h0_ptr": value}
+        types |= (
+            {"partial_weight_ptr": accumulator, "partial_table_ptr": accumulator}
+            if sums
+            else {"grad_x_ptr": value, "h_prev_ptr": value}
+        )
+        constants |= {
+            "BLOCK_V": load("elman_tiles").MAX_SUM_VOCAB if full and sums else 32,
+            "HAS_GRAD_OUT": True,
+            "HAS_GRAD_H_N": full,
+            "GRAD_X": not sums,
+            "SAVE_H_PREV": not sums,
+            "GRAD_WEIGHT": sums,
+            "GRAD_TABLE": sums,
+        }
+    if tokens:
+        types |= {"tokens_ptr": "*i64"}
+    name = (
+        f"elman {step} {kind} H{width} rows{tile.block_b} {tile.side} warps{tile.warps} {'full' if full else 'plain'}"
+    )
+    matrix = kind != "ieee" or target == "gfx942"
+    if (kind, target) == ("fp64", "sm_100"):
+        matrix = None  # DMMA from Triton 3.9 on, FMA before
+    options = tile.launch_options(target)
+    shared = min(TARGETS[target][1], tile.shared_kb * 1024)
+    return Case(name, target, "elman_kernels", kernel, types, constants, not full, options, matrix, shared)
+
+
+def compile_case(case: Case):
+    kernel = getattr(load(case.module), case.kernel)
+    signature, constants, attributes = {}, dict(case.constants), {}
+    for index, name in enumerate(kernel.arg_names):
+        if name in case.types:
+            signature[name] = case.types[name]
+        elif name in constants or name.endswith("_ptr"):
+            signature[name] = "constexpr"
+            constants.setdefault(name, None)
+        else:
+            signature[name] = "i32"
+        divisible = case.divisible and name.startswith("stride_") and "tokens" not in name
+        if signature[name].startswith("*") or (divisible and signature[name] == "i32"):
+            attributes[(index,)] = [["tt.divisibility", 16]]
+    source = ASTSource(kernel, signature, constants, attributes)
+    target, _ = TARGETS[case.target]
+    return triton.compile(source, target=target, options=case.options)
+
+
+def longest_loop(lines: list[tuple[str, str]], branch_target) -> list[str]:
+    """Instructions of the longest loop. lines: ("label", name) or ("instruction", text)."""
+    labels, code = {}, []
+    for what, text in lines:
+        if what == "label":
+            labels[text] = len(code)
+        else:
+            code.append(text)
+    best = (0, 0)
+    for end, text in enumerate(code, 1):
+        begin = labels.get(branch_target(text), end)
+        if end - begin > best[1] - best[0]:
+            best = (begin, end)
+    return code[best[0] : best[1]]
+
+
+def count(code: list[str], pattern: str) -> int:
+    return sum(re.search(pattern, text) is not None for text in code)
+
+
+def nvidia_figures(cubin: bytes, shared: int) -> dict:
+    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+
+        def tool(*command):
+            return subprocess.run([*map(str, command), file.name], capture_output=True, text=True, check=True).stdout
+
+        usage = tool(tools / "cuobjdump", "--dump-resource-usage")
+        sass = tool(tools / "nvdisasm", "-c")
+    lines = []
+    for line in sass.splitlines():
+        if match := re.match(r"\s*(\.L\w+):", line):
+            lines.append(("label", match[1]))
+        elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            lines.append(("instruction", match[1]))
+
+    def branch_target(text):
+        match = re.search(r"\bBRA\b.*?(\.L\w+)", text)
+        return match and match[1]
+
+    loop = longest_loop(lines, branch_target)
+    matrix = r"\b(HGMMA|HMMA|DMMA|UTC\w*MMA)\b"
+    return {
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "shared": shared,
+        "matrix": sorted({found for text in loop for found in re.findall(matrix, text)}),
+        "instructions": len(loop),
+        "barriers": count(loop, r"\bBAR\.SYNC"),
+        "shared_loads": count(loop, r"\bLDS"),
+        "shared_stores": count(loop, r"\bSTS"),
+        "matrix_instructions": count(loop, matrix),
+        "fma": count(loop, r"\b[FD]FMA"),
+    }
+
+
+def amd_figures(assembly: str, shared: int) -> dict:
+    def value(name):
+        return int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
+
+    lines = []
+    for line in assembly.splitlines():
+        if match := re.match(r"(\.LBB\w+):", line):
+            lines.append(("label", match[1]))
+        elif match := re.match(r"\s+((?:[svd]|ds|global|buffer|flat|scratch)_.*)", line):
+            lines.append(("instruction", match[1].split(";")[0]))
+
+    def branch_target(text):
+        match = re.match(r"s_c?branch\w*\s+(\.LBB\w+)", text)
+        return match and match[1]
+
+    loop = longest_loop(lines, branch_target)
+    return {
+        "registers": value("vgpr_count"),
+        "stack": value("private_segment_fixed_size"),
+        "shared": shared,
+        "matrix": ["MFMA"] if count(loop, r"\bv_mfma") else [],
+        "instructions": len(loop),
+        "barriers": count(loop, r"\bs_barrier"),
+        "shared_loads": count(loop, r"\bds_(read|load)"),
+        "shared_stores": count(loop, r"\bds_(write|store)"),
+        "matrix_instructions": count(loop, r"\bv_mfma"),
+        "fma": count(loop, r"\bv_(pk_)?fma"),
+    }
+
+
+def figures(case: Case) -> dict:
+    """Compile one case and measure it."""
+    compiled = compile_case(case)
+    if "cubin" in compiled.asm:
+        return nvidia_figures(compiled.asm["cubin"], compiled.metadata.shared)
+    return amd_figures(compiled.asm["amdgcn"], compiled.metadata.shared)
+
+
+def faults(case: Case, found: dict) -> list[str]:
+    """What no shipped tile may have, whatever the record says."""
+    problems = []
+    if found["stack"]:
+        problems.append(f"spills: {found['stack']} bytes of stack")
+    if found["shared"] > case.shared:
+        problems.append(f"shared memory {found['shared']} is more than {case.shared}")
+    if case.matrix not in (None, bool(found["matrix"])):
+        problems.append(f"matrix instructions: meant {case.matrix}, found {found['matrix']}")
+    return problems
+
+
+def regressions(found: dict, recorded: dict | None) -> list[str]:
+    """Where the figures are worse than the recorded ones by more than TOLERANCE."""
+    if recorded is None:
+        return ["not in the record; run bench/static.py --write"]
+    problems = [
+        f"{name} {found[name]}, recorded {recorded[name]}"
+        for name, (ratio, slack) in TOLERANCE.items()
+        if found[name] > max(recorded[name] * ratio, recorded[name] + slack)
+    ]
+    if found["matrix"] != recorded["matrix"]:
+        problems.append(f"matrix instructions {found['matrix']}, recorded {recorded['matrix']}")
+    return problems
+
+
+def report(target: str, results: dict[str, dict]) -> None:
+    columns = ("registers", "stack", "shared", "instructions", "barriers", "shared_loads", "shared_stores", "fma")
+    print(f"\n{target}, Triton {triton.__version__}: loop figures are per warp and time step")
+    heads = ("regs", "stack", "shared", "instr", "barr", "lds", "sts", "fma")
+    print(f"{'tile':64}" + "".join(f"{head:>8}" for head in heads) + "  matrix")
+    for name, found in results.items():
+        matrix = " ".join(f"{kind} x{found['matrix_instructions']}" for kind in found["matrix"])
+        print(f"{name:64}" + "".join(f"{found[column]:8}" for column in columns) + f"  {matrix}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--write", action="store_true", help="record the figures under this Triton's version")
+    parser.add_argument("--check", action="store_true", help="fail where a figure is worse than the record")
+    parser.add_argument("--target", action="append", choices=list(TARGETS), help="only this target (repeatable)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count())
+    options = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
+        parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
+
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    ours = record.setdefault(triton.__version__, {})
+    cases = {target: elman_cases(target) for target in options.target or TARGETS}
+    failed = 0
+    with ProcessPoolExecutor(options.jobs) as pool:
+        pending = {target: [pool.submit(figures, case) for case in cases[target]] for target in cases}
+        for target, futures in pending.items():
+            results = {case.name: future.result() for case, future in zip(cases[target], futures, strict=True)}
+            report(target, results)
+            for case in cases[target]:
+                problems = faults(case, results[case.name])
+                if options.check:
+                    problems += regressions(results[case.name], ours.get(target, {}).get(case.name))
+                for problem in problems:
+                    print(f"FAILED {target}: {case.name}: {problem}")
+                failed += bool(problems)
+            ours[target] = results
+    if options.write and not failed:
+        record = {version: record[version] for version in sorted(record)}
+        text = json.dumps(record, indent=1)
+        one_line_each = re.sub(
+            r"\{\s+(\"registers\"[^}]*?)\s+\}", lambda tile: "{" + " ".join(tile[1].split()) + "}", text
+        )
+        RECORD.write_text(one_line_each + "\n")
+        print(f"\nwritten to {RECORD.relative_to(ROOT)}")
+    print(f"\n{sum(map(len, cases.values()))} tiles compiled, {failed} failed")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,200 @@
+"""Every shipped tile compiled for GPUs that are not here, against the figures in bench/results/static.json."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+
+SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "static.py"
+RECORD = json.loads((SCRIPT.parent / "results" / "static.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def static():
+    spec = importlib.util.spec_from_file_location("bench_static", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def run(*arguments: str) -> subprocess.CompletedProcess:
+    """bench/static.py in a process of its own: this one may have the interpreter in place of the compiler."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", str(SCRIPT), *arguments], env=environment, capture_output=True, text=True
+    )
+
+
+needs_record = pytest.mark.skipif(
+    triton.__version__ not in RECORD, reason=f"no figures are recorded for Triton {triton.__version__}"
+)
+
+
+# The interpreter does not see what only a compiler refuses (a loop variable that changes type, say), and the recorded
+# cases are two of many sets of options.
+OPTIONS = textwrap.dedent("""
+    import dataclasses, importlib.util, itertools, sys
+
+    spec = importlib.util.spec_from_file_location("bench_static", sys.argv[1])
+    static = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = static
+    spec.loader.exec_module(static)
+
+    def compile_with(case, types=(), **constants):
+        static.compile_case(dataclasses.replace(case, types=case.types | dict(types), constants=case.constants |
+        constants))
+
+    def without(case, *names):
+        return dataclasses.replace(case, types={name: kind for name, kind in case.types.items() if name not in names})
+
+    cases = {case.name.split(" rows")[0] + case.name[-6:]: case for case in static.elman_cases("sm_90")}
+    for kind in ("tf32 H32", "16bit H128"):
+        forward, backward = cases[f"elman forward {kind} plain"], cases[f"elman backward {kind} plain"]
+        wide = {"stride_x_b": "i64", "stride_out_b": "i64", "stride_h0_b": "i64"}
+        compile_with(forward, wide, WIDE=True)
+        compile_with(forward, TANH=False)
+        compile_with(forward, stride_x_b=1, stride_out_b=1, stride_out_t=1)
+        compile_with(forward, {"tokens_ptr": "*i32"}, TOKENS=True)
+        compile_with(forward, {"tokens_ptr": "*i64", "stride_x_t": "i64"}, TOKENS=True, WIDE=True)
+        compile_with(backward, wide | {"stride_grad_out_b": "i64", "stride_grad_x_b": "i64"}, WIDE=True)
+        compile_with(backward, TANH=False)
+        compile_with(backward, {"grad_h_n_ptr": forward.types["x_ptr"]}, HAS_GRAD_H_N=True)
+        compile_with(without(backward, "grad_out_ptr"), HAS_GRAD_OUT=False)
+        compile_with(without(backward, "h_prev_ptr"), SAVE_H_PREV=False)
+    sums = cases["elman backward_sums tf32 H32 plain"]
+    compile_with(without(sums, "partial_weight_ptr"), GRAD_WEIGHT=False)
+    compile_with(
+        without(sums, "partial_table_ptr", "tokens_ptr"), {"grad_x_ptr": "*fp32"}, GRAD_TABLE=False, GRAD_X=True
+    )
+    compile_with(sums, {"tokens_ptr": "*i32"}, TANH=False)
+""")
+
+
+# The launchers on CPU tensors with a driver that claims to be an H100: all of a launch but the launch itself.
+LAUNCHES = textwrap.dedent("""
+    import torch
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime.jit import JITFunction
+
+    class Driver:
+        get_current_target = lambda self: GPUTarget("cuda", 90, 32)
+        get_current_device = lambda self: 0
+        get_current_stream = lambda self, device=None: 0
+
+    triton.runtime.driver.set_active(Driver())
+    run = JITFunction.run
+    JITFunction.run = lambda self, *args, grid, warmup, **options: run(self, *args, grid=grid, warmup=True, **options)
+
+    from charrnn_fast.kernels.triton.elman import elman_backward, elman_forward
+    from charrnn_fast.kernels.triton.elman_kernels import elman_backward_kernel, elman_forward_kernel
+
+    def launch(T, H, dtype, precision, packed):
+        B, D = 9, 2
+        options = {"reverse": (False, True), "precision": precision}
+        shape = (T, B)
+        if packed:
+            options["batch_sizes"] = torch.tensor([B] + [3] * (T - 1))
+            shape = (B + 3 * (T - 1),)
+            options["tokens"] = torch.zeros(shape, dtype=torch.int64)
+        x = torch.zeros(28, D * H, dtype=dtype) if packed else torch.zeros(*shape, D * H, dtype=dtype)
+        weights = [torch.zeros(H, H, dtype=dtype)] * D
+        out, h_n = elman_forward(x, weights, torch.zeros(D, B, H, dtype=dtype), **options)
+        if packed:
+            options["num_tokens"] = 28
+        elman_backward(out, h_n, out, weights, **options)
+
+    for T in (5, 1, 2, 16, 17, 64):
+        launch(T, 32, torch.float32, "tf32", False)
+    for kernel in (elman_forward_kernel, elman_backward_kernel):
+        (cache, *_), = kernel.device_caches.values()
+        assert len(cache) == 1, f"{kernel.__name__}: {len(cache)} compilations for six lengths"
+    launch(5, 33, torch.float32, "ieee", True)
+    launch(5, 100, torch.bfloat16, "ieee", False)
+""")
+
+
+@needs_record
+def test_no_figure_got_worse_on_sm_90():
+    result = run("--check", "--target", "sm_90")
+    assert result.returncode == 0, "\n".join(line for line in result.stdout.splitlines() if "FAILED" in line)
+
+
+@needs_record
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
+def test_no_figure_got_worse_elsewhere(target):
+    result = run("--check", "--target", target)
+    assert result.returncode == 0, "\n".join(line for line in result.stdout.splitlines() if "FAILED" in line)
+
+
+def run_script(script: str) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-W", "ignore", "-c", script, str(SCRIPT)]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-4000:]
+
+
+def test_other_options_compile():
+    run_script(OPTIONS)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu_elman.py launches them")
+def test_launchers_compile_what_they_launch_and_once_for_all_lengths():
+    run_script(LAUNCHES)
+
+
+def test_record_covers_both_ends_of_the_supported_versions():
+    assert {"3.6.0", "3.9.0"} <= RECORD.keys()
+    for targets in RECORD.values():
+        assert targets.keys() == {"sm_80", "sm_90", "sm_100", "gfx942"}
+
+
+def test_record_holds_every_shipped_tile_and_no_other(static):
+    for targets in RECORD.values():
+        for target, tiles in targets.items():
+            assert tiles.keys() == {case.name for case in static.elman_cases(target)}
+
+
+def test_sums_have_tiles_only_where_the_backward_kernel_has(static):
+    tiles = static.load("elman_tiles")
+
+    def targets(table):
+        return {key: {target for tile in entries for target in tile.targets} for key, entries in table.items()}
+
+    plain = targets(tiles.TILES)
+    assert all(found <= plain[key] for key, found in targets(tiles.SUM_TILES).items())
+
+
+def test_check_notices_what_is_worse(static):
+    case = next(case for case in static.elman_cases("sm_90") if " tf32 H128 " in case.name)
+    good = RECORD["3.9.0"]["sm_90"][case.name]
+    assert static.regressions(good, good) == []
+    assert static.faults(case, good) == []
+    assert static.regressions(good | {"instructions": good["instructions"] * 2}, good)
+    assert static.regressions(good | {"barriers": good["barriers"] + 1}, good)
+    assert static.regressions(good | {"registers": 255}, good)
+    assert static.regressions(good | {"shared": good["shared"] + 1}, good)
+    assert static.regressions(good | {"matrix": []}, good)
+    assert static.regressions(good, None)
+    assert static.faults(case, good | {"stack": 8})
+    assert static.faults(case, good | {"matrix": []})
+    assert static.faults(case, good | {"shared": 2**20})
+
+
+def test_longest_loop_is_the_span_of_its_backward_branch(static):
+    listing = ["L0:", "a", "b", "bra L0", "c", "L1:", "d", "e", "f", "bra L1", "bra L2", "L2:", "g"]
+    lines = [("label", text[:-1]) if text.endswith(":") else ("instruction", text) for text in listing]
+
+    def branch_target(text):
+        return text[4:] if text.startswith("bra ") else None
+
+    assert static.longest_loop(lines, branch_target) == ["d", "e", "f", "bra L1"]

@@ -1,0 +1,372 @@
+"""kernels/triton/elman.py against an fp64 oracle written with plain torch operations.
+
+Without a GPU the kernels are interpreted (tests/conftest.py), with one they run on it.
+"""
+
+from dataclasses import dataclass
+
+import pytest
+import torch
+
+from charrnn_fast.kernels.triton import elman
+from charrnn_fast.kernels.triton.elman import elman_backward, elman_forward, elman_limits
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+SIZES = (1, 7, 16, 31, 33, 64, 100)
+STEPS = (1, 2, 17)
+DIRECTIONS = ((False,), (True,), (False, True))
+V = 5
+
+
+@dataclass
+class Problem:
+    """Arguments of elman_forward and the gradients that elman_backward is given."""
+
+    x: torch.Tensor
+    weight_hh: list[torch.Tensor]
+    h0: torch.Tensor | None
+    options: dict
+    grad_out: torch.Tensor
+    grad_h_n: torch.Tensor
+
+    def to(self, dtype: torch.dtype) -> "Problem":
+        def cast(tensor):
+            return None if tensor is None else tensor.to(dtype)
+
+        weights = [cast(w) for w in self.weight_hh]
+        return Problem(cast(self.x), weights, cast(self.h0), self.options, cast(self.grad_out), cast(self.grad_h_n))
+
+
+def make_problem(
+    T,
+    H,
+    *,
+    dtype=torch.float32,
+    B=3,
+    tokens=False,
+    packed=False,
+    with_h0=True,
+    reverse=(False,),
+    nonlinearity="tanh",
+    batch_first=False,
+    seed=0,
+) -> Problem:
+    generator = torch.Generator().manual_seed(seed)
+    D = len(reverse)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+
+    def rows(tensor):
+        """Time-major view of a batch-first buffer, if asked for."""
+        return tensor.transpose(0, 1).contiguous().transpose(0, 1) if batch_first and not packed else tensor
+
+    batch_sizes = None
+    if packed:
+        batch_sizes = torch.randint(1, B + 1, (T,), generator=generator).sort(descending=True).values
+        batch_sizes[0] = B
+    shape = (int(batch_sizes.sum()),) if packed else (T, B)
+    ids = rows(torch.randint(0, V, shape, generator=generator).to(DEVICE)) if tokens else None
+    return Problem(
+        x=random(V, D * H) if tokens else rows(random(*shape, D * H)),
+        weight_hh=[random(H, H) / H**0.5 for _ in range(D)],
+        h0=random(D, B, H) if with_h0 else None,
+        options={"tokens": ids, "batch_sizes": batch_sizes, "nonlinearity": nonlinearity, "reverse": reverse},
+        grad_out=rows(random(*shape, D * H)),
+        grad_h_n=random(D, B, H),
+    )
+
+
+def oracle(p: Problem) -> list[torch.Tensor]:
+    """out, h_n, grad_x (or of the table), grad_weight_hh and grad_h0 (if h0), by autograd through plain operations."""
+    x, *weights = leaves = [t.detach().clone().requires_grad_() for t in (p.x, *p.weight_hh)]
+    h0 = None if p.h0 is None else p.h0.detach().clone().requires_grad_()
+    activation = torch.tanh if p.options["nonlinearity"] == "tanh" else torch.relu
+    batch_sizes, ids = p.options["batch_sizes"], p.options["tokens"]
+    inputs = x if ids is None else x[ids]
+    padded_shape = inputs.shape
+    sizes = [padded_shape[1]] * padded_shape[0] if batch_sizes is None else batch_sizes.tolist()
+    inputs = inputs.reshape(-1, padded_shape[-1])
+    starts = [sum(sizes[:t]) for t in range(len(sizes))]
+    outs, last = [], []
+    for d, backwards in enumerate(p.options["reverse"]):
+        H = weights[d].shape[0]
+        h = inputs.new_zeros(sizes[0], H) if h0 is None else h0[d]
+        steps = [None] * len(sizes)
+        for t in reversed(range(len(sizes))) if backwards else range(len(sizes)):
+            x_t = inputs[starts[t] : starts[t] + sizes[t], d * H : (d + 1) * H]
+            steps[t] = activation(x_t + h[: sizes[t]] @ weights[d].T)
+            h = torch.cat((steps[t], h[sizes[t] :]))
+        outs.append(torch.cat(steps))
+        last.append(h)
+    out, h_n = torch.cat(outs, 1), torch.stack(last)
+    if batch_sizes is None:
+        out = out.view(padded_shape)
+    loss = (out * p.grad_out).sum() + (h_n * p.grad_h_n).sum()
+    return [out.detach(), h_n.detach(), *torch.autograd.grad(loss, leaves if h0 is None else [*leaves, h0])]
+
+
+def torch_rnn(p: Problem) -> list[torch.Tensor]:
+    """The same from torch.nn.RNN in p's dtype: both its directions, the input through an identity as weight_ih."""
+    D, H = len(p.weight_hh), p.weight_hh[0].shape[0]
+    reverse, batch_sizes, ids = p.options["reverse"], p.options["batch_sizes"], p.options["tokens"]
+    leaves = [t.detach().clone().requires_grad_() for t in (p.x, *p.weight_hh)]
+    h0 = None if p.h0 is None else p.h0.detach().clone().requires_grad_()
+    rnn = torch.nn.RNN(D * H, H, bidirectional=True, bias=False, nonlinearity=p.options["nonlinearity"])
+    rnn.to(DEVICE, p.x.dtype)
+    parameters = {name: torch.zeros_like(value) for name, value in rnn.named_parameters()}
+    states = [p.x.new_zeros(p.grad_h_n.shape[1:]) for _ in range(2)]
+    for d, backwards in enumerate(reverse):
+        suffix = "_reverse" if backwards else ""
+        identity = torch.eye(D * H, dtype=p.x.dtype, device=DEVICE)[d * H : (d + 1) * H]
+        parameters |= {f"weight_ih_l0{suffix}": identity, f"weight_hh_l0{suffix}": leaves[1 + d]}
+        if h0 is not None:
+            states[backwards] = h0[d]
+    inputs = leaves[0] if ids is None else leaves[0][ids]
+    if batch_sizes is not None:
+        inputs = torch.nn.utils.rnn.PackedSequence(inputs, batch_sizes)
+    out, h_n = torch.func.functional_call(rnn, parameters, (inputs, torch.stack(states)))
+    out = out if batch_sizes is None else out.data
+    out = torch.cat([out[..., backwards * H : (backwards + 1) * H] for backwards in reverse], -1)
+    h_n = torch.stack([h_n[int(backwards)] for backwards in reverse])
+    loss = (out * p.grad_out).sum() + (h_n * p.grad_h_n).sum()
+    return [out.detach(), h_n.detach(), *torch.autograd.grad(loss, leaves if h0 is None else [*leaves, h0])]
+
+
+def kernels(p: Problem, precision="ieee") -> list[torch.Tensor]:
+    options = p.options | {"precision": precision}
+    out, h_n = elman_forward(p.x, p.weight_hh, p.h0, **options)
+    if options["tokens"] is not None:
+        options["num_tokens"] = V
+    grad_x, grad_weight, grad_h0 = elman_backward(p.grad_out, p.grad_h_n, out, p.weight_hh, p.h0, **options)
+    assert p.options["tokens"] is not None or grad_x.stride() == out.stride()
+    return [out, h_n, grad_x, *grad_weight, *([] if p.h0 is None else [grad_h0])]
+
+
+def error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    """Largest error, relative to the largest entry."""
+    return ((found.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30)).item()
+
+
+def check(p: Problem, precision="ieee") -> None:
+    """At most twice torch.nn.RNN's own error, and 4 units of the dtype's precision for where that is next to none."""
+    exact = oracle(p.to(torch.float64))
+    slack = 4 * torch.finfo(p.x.dtype).eps
+    names = ["out", "h_n", "grad_x", *(f"grad_weight_hh[{d}]" for d in range(len(p.weight_hh))), "grad_h0"]
+    found = kernels(p, precision)
+    if p.x.dtype == torch.float64:
+        bounds = [32 * torch.finfo(torch.float64).eps] * len(found)
+    else:
+        bounds = [2 * error(theirs, right) + slack for theirs, right in zip(torch_rnn(p), exact, strict=True)]
+    for name, ours, right, bound in zip(names, found, exact, bounds, strict=False):
+        assert ours.shape == right.shape
+        assert ours.dtype == p.x.dtype
+        assert error(ours, right) <= bound, name
+
+
+def options_of(case: int) -> dict:
+    """Options number `case`: each takes every value, in changing company."""
+    return {
+        "tokens": case % 2 == 1,
+        "packed": case // 2 % 2 == 1,
+        "with_h0": case % 3 != 0,
+        "reverse": DIRECTIONS[(case // 4 + case) % 3],
+        "nonlinearity": "relu" if case % 5 in (1, 4) else "tanh",
+        "batch_first": case % 7 in (0, 3, 5),
+        "seed": case,
+    }
+
+
+@pytest.mark.parametrize("T", STEPS)
+@pytest.mark.parametrize("H", SIZES)
+def test_fp32_error_is_at_most_twice_that_of_torch(H, T):
+    first = 5 * (SIZES.index(H) + len(SIZES) * STEPS.index(T))
+    for case in range(first, first + (2 if H * T > 250 else 3 if H > 32 else 5)):
+        check(make_problem(T, H, **options_of(case)))
+
+
+@pytest.mark.parametrize("H", SIZES)
+def test_fp64(H):
+    for case in range(6 * SIZES.index(H), 6 * SIZES.index(H) + 6):
+        check(make_problem(3, H, dtype=torch.float64, **options_of(case)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("H", [7, 33, 100, 200])
+def test_16_bit_error_is_at_most_twice_that_of_torch(H, dtype):
+    for case in range(H, H + 4):
+        check(make_problem(3, H, dtype=dtype, **options_of(case) | {"nonlinearity": "tanh"}))
+
+
+def test_16_bit_relu_error_is_at_most_twice_that_of_torch():
+    """In the mean over many entries: where a pre-activation is near 0, a rounding decides if there is a gradient."""
+    ours, theirs = [], []
+    for seed in range(8):
+        p = make_problem(3, 33, dtype=torch.bfloat16, nonlinearity="relu", seed=seed)
+        exact = oracle(p.to(torch.float64))
+        ours.append([(a - b).square().mean() for a, b in zip(kernels(p), exact, strict=True)])
+        theirs.append([(a - b).square().mean() for a, b in zip(torch_rnn(p), exact, strict=True)])
+    assert (torch.tensor(ours).mean(0) <= 4 * torch.tensor(theirs).mean(0)).all()
+
+
+@pytest.mark.skipif(
+    DEVICE.type == "cuda", reason="a GPU's tf32 is not exact, as the interpreter's is: test_gpu_elman.py"
+)
+@pytest.mark.parametrize("precision", ["tf32x3", "tf32"])
+@pytest.mark.parametrize("H", [7, 31, 33, 100])
+def test_tiles_of_the_tensor_core_precisions(H, precision):
+    """They differ from ieee's in rows per program and in the side W stands on."""
+    for case in range(H, H + 3):
+        check(make_problem(3, H, **options_of(case)), precision)
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize("packed", [False, True])
+def test_long_sequences_leave_their_weight_gradient_to_a_gemm(monkeypatch, packed, tokens):
+    monkeypatch.setattr(elman, "MAX_SUM_STEPS", 2)
+    for batch_first in (False, True):
+        check(make_problem(5, 7, packed=packed, tokens=tokens, reverse=(False, True), batch_first=batch_first))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_several_programs_along_the_batch(packed):
+    """More rows than a program has, and not a multiple; packed, some programs' rows end early."""
+    check(make_problem(4, 16, B=21, packed=packed, reverse=(False, True)))
+    check(make_problem(4, 33, B=5, packed=packed, tokens=True, reverse=(False, True)))
+
+
+def test_vocabulary_larger_than_the_kernel_sums(monkeypatch):
+    monkeypatch.setitem(globals(), "V", 90)
+    check(make_problem(3, 16, tokens=True))
+
+
+def test_results_are_bitwise_repeatable():
+    for case in (0, 5, 6, 11):
+        p = make_problem(5, 16, B=20, **options_of(case))
+        for first, second in zip(kernels(p), kernels(p), strict=True):
+            assert torch.equal(first, second)
+
+
+def test_out_may_be_the_input_itself():
+    for case in (0, 2, 6, 8):
+        p = make_problem(5, 16, **options_of(case))
+        out, h_n = elman_forward(p.x, p.weight_hh, p.h0, **p.options)
+        x = p.x.clone()
+        in_place, h_n_in_place = elman_forward(x, p.weight_hh, p.h0, **p.options, out=x)
+        assert in_place.data_ptr() == x.data_ptr()
+        assert torch.equal(in_place, out)
+        assert torch.equal(h_n_in_place, h_n)
+
+
+def test_strided_arguments():
+    """Columns of wider buffers, every second row, expanded h0: read in place, whatever the strides but the last."""
+    p = make_problem(4, 7, B=3)
+    wide = torch.full((4, 6, 20), torch.nan, device=DEVICE)
+    x = wide[:, ::2, 5:12].copy_(p.x)
+    h0 = p.h0[:, :1].expand(1, 3, 7)
+    plain = make_problem(4, 7, B=3)
+    plain.h0 = h0.contiguous()
+    p.x, p.h0 = x, h0
+    p.grad_out = torch.full((4, 3, 9), torch.nan, device=DEVICE)[..., 1:8].copy_(p.grad_out)
+    p.grad_h_n = torch.full((1, 3, 9), torch.nan, device=DEVICE)[..., :7].copy_(p.grad_h_n)
+    for found, wanted in zip(kernels(p), kernels(plain), strict=True):
+        assert torch.equal(found, wanted)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_absent_gradients_count_as_zero(packed):
+    p = make_problem(4, 7, packed=packed, reverse=(False, True))
+    out, _ = elman_forward(p.x, p.weight_hh, p.h0, **p.options)
+    zero_out, zero_h_n = torch.zeros_like(p.grad_out), torch.zeros_like(p.grad_h_n)
+    for given, full in (
+        ((p.grad_out, None), (p.grad_out, zero_h_n)),
+        ((None, p.grad_h_n), (zero_out, p.grad_h_n)),
+        ((None, None), (zero_out, zero_h_n)),
+    ):
+        found = elman_backward(*given, out, p.weight_hh, p.h0, **p.options)
+        wanted = elman_backward(*full, out, p.weight_hh, p.h0, **p.options)
+        assert torch.equal(found[0], wanted[0])
+        assert all(torch.equal(a, b) for a, b in zip(found[1], wanted[1], strict=True))
+        assert torch.equal(found[2], wanted[2])
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+def test_weight_gradient_only_if_needed(tokens):
+    p = make_problem(4, 7, tokens=tokens)
+    out, _ = elman_forward(p.x, p.weight_hh, p.h0, **p.options)
+    options = p.options | ({"num_tokens": V} if tokens else {})
+    with_weight = elman_backward(p.grad_out, p.grad_h_n, out, p.weight_hh, p.h0, **options)
+    without = elman_backward(p.grad_out, p.grad_h_n, out, p.weight_hh, p.h0, **options, need_weight_grad=False)
+    assert without[1] is None
+    torch.testing.assert_close(without[0], with_weight[0])
+    assert torch.equal(without[2], with_weight[2])
+
+
+@pytest.mark.parametrize("H", [7, 64])
+def test_token_ids_outside_the_table_read_and_add_nothing(H):
+    p = make_problem(3, H, tokens=True)
+    ids = p.options["tokens"]
+    ids[0, 0], ids[1, 1], ids[2, 2] = -1, V, 2**40
+    wrong = (ids < 0) | (ids >= V)
+    out, h_n, grad_table, *rest = kernels(p)
+    dense = make_problem(3, H)
+    dense.weight_hh, dense.h0, dense.grad_out, dense.grad_h_n = p.weight_hh, p.h0, p.grad_out, p.grad_h_n
+    dense.x = p.x[ids.masked_fill(wrong, 0)].masked_fill(wrong[..., None], 0)
+    out_dense, h_n_dense, grad_x, *rest_dense = kernels(dense)
+    assert torch.equal(out, out_dense)
+    assert torch.equal(h_n, h_n_dense)
+    wanted = torch.zeros_like(grad_table).index_add_(0, ids[~wrong], grad_x[~wrong])
+    torch.testing.assert_close(grad_table, wanted)
+    torch.testing.assert_close(rest, rest_dense)
+
+
+def test_int32_token_ids():
+    p = make_problem(3, 7, tokens=True)
+    wanted = kernels(p)
+    p.options["tokens"] = p.options["tokens"].int()
+    for found, right in zip(kernels(p), wanted, strict=True):
+        assert torch.equal(found, right)
+
+
+@pytest.mark.parametrize("tokens", [False, True])
+@pytest.mark.parametrize(("T", "B"), [(0, 3), (3, 0)])
+def test_empty_input(T, B, tokens):
+    p = make_problem(T, 7, B=B, tokens=tokens)
+    out, h_n = elman_forward(p.x, p.weight_hh, p.h0, **p.options)
+    assert out.shape == (T, B, 7)
+    assert torch.equal(h_n, p.h0)
+    options = p.options | ({"num_tokens": V} if tokens else {})
+    grad_x, grad_weight, grad_h0 = elman_backward(p.grad_out, p.grad_h_n, out, p.weight_hh, p.h0, **options)
+    assert grad_x.shape == ((V, 7) if tokens else (T, B, 7))
+    assert not grad_x.any()
+    assert not grad_weight[0].any()
+    assert torch.equal(grad_h0, p.grad_h_n)
+
+
+def test_nan_input_stays_in_its_row():
+    p = make_problem(3, 7)
+    p.x[0, 1] = torch.nan
+    out, _ = elman_forward(p.x, p.weight_hh, p.h0, **p.options)
+    assert out[:, 1].isnan().all()
+    assert not out[:, [0, 2]].isnan().any()
+
+
+def test_limits():
+    assert elman_limits(128, torch.float32) is None
+    assert elman_limits(256, torch.bfloat16) is None
+    assert "hidden size 256 is too large" in elman_limits(256, torch.float32, "tf32")
+    assert "hidden size 129 is too large" in elman_limits(129, torch.float64)
+    assert "no kernel for torch.int64" in elman_limits(8, torch.int64)
+
+
+def test_arguments_out_of_reach_are_refused():
+    p = make_problem(2, 7)
+    with pytest.raises(ValueError, match=r"x: expected a last stride of 1, got strides"):
+        elman_forward(p.x.transpose(1, 2).contiguous().transpose(1, 2), p.weight_hh)
+    with pytest.raises(ValueError, match=r"h0: expected a tensor on .*, got meta"):
+        elman_forward(p.x, p.weight_hh, p.h0.to("meta"))
+    large = torch.zeros(300, 300, device=DEVICE)
+    with pytest.raises(RuntimeError, match="hidden size 300 is too large for one program"):
+        elman_forward(torch.zeros(1, 1, 300, device=DEVICE), [large])
+    with pytest.raises(RuntimeError, match="hidden size 300 is too large for one program"):
+        elman_backward(None, None, torch.zeros(1, 1, 300, device=DEVICE), [large])
