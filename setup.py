@@ -1,8 +1,43 @@
-"""Folder mapping: the four folders stay visible at the top, two of them install inside charrnn_fast."""
+"""Folder mapping and the optional C extension; everything else stands in pyproject.toml.
 
-from setuptools import find_packages, setup
+The four folders stay visible at the top, two of them install inside charrnn_fast. Without a C compiler the install goes
+on and the "torch" backend serves.
+"""
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 
 MAPPED = {"charrnn_fast.kernels": "kernels", "charrnn_fast.reference": "reference"}
+FLAGS = ["-O3", "-g0", "-std=gnu11", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
+PROBE = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
+
+
+class BuildNative(build_ext):
+    """Adds OpenMP where the compiler has it; without it the kernels run on one thread."""
+
+    def build_extension(self, ext: Extension) -> None:
+        if self._has_openmp():
+            ext.extra_compile_args.append("-fopenmp")
+            ext.extra_link_args.append("-fopenmp")
+        super().build_extension(ext)
+
+    def _has_openmp(self) -> bool:
+        folder = tempfile.mkdtemp()
+        source = Path(folder) / "probe.c"
+        source.write_text(PROBE)
+        try:
+            objects = self.compiler.compile([str(source)], output_dir=folder, extra_postargs=["-fopenmp"])
+            self.compiler.link_executable(objects, str(Path(folder) / "probe"), extra_postargs=["-fopenmp"])
+        except Exception:  # whatever a compiler's driver raises, the answer is no
+            return False
+        finally:
+            shutil.rmtree(folder)
+        return True
 
 
 def packages() -> list[str]:
@@ -13,4 +48,28 @@ def packages() -> list[str]:
     return found
 
 
-setup(packages=packages(), package_dir=MAPPED)
+def extensions() -> list[Extension]:
+    if sys.platform == "win32":  # the kernels are written in the vector extensions of GCC and Clang
+        return []
+    folder = Path("kernels", "native")
+    return [
+        Extension(
+            "charrnn_fast.kernels.native._native",
+            sources=sorted(str(path) for path in folder.glob("*.c")),
+            depends=sorted(str(path) for path in folder.glob("*.[ch]")),
+            define_macros=[("Py_LIMITED_API", "0x030A0000")],
+            extra_compile_args=list(FLAGS),
+            py_limited_api=True,
+            optional=True,
+        )
+    ]
+
+
+setup(
+    packages=packages(),
+    package_dir=MAPPED,
+    ext_modules=extensions(),
+    cmdclass={"build_ext": BuildNative},
+    include_package_data=False,
+    options={"bdist_wheel": {"py_limited_api": "cp310"}},
+)

@@ -10,6 +10,8 @@ if torch.cuda.is_available():
 else:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
 
+from charrnn_fast.kernels import native  # imported after the variable is set
+
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
@@ -18,13 +20,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 item.add_marker(pytest.mark.skip(reason="no CUDA or ROCm device"))
 
 
-@pytest.fixture(params=["torch", "triton"])
+@pytest.fixture(params=["torch", "triton", "native"])
 def backend(request: pytest.FixtureRequest) -> str:
+    if request.param == "native" and (why := native.available()):
+        pytest.skip(f"backend 'native': {why}")
     return request.param
 
 
 @pytest.fixture
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Where the Triton kernels run here, a GPU or else the CPU; with the fixture ``backend`` at "torch", the CPU."""
-    plain = "backend" in request.fixturenames and request.getfixturevalue("backend") == "torch"
+    """Where the Triton kernels run here, a GPU or else the CPU; for another ``backend`` the CPU."""
+    plain = "backend" in request.fixturenames and request.getfixturevalue("backend") != "triton"
     return torch.device("cuda" if torch.cuda.is_available() and not plain else "cpu")

@@ -47,7 +47,7 @@ def add_parser(commands) -> None:
     )
     p.add_argument("--device", default="cpu", metavar="D", help="cpu (default), cuda, cuda:1, ...")
     p.add_argument(
-        "--backend", default="auto", metavar="B", help="auto (default), triton, torch: what runs a fused model"
+        "--backend", default="auto", metavar="B", help="auto (default), triton, native, torch: what runs a fused model"
     )
     p.add_argument(
         "--out", type=Path, metavar="DIR", help="write DIR/last.ckpt, DIR/best.ckpt, DIR/history.json and DIR/curve.png"

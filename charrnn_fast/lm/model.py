@@ -8,6 +8,8 @@ from torch.nn import functional as F
 
 from charrnn_fast.errors import InputError
 from charrnn_fast.lm.data import Vocabulary
+from charrnn_fast.ops import generate as decoder
+from charrnn_fast.ops.linear_cross_entropy import linear_cross_entropy
 from charrnn_fast.reference import generate as reference_generate
 from charrnn_fast.reference.language_model import RNNLM, Cell
 from charrnn_fast.rnn import FusedRNN
@@ -90,8 +92,52 @@ class CharRNN(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The mean loss in nats over targets (B, T) int64, and the final states (L, B, H)."""
-        logits, state = self(tokens, state)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten()), state
+        outputs, state = self.hidden(tokens, state)
+        # Loss rows in the outputs' own memory order, whichever of (B, T) and (T, B) it is: no copy of (B*T, H).
+        if not outputs.is_contiguous():
+            outputs, targets = outputs.transpose(0, 1), targets.T
+        rows, bias = outputs.flatten(0, 1), self.head.bias
+        return linear_cross_entropy(rows, self.head.weight, targets.flatten(), linear_bias=bias), state
+
+    @torch.no_grad()
+    def generate_ids(
+        self,
+        prompt: Tensor,
+        num_tokens: int,
+        *,
+        uniforms: Tensor | None = None,
+        temperature: float = 1.0,
+        alpha: float = 1.0,
+        top_k: int | None = None,
+        state: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Continue prompts (B, P) int64 by num_tokens ids: ids (B, num_tokens), and the state (L, B, H) before the
+        last.
+
+        Greedy if uniforms is None, else sampled by these numbers (B, num_tokens) in [0, 1); see
+        charrnn_fast.ops.generate.
+        """
+        sampling: dict[str, Any] = {"uniforms": uniforms, "temperature": temperature, "alpha": alpha, "top_k": top_k}
+        if not isinstance(self.rnn, FusedRNN):
+            return reference_generate.generate(self, prompt, num_tokens, state=state, **sampling)
+        layers = []
+        for layer in range(self.num_layers):
+            weight_ih: Tensor = self._cell_parameter("weight_ih", layer)
+            if layer == 0 and self.embed is not None:
+                weight_ih = weight_ih @ self.embed.weight.T  # (H, V): what each token feeds into the cell
+            bias = self._cell_parameter("bias_ih", layer) + self._cell_parameter("bias_hh", layer)
+            layers.append((weight_ih, self._cell_parameter("weight_hh", layer), bias))
+        return decoder.generate(
+            prompt,
+            num_tokens,
+            layers,
+            self.head.weight,
+            self.head.bias,
+            state,
+            nonlinearity=self.nonlinearity,
+            backend=self.rnn.backend,
+            **sampling,
+        )
 
     def to_reference(self) -> RNNLM:
         """The same model from scratch, in tensor operations only: a copy of the parameters under their textbook
@@ -174,7 +220,9 @@ def generate(
         else:
             generator.manual_seed(seed)
         uniforms = torch.rand(1, num_chars, generator=generator, dtype=torch.float64).to(device)
-    new, _ = reference_generate.generate(
-        model, ids, num_chars, uniforms=uniforms, temperature=temperature or 1.0, alpha=alpha, top_k=top_k
-    )
+    sampling: dict[str, Any] = {"temperature": temperature or 1.0, "alpha": alpha, "top_k": top_k}
+    if isinstance(model, CharRNN):
+        new, _ = model.generate_ids(ids, num_chars, uniforms=uniforms, **sampling)
+    else:
+        new, _ = reference_generate.generate(model, ids, num_chars, uniforms=uniforms, **sampling)
     return vocab.prepare(prompt) + vocab.decode(new[0])

@@ -15,6 +15,7 @@ from torch import Tensor
 from charrnn_fast.errors import TrainingError
 from charrnn_fast.lm.data import Batch, Sampler
 from charrnn_fast.lm.model import CharRNN
+from charrnn_fast.ops.clip_grad_norm import clip_grad_norm_
 from charrnn_fast.reference import training as reference
 from charrnn_fast.reference.language_model import RNNLM
 
@@ -72,7 +73,7 @@ def train_batches(
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
         loss.backward()
         if clip is not None:
-            torch.nn.utils.clip_grad_norm_(parameters, clip)
+            clip_grad_norm_(parameters, clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.clear()

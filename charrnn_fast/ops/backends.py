@@ -13,6 +13,8 @@ from typing import Any
 
 import torch
 
+from charrnn_fast.kernels import native
+
 _HAS_TRITON = find_spec("triton") is not None
 
 
@@ -68,6 +70,18 @@ def _tf32_allowed() -> bool:
     return torch.backends.cudnn.allow_tf32 if allowed is None else allowed == "tf32"
 
 
+def _native_cannot(device: torch.device, dtype: torch.dtype, hidden_size: int) -> str | None:
+    if device.type != "cpu":
+        return "it runs on a CPU"
+    return native.elman_limits(hidden_size, dtype)
+
+
+def _native_kernels(
+    device: torch.device, dtype: torch.dtype, hidden_size: int
+) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    return native.elman_forward, native.elman_backward
+
+
 def _never(device: torch.device, dtype: torch.dtype, hidden_size: int) -> str | None:
     return None
 
@@ -86,6 +100,7 @@ class Backend:
 # In the order of preference of "auto"; the last row runs everything.
 BACKENDS = (
     Backend("triton", _triton_cannot, _triton_should_not, _triton_kernels),
+    Backend("native", _native_cannot, _never, _native_kernels),
     Backend("torch", _never, _never, None),
 )
 NAMES = ("auto", *(row.name for row in BACKENDS))

@@ -125,22 +125,27 @@ def _layer_forward(
         raise RuntimeError(f"Expected hidden size {expected}, got {list(h0.shape)}")
     if _is_tokens(input):
         tokens, x = input, _table(weights, directions)
-        _check_tokens(tokens, x.shape[0])
+        if backend != "native":  # which looks at the ids itself, in a fraction of the time
+            _check_tokens(tokens, x.shape[0])
         out = _in_order(x.new_empty(tokens.numel(), x.shape[1]), tokens)
     else:
         tokens, x = None, _project(input, weights, directions)
         out = x
     forward, _ = backends.kernels_of(backend, x.device, x.dtype, hidden)
-    return forward(
-        x,
-        _recurrent(weights, directions),
-        _unit_stride(h0),
-        tokens=tokens,
-        batch_sizes=batch_sizes,
-        nonlinearity=nonlinearity,
-        reverse=tuple(reverse),
-        out=out,
-    )
+    try:
+        return forward(
+            x,
+            _recurrent(weights, directions),
+            _unit_stride(h0),
+            tokens=tokens,
+            batch_sizes=batch_sizes,
+            nonlinearity=nonlinearity,
+            reverse=tuple(reverse),
+            out=out,
+        )
+    except IndexError:
+        _check_tokens(input, x.shape[0])  # names the id
+        raise
 
 
 def _layer_backward(

@@ -3,9 +3,11 @@
 import pytest
 import torch
 
+from charrnn_fast.kernels import native
 from charrnn_fast.ops import backends
 
 CPU = torch.device("cpu")
+ON_CPU = "native" if native.available() is None else "torch"  # what auto chooses, with and without the C extension
 interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels are compiled, not interpreted")
 
 
@@ -21,16 +23,26 @@ def no_default(monkeypatch):
 @interpreted
 def test_auto_does_not_choose_the_interpreter():
     explanation = backends.explain(32)
-    assert explanation.backend == "torch"
+    assert explanation.backend == ON_CPU
     assert "interpreted" in explanation.why_not["triton"]
-    assert str(explanation).splitlines()[0] == "torch: runs"
+    assert str(explanation).splitlines()[0] == f"{ON_CPU}: runs"
+
+
+def test_without_the_c_extension_torch_serves(monkeypatch):
+    monkeypatch.setattr(native, "_missing", "the C extension is not built (for this test)")
+    explanation = backends.explain(32)
+    assert explanation.backend == "torch"
+    assert explanation.why_not["native"] == "the C extension is not built (for this test)"
+    with pytest.raises(RuntimeError, match=r"'native' cannot run hidden_size=32, .* the C extension is not built"):
+        backends.choose("native", CPU, torch.float32, 32)
 
 
 @interpreted
 def test_a_backend_asked_for_by_name():
     assert backends.choose("triton", CPU, torch.float32, 32) == "triton"
     assert backends.choose("torch", CPU, torch.float32, 32) == "torch"
-    assert backends.explain(32, backend="triton").why_not == {"torch": "'triton' was asked for"}
+    why_not = backends.explain(32, backend="triton").why_not
+    assert why_not.keys() == {"native", "torch"} and why_not["torch"] == "'triton' was asked for"
 
 
 @interpreted
@@ -39,7 +51,7 @@ def test_the_environment_sets_the_default_alone(monkeypatch):
     assert backends.choose("auto", CPU, torch.float32, 32) == "triton"
     assert backends.choose("torch", CPU, torch.float32, 32) == "torch"
     monkeypatch.setenv("CHARRNN_BACKEND", "")
-    assert backends.choose("auto", CPU, torch.float32, 32) == "torch"
+    assert backends.choose("auto", CPU, torch.float32, 32) == ON_CPU
 
 
 def test_unknown_names_list_the_known(monkeypatch):
@@ -60,17 +72,17 @@ def test_a_backend_asked_for_that_cannot_run_says_why(monkeypatch, by_environmen
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype", "hidden_size", "why"),
+    ("device", "dtype", "hidden_size", "chosen", "why"),
     [
-        ("meta", torch.float32, 32, "no kernels for device type 'meta'"),
-        ("cpu", torch.complex64, 32, "complex64|needs a CUDA"),
-        ("cpu", torch.float32, 100_000, "too large|needs a CUDA"),
+        ("meta", torch.float32, 32, "torch", "no kernels for device type 'meta'"),
+        ("cpu", torch.complex64, 32, "torch", "complex64|needs a CUDA"),
+        ("cpu", torch.float32, 100_000, ON_CPU, "too large|needs a CUDA"),
     ],
 )
-def test_auto_falls_back_and_explain_tells(device, dtype, hidden_size, why):
-    assert backends.choose("auto", torch.device(device), dtype, hidden_size) == "torch"
+def test_auto_falls_back_and_explain_tells(device, dtype, hidden_size, chosen, why):
+    assert backends.choose("auto", torch.device(device), dtype, hidden_size) == chosen
     explanation = backends.explain(hidden_size, dtype, device)
-    assert explanation.backend == "torch"
+    assert explanation.backend == chosen
     with pytest.raises(RuntimeError, match=why):
         backends.choose("triton", torch.device(device), dtype, hidden_size)
 
@@ -84,7 +96,7 @@ def test_compiled_kernels_do_not_run_on_a_cpu(monkeypatch):
     from charrnn_fast.kernels.triton import elman as kernels
 
     monkeypatch.setattr(kernels, "INTERPRETED", False)
-    assert backends.choose("auto", CPU, torch.float32, 32) == "torch"
+    assert backends.choose("auto", CPU, torch.float32, 32) == ON_CPU
     assert "TRITON_INTERPRET=1" in backends.explain(32).why_not["triton"]
 
 

@@ -1,0 +1,438 @@
+"""CPU kernels in plain C, called with addresses and sizes: tensors in, tensors out, no autograd and no policy.
+
+Data types: float32 and float64 are computed as they are; bfloat16 and float16 are converted at the door and computed in
+float32. The instruction set (AVX-512, AVX2 with FMA, baseline) is chosen when the program runs; CHARRNN_ISA forces one.
+Threads follow torch.get_num_threads() at every call; the results do not depend on it.
+"""
+
+import os
+from array import array
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+try:
+    from . import _native
+except ImportError as error:
+    _native, _missing = None, f"the C extension is not built ({error})"
+else:
+    _missing = None
+
+ISAS = ("baseline", "avx2", "avx512")
+_COMPUTE = {torch.float32: 0, torch.float64: 1}
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_selected: int | None = None
+
+
+def available() -> str | None:
+    """None if the kernels can run here, else one clause saying why not."""
+    return _missing
+
+
+def isa() -> str:
+    """The instruction set in use: "avx512", "avx2" or "baseline".
+
+    Raises RuntimeError if CHARRNN_ISA names one that this machine or this build lacks.
+    """
+    return ISAS[_isa()]
+
+
+def set_isa(name: str | None) -> None:
+    """Use this instruction set from now on; None: $CHARRNN_ISA, or else the best that the machine has.
+
+    Raises RuntimeError if this machine or this build lacks it.
+    """
+    global _selected
+    if _native is None:
+        raise RuntimeError(f"the native backend cannot run: {_missing}")
+    names = _native.isas()
+    name = name or os.environ.get("CHARRNN_ISA") or names[-1]
+    if name not in names:
+        raise RuntimeError(f"CHARRNN_ISA: this machine has {', '.join(names)}, got {name!r}")
+    _selected = ISAS.index(name)
+
+
+def _isa() -> int:
+    if _selected is None:
+        set_isa(None)
+    return _selected
+
+
+def elman_limits(hidden_size: int, dtype: torch.dtype) -> str | None:
+    """None if elman_forward and elman_backward can run this size and type, else one clause saying why not."""
+    if _missing:
+        return _missing
+    if dtype not in _DTYPES:
+        return f"dtype {dtype} is not among float32, float64, bfloat16, float16"
+    if hidden_size < 1:
+        return f"hidden size {hidden_size} is below 1"
+    return None
+
+
+def _computed(tensor: Tensor | None) -> Tensor | None:
+    """The tensor in the type that the kernels compute in, its last stride 1."""
+    if tensor is None:
+        return None
+    if tensor.dtype not in _COMPUTE:
+        tensor = tensor.float()
+    return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _sequence(tensor: Tensor | None) -> tuple[int, int, int]:
+    """Address and strides (t, b) of a sequence (T, B, C), or packed (N, C)."""
+    if tensor is None:
+        return 0, 0, 0
+    strides = tensor.stride()
+    return tensor.data_ptr(), (strides[0] if tensor.dim() == 3 else 0), strides[-2]
+
+
+def _states(tensor: Tensor | None) -> tuple[int, int, int]:
+    """Address and strides (d, b) of states (D, B, H)."""
+    return (0, 0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
+
+
+def _pair(values: Sequence[int]) -> tuple[int, int]:
+    return values[0], (values[1] if len(values) > 1 else 0)
+
+
+class _Walk:
+    """The sizes of one call and the tensors that its argument record points into, kept alive until it returns."""
+
+    def __init__(self, lead: Tensor, weight_hh, h0, tokens, batch_sizes, nonlinearity, reverse):
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"nonlinearity: expected 'tanh' or 'relu', got {nonlinearity!r}")
+        if lead.device.type != "cpu":
+            raise ValueError(f"expected tensors on the CPU, got {lead.device}")
+        self.weight = [_computed(w) for w in weight_hh]
+        self.h0 = _computed(h0)
+        self.H, self.D = self.weight[0].shape[0], len(self.weight)
+        self.dtype = self.weight[0].dtype
+        self.tokens = None if tokens is None else tokens.to(torch.int64)
+        steps = lead if tokens is None else tokens
+        self.shape = torch.Size((*(steps.shape if tokens is not None else steps.shape[:-1]), self.D * self.H))
+        if batch_sizes is None:
+            self.T, self.B = self.shape[:2]
+            self.batch_sizes = self.offsets = None
+        else:
+            self.T = batch_sizes.shape[0]
+            self.batch_sizes = batch_sizes.to(torch.int64).contiguous()
+            self.offsets = self.batch_sizes.cumsum(0) - self.batch_sizes
+            self.B = int(self.batch_sizes[0]) if self.T else 0
+        self.relu = int(nonlinearity == "relu")
+        self.reverse = _pair([int(r) for r in reverse])
+
+    @property
+    def empty(self) -> bool:
+        return self.T == 0 or self.B == 0
+
+    def states(self, batch: int) -> Tensor:
+        return torch.empty((self.D, batch, self.H), dtype=self.dtype)
+
+    def record(self, out: Tensor, num_tokens: int, threads: int, columns: int) -> tuple[int, ...]:
+        """The fields of elman_shape in kernels.h."""
+        tokens = self.tokens
+        strides = (0, 0) if tokens is None else (tokens.stride(0) if tokens.dim() == 2 else 0, tokens.stride(-1))
+        return (
+            *(self.T, self.B, self.H, self.D, num_tokens, threads, columns, self.relu, *self.reverse),
+            *(_address(self.batch_sizes), _address(self.offsets), _address(tokens), *strides),
+            *_pair([w.data_ptr() for w in self.weight]),
+            *_pair([w.stride(0) for w in self.weight]),
+            *_states(self.h0),
+            *_sequence(out),
+        )
+
+
+def _plan(B: int, H: int, D: int, T: int) -> tuple[int, int]:
+    """Threads, and whether columns (1) or rows (0) are split over them.
+
+    Measured on 2 cores with AVX-512. Rows, where a thread gets enough of them to hide the reading of W (4 from level 2,
+    1 when W fits level 1); else columns, where a step's share outweighs the barrier (0.2 us, more on a busy machine).
+    """
+    threads = torch.get_num_threads()
+    step = B * H * H * D
+    if threads == 1 or step * T < 1 << 19:
+        return 1, 0
+    rows = B * D // threads
+    if rows >= (1 if H <= 64 else 4):
+        return threads, 0
+    if step < 1 << 15:
+        return 1, 0
+    return min(threads, D * -(-H // 32)), 1
+
+
+def elman_forward(
+    x: Tensor,  # (T, B, D*H) or packed (N, D*H): projected input; with tokens the table (V, D*H)
+    weight_hh: Sequence[Tensor],  # D tensors (H, H)
+    h0: Tensor | None = None,  # (D, B, H)
+    *,
+    tokens: Tensor | None = None,  # (T, B) or packed (N), int64 or int32
+    batch_sizes: Tensor | None = None,  # (T) int64, rows active at each step; None: all B
+    nonlinearity: str = "tanh",
+    reverse: Sequence[bool] = (False,),  # D: does direction d walk time backwards
+    out: Tensor | None = None,  # like the result; may be x itself
+) -> tuple[Tensor, Tensor]:
+    """h_t = f(x_t + h_{t-1} W^T) over all steps. Returns out (T, B, D*H) or (N, D*H), and h_n (D, B, H).
+
+    Row v of the table is W_ih[:, v] + b_ih + b_hh. h_n is the state after each sequence's own last step. Float tensors
+    have one dtype among float32, float64, bfloat16, float16; a token outside the table is an IndexError.
+    """
+    walk = _Walk(x, weight_hh, h0, tokens, batch_sizes, nonlinearity, reverse)
+    source = _computed(x)
+    if out is not None and (out.shape != walk.shape or (walk.H > 1 and out.stride(-1) != 1)):
+        raise ValueError(
+            f"out: expected {tuple(walk.shape)} with last stride 1, got {tuple(out.shape)} with strides {out.stride()}"
+        )
+    if out is not None and out.dtype == walk.dtype:
+        result = out
+    elif tokens is None:
+        result = torch.empty_like(source)
+    else:
+        result = torch.empty(walk.shape, dtype=walk.dtype)
+    if walk.empty:
+        h_n = h0.clone() if h0 is not None else torch.zeros((walk.D, walk.B, walk.H), dtype=x.dtype)
+        return (result if out is None else out).to(x.dtype), h_n
+    h_n = walk.states(walk.B)
+    threads, columns = _plan(walk.B, walk.H, walk.D, walk.T)
+    table_rows = 0 if tokens is None else source.shape[0]
+    shape = walk.record(result, table_rows, threads, columns)
+    _native.elman_forward(_isa(), _COMPUTE[walk.dtype], *shape, *_sequence(source), _address(h_n))
+    if out is not None and out is not result:
+        result = out.copy_(result)
+    return result.to(x.dtype), h_n.to(x.dtype)
+
+
+def elman_backward(
+    grad_out: Tensor | None,  # like out
+    grad_h_n: Tensor | None,  # (D, B, H)
+    out: Tensor,  # (T, B, D*H) or (N, D*H): what forward returned
+    weight_hh: Sequence[Tensor],  # D tensors (H, H)
+    h0: Tensor | None = None,  # (D, B, H)
+    *,
+    tokens: Tensor | None = None,  # (T, B) or packed (N), int64 or int32
+    num_tokens: int | None = None,  # V, the rows of the table
+    batch_sizes: Tensor | None = None,  # (T) int64, rows active at each step; None: all B
+    nonlinearity: str = "tanh",
+    reverse: Sequence[bool] = (False,),
+    need_weight_grad: bool = True,
+) -> tuple[Tensor, tuple[Tensor, ...] | None, Tensor]:
+    """g_t = (grad_out_t + g_{t+1} W) f'(h_t), f' = 1 - h^2 or [h > 0]. Returns (grad_x, grad_weight_hh, grad_h0).
+
+    grad_x is g, like out; with tokens the table's gradient (V, D*H), the sum of g over the positions of each token.
+    grad_weight_hh: D tensors (H, H), or None. grad_h0 (D, B, H) always.
+    """
+    walk = _Walk(out, weight_hh, h0, tokens, batch_sizes, nonlinearity, reverse)
+    states = _computed(out)
+    grad_out, grad_h_n = _computed(grad_out), _computed(grad_h_n)
+    batch = walk.B if h0 is None else h0.shape[1]
+    grad_h0 = walk.states(batch)
+    table = None if tokens is None else torch.empty((num_tokens, walk.D * walk.H), dtype=walk.dtype)
+    weights = tuple(torch.empty((walk.H, walk.H), dtype=walk.dtype) for _ in weight_hh) if need_weight_grad else None
+    threads, columns = _plan(walk.B, walk.H, walk.D, walk.T)
+    fused = int(_fused(walk.B, walk.H, num_tokens or 0))
+    grad_x = None if fused and tokens is not None else torch.empty_like(states)
+    if walk.empty:
+        for tensor in (table, grad_h0, *(weights or ())):
+            if tensor is not None:
+                tensor.zero_()
+        if grad_h_n is not None:
+            grad_h0.copy_(grad_h_n)
+    else:
+        _native.elman_backward(
+            *(_isa(), _COMPUTE[walk.dtype], *walk.record(states, num_tokens or 0, threads, 0 if fused else columns)),
+            *(fused, *_sequence(grad_out), *_states(grad_h_n), *_sequence(grad_x), _address(table)),
+            *_pair([_address(w) for w in weights or (None, None)]),
+            _address(grad_h0),
+        )
+    dtype = out.dtype
+    result = (table if table is not None else grad_x).to(dtype)
+    return result, None if weights is None else tuple(w.to(dtype) for w in weights), grad_h0.to(dtype)
+
+
+def _fused(B: int, H: int, V: int) -> bool:
+    """Whether weight and table gradients are summed while the recurrence runs, in a partial sum for each few rows.
+
+    Depends on the shape alone: the order of the sums must not change with the thread count.
+    """
+    return B >= 64 and H <= 64 and V <= 256
+
+
+def linear_cross_entropy(
+    hidden: Tensor,  # (N, H)
+    weight: Tensor,  # (V, H)
+    bias: Tensor | None,  # (V)
+    target: Tensor,  # (N) int64
+    ignore_index: int = -100,
+    reduction: str = "mean",
+    need_grad: bool = True,
+    *,
+    grad_loss: Tensor | None = None,  # (N), factor of each row's gradient; None: 1
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Cross-entropy of hidden weight^T + bias, in nats. Returns (loss, grad_hidden, grad_weight, grad_bias).
+
+    The loss is a scalar ("mean" over the rows that are not ignored, or "sum") or (N) ("none"). The gradients are those
+    for an upstream gradient of 1, to be scaled by the real one; for "none", pass the upstream gradient as grad_loss.
+    They are None without need_grad; grad_bias also without bias. No (N, V) tensor is kept. A target outside 0..V-1 is
+    an IndexError.
+    """
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
+    if weight.shape[0] > _MAX_FUSED_CLASSES:
+        return _chunked_cross_entropy(hidden, weight, bias, target, ignore_index, reduction, need_grad, grad_loss)
+    dtype = hidden.dtype
+    hidden, weight, bias, grad_loss = (_computed(t) for t in (hidden, weight, bias, grad_loss))
+    target = target.to(torch.int64).contiguous()
+    (N, H), V = hidden.shape, weight.shape[0]
+    loss = array("d", [0.0])
+    rows = hidden.new_empty(N) if reduction == "none" else None
+    grads = [hidden.new_empty(N, H), hidden.new_empty(V, H), hidden.new_empty(V)] if need_grad else [None] * 3
+    if bias is None:
+        grads[2] = None
+    threads = torch.get_num_threads() if N * H * V >= 1 << 17 else 1
+    try:
+        _native.linear_cross_entropy(
+            *(_isa(), _COMPUTE[hidden.dtype], N, H, V, threads, ignore_index, int(reduction == "mean")),
+            *(hidden.data_ptr(), hidden.stride(0), weight.data_ptr(), weight.stride(0)),
+            *(_address(bias), target.data_ptr(), _address(grad_loss), loss.buffer_info()[0], _address(rows)),
+            *(_address(g) for g in grads),
+        )
+    except IndexError:
+        bad = target[(target != ignore_index) & ((target < 0) | (target >= V))][0]
+        raise IndexError(f"Target {int(bad)} is out of bounds.") from None
+    value = rows if reduction == "none" else hidden.new_tensor(loss[0])
+    return (value.to(dtype), *(None if g is None else g.to(dtype) for g in grads))
+
+
+_MAX_FUSED_CLASSES = 1024
+_CHUNK_LOGITS = 1 << 22
+
+
+def _chunked_cross_entropy(hidden, weight, bias, target, ignore_index, reduction, need_grad, grad_loss):
+    """The same for many classes: a few rows' logits at a time, by torch's own products."""
+    N, V = hidden.shape[0], weight.shape[0]
+    compute = hidden.dtype if hidden.dtype in _COMPUTE else torch.float32
+    valid = target != ignore_index
+    outside = valid & ((target < 0) | (target >= V))
+    if outside.any():
+        raise IndexError(f"Target {int(target[outside][0])} is out of bounds.")
+    factor = valid.to(compute) if grad_loss is None else valid * grad_loss.to(compute)
+    if reduction == "mean":
+        factor = factor / valid.sum()
+    rows = torch.zeros(N, dtype=compute)
+    grad_hidden = torch.empty_like(hidden) if need_grad else None
+    grad_weight = torch.zeros(weight.shape, dtype=compute) if need_grad else None
+    grad_bias = torch.zeros(V, dtype=compute) if need_grad and bias is not None else None
+    step = max(1, _CHUNK_LOGITS // V)
+    for chunk in (slice(n, n + step) for n in range(0, N, step)):
+        logits = torch.nn.functional.linear(hidden[chunk], weight, bias).to(compute)
+        chosen = torch.where(valid[chunk], target[chunk], 0).unsqueeze(1)
+        logits -= logits.logsumexp(1, keepdim=True)
+        rows[chunk] = torch.where(valid[chunk], -logits.gather(1, chosen).squeeze(1), 0)
+        if not need_grad:
+            continue
+        probabilities = logits.exp_()
+        probabilities.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=compute))
+        probabilities *= factor[chunk].unsqueeze(1)
+        grad_hidden[chunk] = probabilities.to(weight.dtype) @ weight
+        grad_weight.addmm_(probabilities.t(), hidden[chunk].to(compute))
+        if grad_bias is not None:
+            grad_bias += probabilities.sum(0)
+    loss = rows if reduction == "none" else rows.sum() / (valid.sum() if reduction == "mean" else 1)
+    dtype = hidden.dtype
+    return (loss.to(dtype), grad_hidden, *(None if g is None else g.to(dtype) for g in (grad_weight, grad_bias)))
+
+
+def generate(
+    prompt: Tensor,  # (B, P) int64, P >= 1
+    num_chars: int,
+    table: Tensor,  # (V, H), row v = W_ih[:, v] + b_ih + b_hh of layer 0
+    weight_ih: Sequence[Tensor | None],  # L tensors (H, H); the first is not read
+    weight_hh: Sequence[Tensor],  # L tensors (H, H)
+    bias: Sequence[Tensor | None],  # L tensors (H), b_ih + b_hh; the first is not read
+    head_weight: Tensor,  # (V, H)
+    head_bias: Tensor | None = None,  # (V)
+    state: Tensor | None = None,  # (L, B, H)
+    *,
+    uniforms: Tensor | None = None,  # (B, num_chars) in [0, 1); None: greedy
+    temperature: float = 1.0,
+    alpha: float = 1.0,
+    top_k: int | None = None,
+    nonlinearity: str = "tanh",
+) -> tuple[Tensor, Tensor]:
+    """Continue the prompts by num_chars ids. Returns the ids (B, num_chars) int64 and the state (L, B, H).
+
+    Greedy: argmax of the logits o. Sampled: the first id whose cumulated q exceeds u, where q is proportional to
+    softmax(o / temperature)^alpha over the top_k largest logits (and those equal to the k-th). The state is the one
+    after the last id that was read, the one before the last returned. A prompt id outside the table is an IndexError.
+    """
+    B, P = prompt.shape
+    (V, H), L = table.shape, len(weight_hh)
+    if P < 1:
+        raise ValueError("prompt: expected at least one id, got none")
+    if uniforms is not None and (temperature <= 0 or alpha < 0 or (top_k is not None and top_k < 1)):
+        raise ValueError(
+            "expected temperature > 0, alpha >= 0 and top_k >= 1, got "
+            f"temperature {temperature}, alpha {alpha}, top_k {top_k}"
+        )
+    kept = [
+        None if t is None else _computed(t).contiguous()
+        for t in (table, *weight_ih[1:], *weight_hh, *bias[1:], head_weight, head_bias)
+    ]
+    table = kept[0]
+    result = table.new_zeros(L, B, H)
+    if state is not None:
+        result.copy_(state)
+    ids = torch.empty((B, num_chars), dtype=torch.int64)
+    if B == 0 or num_chars == 0:
+        return ids, result.to(head_weight.dtype)
+    addresses = [_address(t) for t in kept]
+    per_layer = ([0, *addresses[1:L]], addresses[L : 2 * L], [0, *addresses[2 * L : -2]])
+    pointers = [array("q", layers) for layers in per_layer]
+    prompt = prompt.to(torch.int64).contiguous()
+    uniforms = None if uniforms is None else uniforms.to(torch.float64).contiguous()
+    sharpness = array("d", [alpha / temperature])
+    relu = int(nonlinearity == "relu")
+    _native.generate(
+        *(_isa(), _COMPUTE[table.dtype], B, P, num_chars, H, V, L, _generate_threads(B, H), relu),
+        *(prompt.data_ptr(), addresses[0], *(p.buffer_info()[0] for p in pointers), *addresses[-2:]),
+        *(_address(uniforms), sharpness.buffer_info()[0], top_k or 0, result.data_ptr(), ids.data_ptr()),
+    )
+    return ids, result.to(head_weight.dtype)
+
+
+def _generate_threads(B: int, H: int) -> int:
+    """One thread where a step is so short that meeting at the barrier would cost more than half of it."""
+    return torch.get_num_threads() if B * H * H >= 1 << 16 else 1
+
+
+def clip_limits(grads: Sequence[Tensor]) -> str | None:
+    """None if clip_grad_norm_ can run on these tensors, else one clause saying why not."""
+    if _missing:
+        return _missing
+    dtype = grads[0].dtype if grads else torch.float32
+    if dtype not in _COMPUTE or any(g.dtype != dtype or not g.is_cpu or not g.is_contiguous() for g in grads):
+        return "not all gradients are contiguous CPU tensors of one type among float32 and float64"
+    return None
+
+
+def clip_grad_norm_(grads: Sequence[Tensor], max_norm: float) -> Tensor:
+    """Scale all tensors in place by min(1, max_norm / (norm + 1e-6)); returns the L2 norm of all together, a scalar.
+
+    The tensors must satisfy clip_limits.
+    """
+    if not grads:
+        return torch.tensor(0.0)
+    addresses = array("q", [g.data_ptr() for g in grads])
+    sizes = array("q", [g.numel() for g in grads])
+    norms = array("d", [max_norm, 0.0])
+    at = norms.buffer_info()[0]
+    dtype = grads[0].dtype
+    _native.clip(
+        *(_isa(), _COMPUTE[dtype], len(grads), torch.get_num_threads()),
+        *(addresses.buffer_info()[0], sizes.buffer_info()[0], at, at + norms.itemsize),
+    )
+    return torch.tensor(norms[1], dtype=dtype)

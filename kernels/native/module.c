@@ -1,0 +1,100 @@
+/*
+ * _native: the kernels as functions of Python integers (sizes, strides in elements, addresses). They check nothing:
+ * that is
+ * __init__.py's part. Written against the stable ABI, so that one build serves every Python.
+ */
+#define Py_LIMITED_API 0x030A0000
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <string.h>
+
+#include "kernels.h"
+
+_Static_assert(sizeof(void *) == 8, "argument records hold addresses in 8 bytes");
+
+static const char *const isa_names[ISA_COUNT] = {"baseline", "avx2", "avx512"};
+
+static int machine_has(int isa) {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    if (isa == ISA_AVX2)
+        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (isa == ISA_AVX512)
+        return machine_has(ISA_AVX2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512vl") &&
+               __builtin_cpu_supports("avx512dq");
+#endif
+    return isa == ISA_BASELINE;
+}
+
+/* isas() -> names of the instruction sets that this machine can run, the best one last. */
+static PyObject *isas(PyObject *module, PyObject *unused) {
+    (void)module, (void)unused;
+    PyObject *names = PyList_New(0);
+    for (int isa = 0; names && isa < ISA_COUNT; isa++) {
+        PyObject *name = machine_has(isa) ? PyUnicode_FromString(isa_names[isa]) : 0;
+        if (name && PyList_Append(names, name))
+            Py_CLEAR(names);
+        Py_XDECREF(name);
+    }
+    return names;
+}
+
+/* call(table, (isa, type, field, ...)): fills an argument record of `fields` 8-byte fields and runs the kernel. */
+static PyObject *call(const kernel table[][2], PyObject *const *args, Py_ssize_t count, Py_ssize_t fields) {
+    int64_t record[64];
+    if (count != fields + 2)
+        return PyErr_Format(PyExc_TypeError, "expected %zd integers, got %zd", fields + 2, count);
+    for (Py_ssize_t i = 0; i < count; i++) {
+        int64_t value = PyLong_AsLongLong(args[i]);
+        if (value == -1 && PyErr_Occurred())
+            return 0;
+        record[i] = value;
+    }
+    if (record[0] < 0 || record[0] >= ISA_COUNT || record[1] < 0 || record[1] > 1 || !machine_has((int)record[0]))
+        return PyErr_Format(PyExc_ValueError, "no kernel for instruction set %lld, type %lld", (long long)record[0],
+                            (long long)record[1]);
+    int status;
+    Py_BEGIN_ALLOW_THREADS status = table[record[0]][record[1]](record + 2);
+    Py_END_ALLOW_THREADS if (status == STATUS_NO_MEMORY) return PyErr_NoMemory();
+    if (status == STATUS_BAD_TOKEN) {
+        PyErr_SetString(PyExc_IndexError, "index out of range in self");
+        return 0;
+    }
+    Py_RETURN_NONE;
+}
+
+#define KERNEL_FUNCTION(name)                                                                                          \
+    static PyObject *name(PyObject *module, PyObject *const *args, Py_ssize_t count) {                                 \
+        (void)module;                                                                                                  \
+        return call(name##_kernels, args, count, (Py_ssize_t)(sizeof(name##_args) / sizeof(int64_t)));                 \
+    }
+#define KERNEL_METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, 0}
+
+KERNEL_FUNCTION(elman_forward)
+KERNEL_FUNCTION(elman_backward)
+KERNEL_FUNCTION(linear_cross_entropy)
+KERNEL_FUNCTION(generate)
+KERNEL_FUNCTION(clip)
+
+static PyMethodDef methods[] = {
+    {"isas", isas, METH_NOARGS, 0},
+    KERNEL_METHOD(elman_forward),
+    KERNEL_METHOD(elman_backward),
+    KERNEL_METHOD(linear_cross_entropy),
+    KERNEL_METHOD(generate),
+    KERNEL_METHOD(clip),
+    {0, 0, 0, 0},
+};
+
+static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT,
+                                        "_native",
+                                        "CPU kernels of charrnn_fast: addresses and sizes in, nothing checked.",
+                                        0,
+                                        methods,
+                                        0,
+                                        0,
+                                        0,
+                                        0};
+
+PyMODINIT_FUNC PyInit__native(void) { return PyModuleDef_Init(&definition); }

@@ -1,0 +1,131 @@
+"""linear_cross_entropy against F.cross_entropy(F.linear(...)): values, gradients, second gradients, errors."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from charrnn_fast import linear_cross_entropy
+from charrnn_fast.kernels import native
+
+
+def _expected(input, weight, target, *, linear_bias=None, **options):
+    return F.cross_entropy(F.linear(input, weight, linear_bias), target, **options)
+
+
+def _operands(N, H, V, dtype=torch.float64, bias=True, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    tensors = [torch.randn(shape, generator=generator, dtype=dtype) for shape in ((N, H), (V, H), (V,))]
+    target = torch.randint(V, (N,), generator=generator)
+    return [t.requires_grad_() for t in (tensors if bias else tensors[:2])], target
+
+
+def _call(function, operands, target, **options):
+    bias = operands[2] if len(operands) == 3 else None
+    return function(operands[0], operands[1], target, linear_bias=bias, **options)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("N", "H", "V"), [(1, 1, 2), (7, 5, 3), (64, 32, 28), (33, 31, 100), (5, 16, 1500)])
+def test_values_and_gradients(N, H, V, bias, reduction):
+    operands, target = _operands(N, H, V, bias=bias)
+    target[::3] = -100
+    if (target == -100).all():
+        target[0] = 1
+    upstream = torch.randn(N if reduction == "none" else (), dtype=torch.float64)
+    results = []
+    for function in (linear_cross_entropy, _expected):
+        loss = _call(function, operands, target, reduction=reduction)
+        results.append([loss, *torch.autograd.grad(loss, operands, upstream)])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_error_is_at_most_twice_torchs(dtype):
+    operands, target = _operands(200, 64, 28, dtype)
+    exact = [t.detach().double().requires_grad_() for t in operands]
+    truth = torch.autograd.grad(_call(_expected, exact, target), exact)
+    ours = torch.autograd.grad(_call(linear_cross_entropy, operands, target), operands)
+    theirs = torch.autograd.grad(_call(_expected, operands, target), operands)
+    for a, b, t in zip(ours, theirs, truth, strict=True):
+        slack = torch.finfo(dtype).eps * t.abs().max()
+        assert (a.double() - t).abs().max() <= 2 * (b.double() - t).abs().max() + slack
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_gradcheck_and_gradgradcheck(reduction):
+    operands, target = _operands(5, 4, 3)
+    target[1] = -100
+
+    def function(*tensors):
+        return _call(linear_cross_entropy, tensors, target, reduction=reduction)
+
+    assert torch.autograd.gradcheck(function, operands)
+    assert torch.autograd.gradgradcheck(function, operands)
+
+
+def test_only_the_gradients_that_are_wanted():
+    operands, target = _operands(5, 4, 3)
+    operands[1].requires_grad_(False)
+    _call(linear_cross_entropy, operands, target).backward()
+    assert operands[0].grad is not None and operands[1].grad is None and operands[2].grad is not None
+    with torch.no_grad():
+        assert not _call(linear_cross_entropy, operands, target).requires_grad
+
+
+def test_two_backward_passes_add_up():
+    operands, target = _operands(5, 4, 3)
+    loss = _call(linear_cross_entropy, operands, target)
+    loss.backward(retain_graph=True)
+    once = operands[0].grad.clone()
+    loss.backward()
+    torch.testing.assert_close(operands[0].grad, 2 * once)
+
+
+def test_strided_input_and_large_logits():
+    operands, target = _operands(12, 8, 5)
+    wide = torch.randn(12, 16, dtype=torch.float64)
+    for input in (wide[:, ::2], wide[:, :8], wide.T[:12, :8], wide[:, :8] * 1e4):
+        loss = linear_cross_entropy(input, operands[1], target[: len(input)])
+        torch.testing.assert_close(loss, _expected(input, operands[1], target[: len(input)]))
+
+
+def test_what_the_kernel_does_not_take_goes_to_torch():
+    operands, target = _operands(6, 4, 3)
+    probabilities = torch.rand(6, 3, dtype=torch.float64)
+    torch.testing.assert_close(
+        linear_cross_entropy(operands[0], operands[1], probabilities),
+        _expected(operands[0], operands[1], probabilities),
+    )
+    one = linear_cross_entropy(operands[0][0], operands[1], target[0])
+    torch.testing.assert_close(one, _expected(operands[0][0], operands[1], target[0]))
+    derivative = torch.func.grad(lambda w: linear_cross_entropy(operands[0], w, target))(operands[1])
+    torch.testing.assert_close(derivative, torch.autograd.grad(_call(_expected, operands[:2], target), operands[1])[0])
+
+
+def test_all_rows_ignored_is_nan_as_in_torch():
+    operands, _ = _operands(4, 3, 2)
+    assert _call(linear_cross_entropy, operands, torch.full((4,), -100)).isnan()
+    assert _call(linear_cross_entropy, operands, torch.full((4,), -100), reduction="sum") == 0
+
+
+def test_bad_input_is_refused_in_torchs_words():
+    operands, target = _operands(4, 3, 2)
+    for bad, options in [
+        (target + 5, {}),
+        (target[:3], {}),
+        (target, {"reduction": "median"}),
+    ]:
+        errors = []
+        for function in (_expected, linear_cross_entropy):
+            with pytest.raises((IndexError, ValueError, RuntimeError)) as caught:
+                _call(function, operands, bad, **options)
+            errors.append((type(caught.value), str(caught.value)))
+        assert errors[0] == errors[1]
+
+
+def test_backend_torch_is_respected(monkeypatch):
+    monkeypatch.setenv("CHARRNN_BACKEND", "torch")
+    monkeypatch.setattr(native, "linear_cross_entropy", None)
+    operands, target = _operands(4, 3, 2)
+    assert _call(linear_cross_entropy, operands, target).isfinite()
