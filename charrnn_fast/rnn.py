@@ -78,6 +78,9 @@ class FusedRNN(nn.RNNBase):
         Returns:
             output like input with D*H columns, and h_n like hx.
         """
+        if self._is_brief(input):
+            torch_forward: Any = nn.RNN.forward  # all that it reads of self is in the common base
+            return torch_forward(self, input, hx)
         return self._run(input, hx, tokens=False)
 
     def forward_tokens(self, tokens: Any, hx: Tensor | None = None) -> Any:
@@ -99,6 +102,17 @@ class FusedRNN(nn.RNNBase):
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.backend == "auto" else f", backend={self.backend}")
+
+    def _is_brief(self, input: Any) -> bool:
+        """A few steps on a CPU, to be run by "auto": torch's own path costs less than entering the kernels' does."""
+        if type(input) is not Tensor or input.dim() not in (2, 3) or input.device.type != "cpu":
+            return False
+        steps = input.size(1 if self.batch_first and input.dim() == 3 else 0)
+        return (
+            steps < backends.LEAST_CPU_STEPS
+            and backends.requested(self.backend) == "auto"
+            and not (torch.compiler.is_compiling() or tensor_operations_only())
+        )
 
     def _run(self, input: Any, hx: Tensor | None, tokens: bool) -> Any:
         """The door: every form of input made (T, B, ...) or packed, checked as torch.nn.RNN does, and back again."""

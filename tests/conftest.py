@@ -5,6 +5,8 @@ import os
 import pytest
 import torch
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # the workers share the cores
 if torch.cuda.is_available():
     torch.backends.cudnn.allow_tf32 = False  # torch.nn.RNN is compared with in full float32
 else:

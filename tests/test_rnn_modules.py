@@ -546,3 +546,24 @@ def test_moving_between_types(rnn, x):
     assert rnn(x.double())[0].dtype == torch.float64
     rnn.to(torch.bfloat16)
     assert rnn(x.bfloat16())[0].dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("steps", [1, 3, 4])
+def test_few_steps_on_a_cpu_are_torchs_own(monkeypatch, steps, batch_first):
+    """By auto alone; the results, the gradients and the double gradients are the same either way."""
+    calls = []
+    forward = nn.RNN.forward
+    monkeypatch.setattr(nn.RNN, "forward", lambda *arguments: calls.append(1) or forward(*arguments))
+    torch.manual_seed(0)
+    rnn = FusedRNN(3, 4, batch_first=batch_first, dtype=torch.float64)
+    x = torch.randn((2, steps, 3) if batch_first else (steps, 2, 3), dtype=torch.float64, requires_grad=True)
+    by_auto = rnn(x)
+    assert len(calls) == (1 if steps < 4 else 0)
+    rnn.backend = "torch"
+    torch.testing.assert_close(by_auto, rnn(x))
+    assert len(calls) == (1 if steps < 4 else 0)
+    rnn.backend = "auto"
+    assert torch.autograd.gradgradcheck(lambda x: rnn(x)[0], (x,))
+    stacked = torch.stack([x.detach(), x.detach()])
+    torch.testing.assert_close(vmap(lambda x: rnn(x)[0])(stacked)[0], by_auto[0])
