@@ -9,6 +9,7 @@ import torch
 from charrnn_fast import __version__
 from charrnn_fast.cli.options import at_least, find_device
 from charrnn_fast.errors import InputError
+from charrnn_fast.kernels import native
 from charrnn_fast.ops import backends
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -30,6 +31,7 @@ def add_parser(commands) -> None:
 def _doctor(options: argparse.Namespace) -> int:
     print(f"charrnn_fast {__version__}, Python {platform.python_version()}, {platform.system()} {platform.machine()}")
     print(f"torch {torch.__version__}, triton {_version('triton')}, {torch.get_num_threads()} CPU threads")
+    print(f"native kernels: {native.available() or native.isa()}")
     names = [options.device] if options.device else ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
     for name in names:
         device = find_device(name)
