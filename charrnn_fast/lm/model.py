@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from charrnn_fast.errors import InputError
 from charrnn_fast.lm.data import Vocabulary
 from charrnn_fast.ops import generate as decoder
+from charrnn_fast.ops import language_model_loss as one_call
 from charrnn_fast.ops.linear_cross_entropy import linear_cross_entropy
 from charrnn_fast.reference import generate as reference_generate
 from charrnn_fast.reference.language_model import RNNLM, Cell
@@ -92,12 +93,32 @@ class CharRNN(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The mean loss in nats over targets (B, T) int64, and the final states (L, B, H)."""
+        in_one_call = self._loss_in_one_call(tokens, targets, state)
+        if in_one_call is not None:
+            return in_one_call
         outputs, state = self.hidden(tokens, state)
         # Loss rows in the outputs' own memory order, whichever of (B, T) and (T, B) it is: no copy of (B*T, H).
         if not outputs.is_contiguous():
             outputs, targets = outputs.transpose(0, 1), targets.T
         rows, bias = outputs.flatten(0, 1), self.head.bias
         return linear_cross_entropy(rows, self.head.weight, targets.flatten(), linear_bias=bias), state
+
+    def _loss_in_one_call(self, tokens: Tensor, targets: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """`loss` by the kernel that computes it together with all gradients, or None where that does not apply."""
+        if not isinstance(self.rnn, FusedRNN) or self.embed is not None or self.num_layers > 1:
+            return None
+        if state is not None and state.shape[0] != 1:
+            return None
+        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+        weight_ih, weight_hh, bias_ih, bias_hh = (self._cell_parameter(name, 0) for name in names)
+        head = (self.head.weight, self.head.bias)
+        ids, h0 = (tokens.T, targets.T), None if state is None else state[0]
+        if one_call.why_not(*ids, h0, (weight_ih, weight_hh, bias_ih, bias_hh, *head), self.rnn.backend) is not None:
+            return None
+        loss, h_n = one_call.language_model_loss(
+            *ids, h0, weight_ih, weight_hh, bias_ih + bias_hh, *head, nonlinearity=self.nonlinearity
+        )
+        return loss, h_n.unsqueeze(0)
 
     @torch.no_grad()
     def generate_ids(

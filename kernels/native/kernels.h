@@ -71,6 +71,32 @@ typedef struct {
 } linear_cross_entropy_args;
 
 typedef struct {
+    int64_t T, B, H, V;
+    int64_t threads, relu;
+    int64_t ignore_index;
+    const int64_t *tokens; /* (T, B) */
+    int64_t tokens_t, tokens_b;
+    const int64_t *targets; /* (T, B) */
+    int64_t targets_t, targets_b;
+    const void *table; /* (V, H) */
+    int64_t table_row;
+    const void *weight; /* (H, H), weight_hh */
+    int64_t weight_row;
+    const void *head; /* (V, H) */
+    int64_t head_row;
+    const void *bias; /* (V) of the head, or NULL */
+    const void *h0;   /* (B, H) or NULL: zeros */
+    int64_t h0_row;
+    double *loss;      /* (1): out, mean over the targets that count */
+    void *h_n;         /* (B, H), contiguous; as are the gradients */
+    void *grad_table;  /* (V, H) */
+    void *grad_weight; /* (H, H) */
+    void *grad_head;   /* (V, H) */
+    void *grad_bias;   /* (V) or NULL */
+    void *grad_h0;     /* (B, H) */
+} language_model_args;
+
+typedef struct {
     int64_t B, P, N, H, V, L; /* P: prompt length, N: ids to append */
     int64_t threads, relu;
     const int64_t *prompt;        /* (B, P), contiguous */
@@ -101,6 +127,7 @@ typedef int (*kernel)(const void *args);
 extern const kernel elman_forward_kernels[ISA_COUNT][2];
 extern const kernel elman_backward_kernels[ISA_COUNT][2];
 extern const kernel linear_cross_entropy_kernels[ISA_COUNT][2];
+extern const kernel language_model_kernels[ISA_COUNT][2];
 extern const kernel generate_kernels[ISA_COUNT][2];
 extern const kernel clip_kernels[ISA_COUNT][2];
 

@@ -74,6 +74,7 @@ static PyObject *call(const kernel table[][2], PyObject *const *args, Py_ssize_t
 KERNEL_FUNCTION(elman_forward)
 KERNEL_FUNCTION(elman_backward)
 KERNEL_FUNCTION(linear_cross_entropy)
+KERNEL_FUNCTION(language_model)
 KERNEL_FUNCTION(generate)
 KERNEL_FUNCTION(clip)
 
@@ -82,6 +83,7 @@ static PyMethodDef methods[] = {
     KERNEL_METHOD(elman_forward),
     KERNEL_METHOD(elman_backward),
     KERNEL_METHOD(linear_cross_entropy),
+    KERNEL_METHOD(language_model),
     KERNEL_METHOD(generate),
     KERNEL_METHOD(clip),
     {0, 0, 0, 0},

@@ -27,11 +27,11 @@ typedef struct {
     int count;
 } NAME(outer);
 
-static int64_t NAME(outer_size)(int64_t G, int64_t H) {
+static __attribute__((unused)) int64_t NAME(outer_size)(int64_t G, int64_t H) {
     return CEIL_DIV(G, LANES) * (LANES / OUTER_TILE) * TILE_STRIDE + CEIL_DIV(H, PANEL) * PANEL_STRIDE;
 }
 
-static NAME(outer)
+static __attribute__((unused)) NAME(outer)
     NAME(outer_open)(real *memory, real *tile, real *target, int64_t G, int64_t H, int64_t first, int64_t last) {
     real *h = memory + CEIL_DIV(G, LANES) * (LANES / OUTER_TILE) * TILE_STRIDE;
     NAME(outer) sum = {memory, h, tile, target, G, H, first, last, 0};
@@ -42,18 +42,23 @@ static NAME(outer)
     return sum;
 }
 
+/* Adds the first `rows` rows, `columns` columns of a tile to target, whose rows are `row` elements apart. */
+INLINE void NAME(outer_add)(const real *tile, real *target, int64_t rows, int64_t row, int64_t columns) {
+    for (int64_t i = 0; i < rows; i++)
+        for (int64_t v = 0; v < PANEL && v < columns; v += LANES) {
+            int width = (int)MIN(LANES, columns - v);
+            vec sum = NAME(load_some)(target + i * row + v, width) + NAME(load)(tile + i * PANEL + v);
+            NAME(store_some)(target + i * row + v, sum, width);
+        }
+}
+
 static void NAME(outer_flush)(NAME(outer) *sum) {
     for (int64_t p = 0; sum->count && p * PANEL < sum->H; p++)
         for (int64_t r = sum->first; r < sum->last; r++) {
             NAME(tile)(OUTER_TILE, 1, 1, OUTER_TILE, LANES * OUTER_TILE, sum->count,
                        sum->g + r * TILE_STRIDE, sum->h + p * PANEL_STRIDE, 0, sum->tile);
-            for (int64_t i = 0; i < OUTER_TILE && r * OUTER_TILE + i < sum->G; i++)
-                for (int64_t v = 0, j = p * PANEL; v < 2 && j < sum->H; v++, j += LANES) {
-                    real *target = sum->target + (r * OUTER_TILE + i) * sum->H + j;
-                    int width = (int)MIN(LANES, sum->H - j);
-                    vec add = NAME(load)(sum->tile + i * PANEL + v * LANES);
-                    NAME(store_some)(target, NAME(load_some)(target, width) + add, width);
-                }
+            NAME(outer_add)(sum->tile, sum->target + r * OUTER_TILE * sum->H + p * PANEL,
+                            MIN(OUTER_TILE, sum->G - r * OUTER_TILE), sum->H, sum->H - p * PANEL);
         }
     sum->count = 0;
 }

@@ -118,3 +118,23 @@ def test_prompt_is_prepared_as_the_text_was():
 def test_bad_requests(arguments, options, message):
     with pytest.raises(InputError, match=message):
         generate(_model(), VOCAB, *arguments, **options)
+
+
+@pytest.mark.parametrize("options", [{}, {"nonlinearity": "relu"}, {"second_bias": False}])
+def test_loss_in_one_call_is_the_loss_of_the_separate_operations(options):
+    """At a batch that the one call is made for: loss, state and gradients as with the torch backend."""
+    tokens = torch.randint(7, (20, 10), generator=torch.Generator().manual_seed(1))
+    state = torch.randn(1, 20, 5, dtype=torch.float64)
+    results = []
+    for backend in ("auto", "torch"):
+        model = _model(**options, backend=backend)
+        loss, last = model.loss(tokens[:, :-1], tokens[:, 1:], state)
+        (loss + last.sum()).backward()
+        results.append([loss, last, *(p.grad for p in model.parameters() if p.requires_grad)])
+    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
+
+
+def test_state_of_another_number_of_layers_is_refused():
+    tokens = torch.randint(7, (20, 10), generator=torch.Generator().manual_seed(1))
+    with pytest.raises(RuntimeError, match="Expected hidden size"):
+        _model().loss(tokens[:, :-1], tokens[:, 1:], torch.zeros(2, 20, 5, dtype=torch.float64))

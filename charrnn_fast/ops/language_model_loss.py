@@ -1,0 +1,155 @@
+"""Forward, loss and gradients of a one-layer character model as one differentiable operation.
+
+    h_t = f(W_ih[:, token_t] + b + h_{t-1} W_hh^T),   loss = mean over (t, b) of -log softmax(h_t W_q^T + b_q)[target_t]
+
+The native kernel takes a few rows at a time through all steps and back, so the states never leave the cache and nothing
+of size (T, B, H) is kept. The loss and all gradients come from one call; the backward pass has only to scale them.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from charrnn_fast.kernels import native
+
+from . import backends
+from .elman import elman
+from .elman_torch import tensor_operations_only
+from .linear_cross_entropy import linear_cross_entropy
+
+
+def why_not(
+    tokens: Tensor, targets: Tensor, h0: Tensor | None, weights: Sequence[Tensor | None], backend: str = "auto"
+) -> str | None:
+    """None where `language_model_loss` runs and is faster than `elman` and `linear_cross_entropy`, else one clause.
+
+    Args:
+        tokens, targets, h0, backend: as in `language_model_loss`.
+        weights: its weight_ih, weight_hh, bias, head_weight, head_bias, or in place of bias its terms.
+    """
+    if tensor_operations_only() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return "a transform or compilation needs PyTorch's own operators"
+    weight_ih = weights[0]
+    if weight_ih is None or weight_ih.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
+        return "it runs on a CPU without autocast"
+    if tokens.dim() != 2 or tokens.shape != targets.shape or not tokens.numel():
+        return "it takes (T, B) tokens and as many targets"
+    if tokens.dtype != torch.int64 or targets.dtype != torch.int64:
+        return "it takes int64 tokens and targets"
+    if not torch.is_grad_enabled():
+        return "no gradients are wanted"
+    dtype, wanted = weight_ih.dtype, False
+    for weight in weights:
+        if weight is not None:
+            wanted |= weight.requires_grad
+            if weight.dtype != dtype:
+                return "it takes tensors of one dtype"
+    if not wanted:
+        return "no gradients are wanted"
+    if h0 is not None and (h0.requires_grad or h0.dtype != dtype or h0.shape != (tokens.shape[1], weight_ih.shape[0])):
+        return "the state is not a constant (B, H) of the weights' dtype"
+    hidden, vocab = weight_ih.shape
+    if backends.choose(backend, weight_ih.device, dtype, hidden) != "native":
+        return "another backend was asked for"
+    return native.language_model_limits(tokens.shape[1], hidden, vocab, dtype)
+
+
+def language_model_loss(
+    tokens: Tensor,
+    targets: Tensor,
+    h0: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    *,
+    nonlinearity: str = "tanh",
+) -> tuple[Tensor, Tensor]:
+    """The mean loss in nats and the last state of a one-layer model, by the native kernel.
+
+    Meant for calls for which `why_not` has no objection; all floating-point tensors on the CPU in one dtype, float32 or
+    float64.
+
+    Args:
+        tokens, targets: (T, B) int64 ids in 0..V-1, any strides; targets of -100 do not count.
+        h0: (B, H), or None for zeros.
+        weight_ih: (H, V). weight_hh: (H, H). bias: (H,), b_ih + b_hh, or None.
+        head_weight: (V, H). head_bias: (V,) or None.
+        nonlinearity: "tanh" or "relu".
+
+    Returns: loss, a scalar, and h_n (B, H). Where h_n is differentiated, or the loss twice, the backward pass computes
+    everything again by `elman` and `linear_cross_entropy`.
+
+    Raises: IndexError for a token or target outside 0..V-1, ValueError for another nonlinearity.
+    """
+    return _LanguageModelLoss.apply(
+        tokens, targets, nonlinearity, h0, weight_ih, weight_hh, bias, head_weight, head_bias
+    )
+
+
+class _LanguageModelLoss(torch.autograd.Function):
+    """The native kernel under autograd; no setup_context, for which PyTorch inspects the signature at every call."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tokens: Tensor,
+        targets: Tensor,
+        nonlinearity: str,
+        h0: Tensor | None,
+        weight_ih: Tensor,
+        weight_hh: Tensor,
+        bias: Tensor | None,
+        head_weight: Tensor,
+        head_bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(tokens, targets, h0, weight_ih, weight_hh, bias, head_weight, head_bias)
+        ctx.set_materialize_grads(False)
+        ctx.nonlinearity = nonlinearity
+        table = weight_ih.t().contiguous() if bias is None else torch.add(weight_ih.t(), bias).contiguous()
+        loss, h_n, grad_table, grad_weight_hh, grad_head_weight, grad_head_bias, grad_h0 = native.language_model_loss(
+            tokens, targets, table, weight_hh, head_weight, head_bias, h0, nonlinearity=nonlinearity
+        )
+        grad_bias = None if bias is None else grad_table.sum(0)
+        ctx.gradients = (grad_h0, grad_table.t(), grad_weight_hh, grad_bias, grad_head_weight, grad_head_bias)
+        return loss, h_n
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_loss, grad_h_n = grad_outputs
+        needs_grad = ctx.needs_input_grad[3:]
+        gradients: Sequence[Tensor | None]
+        if grad_h_n is not None or torch.is_grad_enabled():
+            gradients = _recomputed(ctx, grad_loss, grad_h_n)
+        elif grad_loss is None:
+            gradients = (None,) * len(needs_grad)
+        elif grad_loss.item() == 1.0:  # nearly always
+            gradients = ctx.gradients
+        else:
+            gradients = [None if g is None else g * grad_loss for g in ctx.gradients]
+        return (None, None, None, *(g if needs else None for g, needs in zip(gradients, needs_grad, strict=True)))
+
+
+def _recomputed(ctx: Any, grad_loss: Tensor | None, grad_h_n: Tensor | None) -> list[Tensor | None]:
+    """The gradients by the separate operations, differentiable where a graph is wanted."""
+    tokens, targets, *saved = ctx.saved_tensors
+    needs_grad = ctx.needs_input_grad[3:]
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases, so that a tensor passed twice gets each place's own gradient; cut off unless a graph is wanted.
+        inputs: list[Any] = [None if t is None else t.view_as(t) if create_graph else t.detach() for t in saved]
+        for tensor, needs in zip(inputs, needs_grad, strict=True):
+            if needs and not create_graph:
+                tensor.requires_grad_()
+        h0, weight_ih, weight_hh, bias, head_weight, head_bias = inputs
+        states, h_n = elman(tokens, h0, weight_ih, weight_hh, bias, nonlinearity=ctx.nonlinearity, backend="native")
+        rows = states.transpose(0, 1).flatten(0, 1)
+        loss = linear_cross_entropy(rows, head_weight, targets.t().flatten(), linear_bias=head_bias)
+    given = [(y, grad) for y, grad in ((loss, grad_loss), (h_n, grad_h_n)) if grad is not None]
+    outputs, grad_outputs = [y for y, _ in given], [grad for _, grad in given]
+    wanted = [tensor for tensor, needs in zip(inputs, needs_grad, strict=True) if needs]
+    found = iter(torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=create_graph, allow_unused=True))
+    return [next(found) if needs else None for needs in needs_grad]
