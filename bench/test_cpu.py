@@ -6,7 +6,7 @@ Every round times each side once, in turn, so that a busy machine slows all of t
 import pytest
 
 from bench.grid import GENERATION, GRID, LM_STEPS, Config
-from bench.measure import Spread, peak_bytes, ratios, rounds_for, timed
+from bench.measure import Spread, clock, peak_bytes, ratios, rounds_for, settle, timed
 from bench.peers import PEERS, Job, Ours, TorchRNN, decoders
 from bench.problems import Problem
 
@@ -16,8 +16,7 @@ NUM_CHARS = 1000
 def _alternate(
     benchmark, ours: Job, others: dict[str, Job], seconds: float
 ) -> tuple[list[float], dict[str, list[float]]]:
-    """Rounds of: every other side once, then ours under pytest-benchmark. Returns the seconds of each, round by
-    round."""
+    """Rounds of every other side in turn, then ours under pytest-benchmark; the seconds of each, round by round."""
     for job in (*others.values(), ours):
         job()
     once = {name: timed(job) for name, job in others.items()}
@@ -28,9 +27,10 @@ def _alternate(
     def others_first() -> None:
         for name, job in others.items():
             times[name].append(timed(job))
+        settle(ours)
 
-    rounds = rounds_for(sum(once.values()), seconds)
-    benchmark.pedantic(lambda: mine.append(timed(ours)), setup=others_first, rounds=rounds, iterations=1)
+    rounds = rounds_for(2 * sum(once.values()), seconds)
+    benchmark.pedantic(lambda: mine.append(clock(ours)), setup=others_first, rounds=rounds, iterations=1)
     return mine, times
 
 
