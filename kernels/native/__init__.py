@@ -63,6 +63,11 @@ def _isa() -> int:
     return _selected
 
 
+def peak_scratch() -> int:
+    """The most bytes of working memory, beyond all tensors, that the kernels held at once since the last call of this."""
+    return 0 if _native is None else _native.peak_scratch()
+
+
 def elman_limits(hidden_size: int, dtype: torch.dtype) -> str | None:
     """None if elman_forward and elman_backward can run this size and type, else one clause saying why not."""
     if _missing:
@@ -353,20 +358,21 @@ def _chunked_cross_entropy(hidden, weight, bias, target, ignore_index, reduction
 def language_model_limits(batch: int, hidden_size: int, vocab: int, dtype: torch.dtype) -> str | None:
     """None where language_model_loss runs and beats the separate kernels, else one clause saying why not.
 
-    Measured on 2 cores with AVX-512, a training step on one thread: 1.6 times as fast at H=32, 1.3 at H=64, 1.2 at
-    H=100 and V=100, 1.1 at H=128 and V=256. Below 16 rows it has no work for a second thread. The thread count is no
-    part of the rule: the results must not depend on it.
+    Measured on 2 cores with AVX-512 (bench/NOTES.md), a training step on one and on two threads: 1.7 times as fast at
+    H=32, 1.2 to 1.5 at H=128, 1.0 to 1.3 at H=256. A block of rows is one thread's work: with few rows of many units
+    the separate kernels, which can split a step's columns, are faster. The thread count is no part of the rule: the
+    results must not depend on it.
     """
     if _missing:
         return _missing
     if dtype not in _COMPUTE:
         return f"dtype {dtype} is neither float32 nor float64"
-    if hidden_size > 128:
-        return f"hidden size {hidden_size} is above 128"
-    if vocab > 128:
-        return f"vocabulary {vocab} is above 128"
-    if batch < 16:
-        return f"batch {batch} is below 16"
+    if hidden_size > 512:
+        return f"hidden size {hidden_size} is above 512"
+    if vocab > 512:
+        return f"vocabulary {vocab} is above 512"
+    if hidden_size > 256 and batch < 12:
+        return f"batch {batch} is below 12 at a hidden size above 256"
     return None
 
 

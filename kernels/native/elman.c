@@ -186,7 +186,7 @@ static int NAME(elman_forward)(const void *args) {
         return STATUS_NO_MEMORY;
     NAME(forward_scratch)(&job, &memory);
     team_run(p->s.threads, NAME(forward_team), &job);
-    free(memory.base);
+    arena_close(&memory);
     return STATUS_OK;
 }
 

@@ -211,10 +211,10 @@ static void NAME(backward_fused)(NAME(backward_job) *job, team *self, real *now,
     team_barrier(self);
     for (int64_t d = 0; d < s->D; d++) {
         if (p->grad_weight[d])
-            NAME(add_parts)(self, job->weight_sums + d * job->chunks * s->H * s->H, job->chunks, s->H, s->H,
+            NAME(add_parts)(self, 0, job->weight_sums + d * job->chunks * s->H * s->H, job->chunks, s->H, s->H,
                             p->grad_weight[d], s->H);
         if (p->grad_table)
-            NAME(add_parts)(self, job->table_sums + d * job->chunks * s->V * s->H, job->chunks, s->V, s->H,
+            NAME(add_parts)(self, 0, job->table_sums + d * job->chunks * s->V * s->H, job->chunks, s->V, s->H,
                             (real *)p->grad_table + d * s->H, s->D * s->H);
     }
 }
@@ -350,7 +350,7 @@ static int NAME(elman_backward)(const void *args) {
         return STATUS_NO_MEMORY;
     NAME(backward_scratch)(&job, &memory);
     team_run(p->s.threads, NAME(backward_team), &job);
-    free(memory.base);
+    arena_close(&memory);
     return STATUS_OK;
 }
 

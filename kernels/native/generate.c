@@ -272,7 +272,7 @@ static int NAME(generate)(const void *args) {
     for (int64_t v = 0; v < job.head_panels * PANEL; v++)
         job.head_bias[v] = v >= p->V ? -(real)INFINITY : p->head_bias ? ((const real *)p->head_bias)[v] : 0;
     team_run(p->threads, NAME(decode_team), &job);
-    free(memory.base);
+    arena_close(&memory);
     return STATUS_OK;
 }
 

@@ -184,10 +184,10 @@ static void NAME(loss_team)(void *argument, team *self) {
         NAME(loss_part)(job, part, &memory);
     team_barrier(self);
     if (p->grad_weight)
-        NAME(add_parts)(self, job->weight_sums, job->parts, p->V, p->H, p->grad_weight, p->H);
+        NAME(add_parts)(self, 0, job->weight_sums, job->parts, p->V, p->H, p->grad_weight, p->H);
     if (p->grad_bias && self->rank == 0) {
         team alone = {1, 0, 0, 0};
-        NAME(add_parts)(&alone, job->bias_sums, job->parts, 1, p->V, p->grad_bias, p->V);
+        NAME(add_parts)(&alone, 0, job->bias_sums, job->parts, 1, p->V, p->grad_bias, p->V);
     }
 }
 
@@ -230,7 +230,7 @@ static int NAME(linear_cross_entropy)(const void *args) {
     for (int64_t part = 0; part < job.parts; part++)
         loss += job.losses[part];
     *p->loss = p->mean ? loss / (double)rows : loss;
-    free(memory.base);
+    arena_close(&memory);
     return STATUS_OK;
 }
 

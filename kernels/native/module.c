@@ -10,6 +10,7 @@
 #include <string.h>
 
 #include "kernels.h"
+#include "scratch.h"
 
 _Static_assert(sizeof(void *) == 8, "argument records hold addresses in 8 bytes");
 
@@ -64,6 +65,12 @@ static PyObject *call(const kernel table[][2], PyObject *const *args, Py_ssize_t
     Py_RETURN_NONE;
 }
 
+/* peak_scratch() -> the most bytes of working memory that the kernels held at once since the last call. */
+static PyObject *peak_scratch(PyObject *module, PyObject *unused) {
+    (void)module, (void)unused;
+    return PyLong_FromLongLong(scratch_peak());
+}
+
 #define KERNEL_FUNCTION(name)                                                                                          \
     static PyObject *name(PyObject *module, PyObject *const *args, Py_ssize_t count) {                                 \
         (void)module;                                                                                                  \
@@ -80,6 +87,7 @@ KERNEL_FUNCTION(clip)
 
 static PyMethodDef methods[] = {
     {"isas", isas, METH_NOARGS, 0},
+    {"peak_scratch", peak_scratch, METH_NOARGS, 0},
     KERNEL_METHOD(elman_forward),
     KERNEL_METHOD(elman_backward),
     KERNEL_METHOD(linear_cross_entropy),

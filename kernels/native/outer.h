@@ -52,9 +52,19 @@ INLINE void NAME(outer_add)(const real *tile, real *target, int64_t rows, int64_
         }
 }
 
+/* Fetches what outer_add will add to: `rows` rows are pages apart, where no hardware would foresee them. */
+INLINE void NAME(outer_fetch)(const real *target, int64_t rows, int64_t row) {
+    for (int64_t i = 0; i < rows; i++) {
+        PREFETCH(target + i * row, 1);
+        PREFETCH(target + i * row + LANES, 1);
+    }
+}
+
 static void NAME(outer_flush)(NAME(outer) *sum) {
     for (int64_t p = 0; sum->count && p * PANEL < sum->H; p++)
         for (int64_t r = sum->first; r < sum->last; r++) {
+            NAME(outer_fetch)(sum->target + r * OUTER_TILE * sum->H + p * PANEL,
+                              MIN(OUTER_TILE, sum->G - r * OUTER_TILE), sum->H);
             NAME(tile)(OUTER_TILE, 1, 1, OUTER_TILE, LANES * OUTER_TILE, sum->count,
                        sum->g + r * TILE_STRIDE, sum->h + p * PANEL_STRIDE, 0, sum->tile);
             NAME(outer_add)(sum->tile, sum->target + r * OUTER_TILE * sum->H + p * PANEL,
@@ -88,14 +98,15 @@ INLINE void NAME(outer_row)(NAME(outer) *sum, const int g_full, const int h_full
         NAME(outer_flush)(sum);
 }
 
-/* target[r][j] = sum over parts of sums[part][r][j], this thread's share of the rows. */
-static void NAME(add_parts)(const team *self, const real *sums, int64_t parts, int64_t rows, int64_t columns,
+/* target[r][j] = target[r][j] if `kept`, else 0, + sum over parts of sums[part][r][j]: this thread's share of the rows. */
+static void NAME(add_parts)(const team *self, int kept, const real *sums, int64_t parts, int64_t rows, int64_t columns,
                             real *target, int64_t target_row) {
     int64_t begin, end;
     team_share(self, rows, &begin, &end);
     for (int64_t r = begin; r < end; r++) {
-        memcpy(target + r * target_row, sums + r * columns, (size_t)columns * sizeof(real));
-        for (int64_t part = 1; part < parts; part++)
+        if (!kept)
+            memcpy(target + r * target_row, sums + r * columns, (size_t)columns * sizeof(real));
+        for (int64_t part = !kept; part < parts; part++)
             for (int64_t j = 0; j < columns; j++)
                 target[r * target_row + j] += sums[(part * rows + r) * columns + j];
     }

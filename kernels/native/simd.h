@@ -13,7 +13,9 @@
 #define CHARRNN_SIMD_ONCE
 #include <math.h>
 #include <stdint.h>
-#include <stdlib.h>
+
+#include "scratch.h"
+
 /* Keeps the compiler from loading all operands of a tile's step ahead of their use, which spills the sums. */
 #if defined(__x86_64__)
 #define PIN(v) __asm__ volatile("" : "+v"(v))
@@ -26,26 +28,6 @@
 #define CEIL_DIV(a, b) (((a) + (b) - 1) / (b))
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
-
-/* One 64-byte aligned allocation, handed out piece by piece; a first pass with base NULL counts. */
-typedef struct {
-    char *base;
-    size_t used;
-} arena;
-
-static inline void *take(arena *a, int64_t count, size_t size) {
-    void *piece = a->base ? a->base + a->used : 0;
-    a->used += CEIL_DIV((size_t)count * size, 64) * 64;
-    return piece;
-}
-
-static inline int arena_open(arena *a) {
-    void *base = 0;
-    int failed = posix_memalign(&base, 64, MAX(a->used, 64));
-    a->base = base;
-    a->used = 0;
-    return failed;
-}
 #endif
 
 #undef real

@@ -68,6 +68,27 @@ static int loss(int isa) {
     return failed;
 }
 
+static int language_model(int isa, int64_t T, int64_t B, int64_t H) {
+    enum { V = 29 };
+    int64_t *tokens = ids(T * B, V), *targets = ids(T * B, V);
+    float *table = numbers(V * H), *weight = numbers(H * H), *head = numbers(V * H), *bias = numbers(V);
+    float *h0 = numbers(B * H), *h_n = numbers(B * H), *grad_table = numbers(V * H), *grad_weight = numbers(H * H);
+    float *grad_head = numbers(V * H), *grad_bias = numbers(V), *grad_h0 = numbers(B * H);
+    double value;
+    targets[T * B - 1] = -100;
+    language_model_args args = {
+        .T = T, .B = B, .H = H, .V = V, .threads = 2, .ignore_index = -100, .tokens = tokens, .tokens_t = B,
+        .tokens_b = 1, .targets = targets, .targets_t = B, .targets_b = 1, .table = table, .table_row = H,
+        .weight = weight, .weight_row = H, .head = head, .head_row = H, .bias = bias, .h0 = h0, .h0_row = H,
+        .loss = &value, .h_n = h_n, .grad_table = grad_table, .grad_weight = grad_weight, .grad_head = grad_head,
+        .grad_bias = grad_bias, .grad_h0 = grad_h0,
+    };
+    int failed = language_model_kernels[isa][0](&args);
+    free(tokens), free(targets), free(table), free(weight), free(head), free(bias), free(h0), free(h_n);
+    free(grad_table), free(grad_weight), free(grad_head), free(grad_bias), free(grad_h0);
+    return failed;
+}
+
 static int decode(int isa, int threads) {
     enum { B = 3, P = 2, N = 9, H = 33, V = 29, L = 2 };
     float *table = numbers(V * H), *weight = numbers(H * H), *bias = numbers(H), *head = numbers(V * H);
@@ -104,6 +125,8 @@ int main(int argc, char **argv) {
     for (int64_t H = 1; H <= 40; H += 13)
         for (int options = 0; options < 8; options++)
             failed |= elman(isa, H, options & 1, options >> 1 & 1, options >> 2 & 1);
+    for (int64_t H = 1; H <= 40; H += 13)
+        failed |= language_model(isa, 3, 30, H) | language_model(isa, 31, 1, H) | language_model(isa, 7, 5, H);
     failed |= loss(isa) | decode(isa, 1) | decode(isa, 2) | clip(isa);
     printf("%s\n", failed ? "a kernel failed" : "done");
     return failed != 0;

@@ -17,6 +17,9 @@ SIZES = [
     (H, B, (2, 28, 100)[(i + j) % 3], (1, 2, 17)[(i + 2 * j) % 3])
     for (i, H), (j, B) in itertools.product(enumerate((1, 7, 16, 31, 32, 33, 64)), enumerate((1, 15, 16, 17, 64, 100)))
 ]
+# Few rows, several steps of them in a group: the steps fill groups, leave a rest, or do not fill one; then many units.
+SIZES += [(20, 1, 28, 24), (20, 1, 28, 106), (33, 2, 28, 4), (7, 3, 5, 1), (33, 5, 100, 40), (20, 4, 28, 47)]
+SIZES += [(130, 1, 28, 30), (257, 13, 100, 3)]
 
 
 @pytest.fixture(autouse=True)
@@ -157,6 +160,7 @@ def test_unknown_nonlinearity():
 def test_limits():
     assert native.language_model_limits(1024, 32, 28, torch.float32) is None
     assert "bfloat16" in native.language_model_limits(1024, 32, 28, torch.bfloat16)
-    assert "hidden size 256" in native.language_model_limits(1024, 256, 28, torch.float32)
-    assert "vocabulary 256" in native.language_model_limits(1024, 32, 256, torch.float32)
-    assert "batch 1" in native.language_model_limits(1, 32, 28, torch.float32)
+    assert native.language_model_limits(1, 256, 28, torch.float32) is None
+    assert "hidden size 513" in native.language_model_limits(1024, 513, 28, torch.float32)
+    assert "vocabulary 513" in native.language_model_limits(1024, 32, 513, torch.float32)
+    assert "batch 11" in native.language_model_limits(11, 257, 28, torch.float32)
