@@ -64,7 +64,7 @@ def _isa() -> int:
 
 
 def peak_scratch() -> int:
-    """The most bytes of working memory, beyond all tensors, that the kernels held at once since the last call of this."""
+    """The most bytes of working memory, beyond all tensors, that the kernels held at once since the last such call."""
     return 0 if _native is None else _native.peak_scratch()
 
 
