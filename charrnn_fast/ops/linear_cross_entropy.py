@@ -32,7 +32,7 @@ def linear_cross_entropy(
     *,
     linear_bias: Tensor | None = None,
     reduction: str = "mean",
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
 ) -> Tensor:
     """cross_entropy(linear(input, linear_weight, linear_bias), target), in nats: torch.nn.functional's contract.
 
@@ -41,7 +41,7 @@ def linear_cross_entropy(
         linear_weight: (V, H). linear_bias: (V,) or None.
         target: (N,) int64 class indices; anything else that torch's cross_entropy takes goes to torch.
         reduction: "mean" over the rows that are not ignored, "sum", or "none" for (N,).
-        ignore_index: rows with this target count neither in the loss nor in the gradients.
+        ignore_index: rows with this target count neither in the loss nor in the gradients; None is -100.
 
     Returns: a scalar, or (N,) for "none", in the input's dtype.
 
@@ -52,6 +52,7 @@ def linear_cross_entropy(
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"{reduction} is not a valid value for reduction")
+    ignore_index = -100 if ignore_index is None else ignore_index
     backend = _backend(input, linear_weight, linear_bias, target)
     if backend == "triton":
         return _by_triton(input, linear_weight, linear_bias, target, reduction, ignore_index)
