@@ -20,11 +20,14 @@ from .numerics import cast, dot
 
 
 @triton.jit
-def load_tile(ptr, rows_left, stride, first_col, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """(ROWS, COLS) from column `first_col` on of a matrix with `cols` columns and `rows_left` rows, zero outside."""
+def load_tile(ptr, rows_left, stride, first_col, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
+    """(ROWS, BLOCK_H) from column `first_col` on of a matrix with H columns and `rows_left` rows, zero outside."""
     offs_r = tl.arange(0, ROWS)[:, None]
-    offs_c = first_col + tl.arange(0, COLS)[None, :]
-    return tl.load(ptr + offs_r * stride + offs_c, mask=(offs_r < rows_left) & (offs_c < cols), other=0.0)
+    offs_h = first_col + tl.arange(0, BLOCK_H)[None, :]
+    mask = offs_r < rows_left
+    if H % BLOCK_H != 0:
+        mask = mask & (offs_h < H)
+    return tl.load(ptr + offs_r * stride + offs_h, mask=mask, other=0.0)
 
 
 @triton.jit

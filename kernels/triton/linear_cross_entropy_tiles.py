@@ -6,9 +6,8 @@ compiles without spills and which instructions it has; none of it has been timed
 
 from dataclasses import dataclass
 
-from .elman_tiles import AMD, NVIDIA
+from .elman_tiles import AMD, AMPERE_HOPPER, NVIDIA
 
-AMPERE = ("sm_80",)
 HOPPER_BLACKWELL = ("sm_90", "sm_100")
 EVERY = NVIDIA + AMD
 ANY = 1 << 62
@@ -26,6 +25,10 @@ class Tile:
     warps: int
     stages: int  # of the software pipeline over the loop
     targets: tuple[str, ...]  # where it compiles without spills; every tile fits in 99 KB of shared memory, AMD's in 64
+    multiple: int = 1  # what H must be a multiple of
+
+    def takes(self, hidden_size: int, classes: int) -> bool:
+        return hidden_size <= self.max_h and classes <= self.max_v and hidden_size % self.multiple == 0
 
     def launch_options(self, target: str) -> dict[str, object]:
         """Compiler options. All registers are allowed: left alone, ptxas spills to reach a rounder number."""
@@ -39,52 +42,56 @@ class Tile:
 
 
 # (step, kind): the first entry for H, V and the target is used. Kind is the dot's, as in elman_tiles.py. Steps:
-# - "loss": loss_kernel. A small tile for a character model, a large one for the rest.
-# - "classes": grad_by_classes_kernel. Its three products and the sums of a weight gradient bound it by registers: the
-#   rows are as few as a matrix instruction takes where H is large.
+# - "loss": loss_kernel. A small tile for a character model; large ones for the rest, where an H without a remainder
+#   needs no mask along it and leaves registers for more.
+# - "classes": grad_by_classes_kernel. Its three products and the sums of a weight gradient bound it by registers.
 # - "rows": grad_by_rows_kernel, in use beside "classes" where one of its tiles does not have all classes.
 # - "logits": grad_logits_kernel. For an H without tiles in "classes" and "rows", where GEMMs do better anyhow.
 TILES: dict[tuple[str, str], tuple[Tile, ...]] = {
     ("loss", "ieee"): (Tile(32, 32, 64, 32, 32, 4, 2, EVERY), Tile(ANY, ANY, 64, 64, 16, 8, 2, EVERY)),
     ("loss", "tf32x3"): (
         Tile(32, 32, 64, 32, 32, 4, 2, NVIDIA),
-        Tile(ANY, ANY, 64, 64, 32, 8, 2, AMPERE),
-        Tile(ANY, ANY, 128, 128, 32, 8, 2, HOPPER_BLACKWELL),
+        Tile(ANY, ANY, 128, 128, 32, 8, 2, HOPPER_BLACKWELL, multiple=32),
+        Tile(ANY, ANY, 64, 64, 32, 8, 2, NVIDIA),
     ),
-    ("loss", "tf32"): (Tile(32, 32, 64, 32, 32, 4, 2, NVIDIA), Tile(ANY, ANY, 128, 128, 32, 8, 2, NVIDIA)),
-    ("loss", "16bit"): (Tile(32, 32, 64, 32, 32, 4, 2, EVERY), Tile(ANY, ANY, 128, 128, 32, 8, 2, EVERY)),
+    ("loss", "tf32"): (
+        Tile(32, 32, 64, 32, 32, 4, 2, NVIDIA),
+        Tile(ANY, ANY, 128, 128, 32, 8, 2, NVIDIA, multiple=32),
+        Tile(ANY, ANY, 64, 64, 32, 8, 2, NVIDIA),
+    ),
+    ("loss", "16bit"): (
+        Tile(32, 32, 64, 32, 32, 4, 2, EVERY),
+        Tile(ANY, ANY, 128, 128, 32, 8, 2, EVERY, multiple=32),
+        Tile(ANY, ANY, 64, 64, 32, 8, 2, EVERY),
+    ),
     ("loss", "fp64"): (Tile(32, 32, 32, 32, 32, 4, 2, EVERY), Tile(ANY, ANY, 64, 64, 16, 8, 2, EVERY)),
     ("classes", "ieee"): (Tile(32, 32, 32, 32, 32, 8, 2, EVERY), Tile(64, ANY, 16, 64, 64, 8, 1, EVERY)),
-    ("classes", "tf32x3"): (
-        Tile(32, 32, 32, 32, 32, 4, 2, NVIDIA),
-        Tile(64, ANY, 32, 32, 64, 8, 1, AMPERE),
-        Tile(64, ANY, 32, 64, 64, 8, 1, HOPPER_BLACKWELL),
-        Tile(128, ANY, 16, 64, 128, 8, 1, NVIDIA),
-    ),
-    ("classes", "tf32"): (
-        Tile(32, 32, 64, 32, 32, 4, 1, NVIDIA),
-        Tile(64, ANY, 32, 64, 64, 8, 1, NVIDIA),
-        Tile(128, ANY, 32, 64, 128, 8, 1, NVIDIA),
-    ),
+    ("classes", "tf32x3"): (Tile(32, 32, 16, 32, 32, 4, 2, NVIDIA), Tile(64, ANY, 16, 32, 64, 8, 1, NVIDIA)),
+    ("classes", "tf32"): (Tile(32, 32, 32, 32, 32, 4, 2, NVIDIA), Tile(64, ANY, 32, 64, 64, 8, 1, NVIDIA)),
     ("classes", "16bit"): (
-        Tile(32, 32, 64, 32, 32, 4, 1, EVERY),
-        Tile(64, ANY, 64, 64, 64, 8, 2, NVIDIA),
-        Tile(64, ANY, 32, 32, 64, 8, 1, AMD),
+        Tile(32, 32, 32, 32, 32, 4, 2, EVERY),
+        Tile(64, ANY, 32, 32, 64, 8, 1, EVERY),
         Tile(128, ANY, 32, 64, 128, 8, 1, NVIDIA),
     ),
-    ("classes", "fp64"): (Tile(32, 32, 32, 32, 32, 8, 1, EVERY), Tile(64, ANY, 16, 32, 64, 8, 1, EVERY)),
+    ("classes", "fp64"): (Tile(32, 32, 16, 32, 32, 8, 1, EVERY), Tile(64, ANY, 16, 32, 64, 8, 1, AMPERE_HOPPER + AMD)),
     ("rows", "ieee"): (Tile(64, ANY, 32, 32, 64, 8, 1, EVERY),),
-    ("rows", "tf32x3"): (Tile(64, ANY, 32, 64, 64, 8, 1, NVIDIA), Tile(128, ANY, 16, 64, 128, 8, 1, NVIDIA)),
-    ("rows", "tf32"): (Tile(64, ANY, 64, 64, 64, 8, 2, NVIDIA), Tile(128, ANY, 32, 64, 128, 8, 1, NVIDIA)),
+    ("rows", "tf32x3"): (Tile(64, ANY, 32, 64, 64, 8, 1, NVIDIA),),
+    ("rows", "tf32"): (Tile(64, ANY, 64, 64, 64, 8, 2, NVIDIA),),
     ("rows", "16bit"): (Tile(64, ANY, 64, 64, 64, 8, 2, EVERY), Tile(128, ANY, 64, 64, 128, 8, 2, NVIDIA)),
     ("rows", "fp64"): (Tile(64, ANY, 16, 32, 64, 8, 1, EVERY),),
     ("logits", "ieee"): (Tile(ANY, ANY, 64, 64, 16, 8, 2, EVERY),),
     ("logits", "tf32x3"): (
-        Tile(ANY, ANY, 64, 64, 32, 8, 2, AMPERE),
-        Tile(ANY, ANY, 128, 128, 32, 8, 2, HOPPER_BLACKWELL),
+        Tile(ANY, ANY, 128, 128, 32, 8, 2, HOPPER_BLACKWELL, multiple=32),
+        Tile(ANY, ANY, 64, 64, 32, 8, 2, NVIDIA),
     ),
-    ("logits", "tf32"): (Tile(ANY, ANY, 128, 128, 32, 8, 3, NVIDIA),),
-    ("logits", "16bit"): (Tile(ANY, ANY, 128, 128, 64, 8, 3, EVERY),),
+    ("logits", "tf32"): (
+        Tile(ANY, ANY, 128, 128, 32, 8, 3, NVIDIA, multiple=32),
+        Tile(ANY, ANY, 64, 64, 32, 8, 2, NVIDIA),
+    ),
+    ("logits", "16bit"): (
+        Tile(ANY, ANY, 128, 128, 32, 8, 3, EVERY, multiple=32),
+        Tile(ANY, ANY, 64, 64, 32, 8, 2, EVERY),
+    ),
     ("logits", "fp64"): (Tile(ANY, ANY, 64, 64, 16, 8, 2, EVERY),),
 }
 
@@ -94,5 +101,4 @@ def find_tile(step: str, kind: str, hidden_size: int, classes: int, target: str)
 
     step, kind: as in TILES; target: "sm_80", "sm_90", "sm_100" or "gfx942".
     """
-    entries = TILES.get((step, kind), ())
-    return next((t for t in entries if hidden_size <= t.max_h and classes <= t.max_v and target in t.targets), None)
+    return next((t for t in TILES.get((step, kind), ()) if t.takes(hidden_size, classes) and target in t.targets), None)
