@@ -196,8 +196,8 @@ def linear_cross_entropy_case(step: str, kind: str, tile, target: str) -> Case:
         matrix = None  # DMMA from Triton 3.9 on, FMA before
     elif step == "loss" and not streams:
         matrix = None  # one tile of everything leaves no loop to look into
-    elif target == "sm_100" and step in ("loss", "logits"):
-        matrix = None  # waits for tensor memory lie behind the code, and a wait can look like the longest loop
+    elif step in ("loss", "logits") and target in ("sm_100", "gfx942"):
+        matrix = None  # code behind the kernel's end that jumps back into it can look like the longest loop
     options = tile.launch_options(target)
     shared = min(TARGETS[target][1], 99 * 1024)
     return Case(name, target, module, kernel, types, constants, tile.multiple > 1, options, matrix, shared)

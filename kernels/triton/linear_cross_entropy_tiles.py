@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from .elman_tiles import AMD, AMPERE_HOPPER, NVIDIA
 
+AMPERE = ("sm_80",)
 HOPPER_BLACKWELL = ("sm_90", "sm_100")
 EVERY = NVIDIA + AMD
 ANY = 1 << 62
@@ -52,7 +53,8 @@ TILES: dict[tuple[str, str], tuple[Tile, ...]] = {
     ("loss", "tf32x3"): (
         Tile(32, 32, 64, 32, 32, 4, 2, NVIDIA),
         Tile(ANY, ANY, 128, 128, 32, 8, 2, HOPPER_BLACKWELL, multiple=32),
-        Tile(ANY, ANY, 64, 64, 32, 8, 2, NVIDIA),
+        Tile(ANY, ANY, 64, 64, 32, 8, 2, HOPPER_BLACKWELL),
+        Tile(ANY, ANY, 64, 64, 16, 8, 2, AMPERE),
     ),
     ("loss", "tf32"): (
         Tile(32, 32, 64, 32, 32, 4, 2, NVIDIA),
@@ -76,7 +78,7 @@ TILES: dict[tuple[str, str], tuple[Tile, ...]] = {
     ("classes", "fp64"): (Tile(32, 32, 16, 32, 32, 8, 1, EVERY), Tile(64, ANY, 16, 32, 64, 8, 1, AMPERE_HOPPER + AMD)),
     ("rows", "ieee"): (Tile(64, ANY, 32, 32, 64, 8, 1, EVERY),),
     ("rows", "tf32x3"): (Tile(64, ANY, 32, 64, 64, 8, 1, NVIDIA),),
-    ("rows", "tf32"): (Tile(64, ANY, 64, 64, 64, 8, 2, NVIDIA),),
+    ("rows", "tf32"): (Tile(64, ANY, 64, 64, 64, 8, 2, HOPPER_BLACKWELL), Tile(64, ANY, 32, 64, 64, 8, 1, AMPERE)),
     ("rows", "16bit"): (Tile(64, ANY, 64, 64, 64, 8, 2, EVERY), Tile(128, ANY, 64, 64, 128, 8, 2, NVIDIA)),
     ("rows", "fp64"): (Tile(64, ANY, 16, 32, 64, 8, 1, EVERY),),
     ("logits", "ieee"): (Tile(ANY, ANY, 64, 64, 16, 8, 2, EVERY),),
