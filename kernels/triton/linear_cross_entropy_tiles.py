@@ -58,7 +58,7 @@ TILES: dict[tuple[str, str], tuple[Tile, ...]] = {
     ),
     ("loss", "tf32"): (
         Tile(32, 32, 64, 32, 32, 4, 2, NVIDIA),
-        Tile(ANY, ANY, 128, 128, 32, 8, 2, NVIDIA, multiple=32),
+        Tile(ANY, ANY, 128, 128, 32, 8, 2, AMPERE_HOPPER, multiple=32),
         Tile(ANY, ANY, 64, 64, 32, 8, 2, NVIDIA),
     ),
     ("loss", "16bit"): (
