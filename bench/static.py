@@ -142,6 +142,72 @@ def elman_case(step: str, kind: str, width: int, tile, full: bool, target: str) 
     return Case(name, target, "elman_kernels", kernel, types, constants, not full, options, matrix, shared)
 
 
+def linear_cross_entropy_cases(target: str) -> list[Case]:
+    """Every tile of the linear cross-entropy table, with the options that add the most work.
+
+    That is a bias, the mean, an H that does not fill the tiles, and in the kernel that owns classes all of them, so
+    that it has all three gradients to make.
+    """
+    tiles = load("linear_cross_entropy_tiles")
+    return [
+        linear_cross_entropy_case(step, kind, tile, target)
+        for (step, kind), entries in tiles.TILES.items()
+        for tile in entries
+        if target in tile.targets
+    ]
+
+
+def linear_cross_entropy_case(step: str, kind: str, tile, target: str) -> Case:
+    value, accumulator = POINTER[kind], "*fp64" if kind == "fp64" else "*fp32"
+    streams = step in ("loss", "logits") and tile.max_h > tile.block_h
+    V = 1000 if tile.max_v > tile.block_v and step != "classes" else tile.block_v - 4
+    types = {name: value for name in ("hidden_ptr", "weight_ptr", "bias_ptr")} | {"target_ptr": "*i64"}
+    constants = {
+        "H": tile.multiple * (999 // tile.multiple) if streams else tile.block_h - 1,
+        "V": V,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_V": tile.block_v,
+        "BLOCK_H": tile.block_h,
+        "HAS_BIAS": True,
+        "PRECISION": kind if value == "*fp32" else "ieee",
+        "INTERPRETED": False,
+    }
+    if step == "loss":
+        module, kernel = "linear_cross_entropy_kernels", "loss_kernel"
+        types |= {"lse_ptr": accumulator, "totals_ptr": accumulator}
+        constants |= {"SPLIT": False, "LOSS_ROWS": False}
+    else:
+        module = "linear_cross_entropy_grad_kernels"
+        types |= {"lse_ptr": accumulator, "count_ptr": accumulator, "grad_loss_ptr": value}
+        constants |= {"MEAN": True}
+        kernel = {"classes": "grad_by_classes_kernel", "rows": "grad_by_rows_kernel", "logits": "grad_logits_kernel"}[
+            step
+        ]
+        types |= {"grad_logits_ptr" if step == "logits" else "grad_hidden_ptr": value}
+        if step == "classes":
+            types |= {"grad_weight_ptr": accumulator}
+            constants |= {"GRAD_HIDDEN": True, "PARTIAL": True}
+        elif step == "rows":
+            constants |= {"SPLIT": False}
+    width = f"{tile.multiple}*" if streams else tile.block_h
+    name = f"{step} {kind} H{width} N{tile.block_n} V{tile.block_v} warps{tile.warps}"
+    matrix = kind != "ieee" or target == "gfx942"
+    if (kind, target) == ("fp64", "sm_100"):
+        matrix = None  # DMMA from Triton 3.9 on, FMA before
+    elif step == "loss" and not streams:
+        matrix = None  # one tile of everything leaves no loop to look into
+    elif step in ("loss", "logits") and target in ("sm_100", "gfx942"):
+        matrix = None  # code behind the kernel's end that jumps back into it can look like the longest loop
+    options = tile.launch_options(target)
+    shared = min(TARGETS[target][1], 99 * 1024)
+    return Case(name, target, module, kernel, types, constants, tile.multiple > 1, options, matrix, shared)
+
+
+def all_cases(target: str) -> list[Case]:
+    """Of every kernel that has a table of tiles."""
+    return elman_cases(target) + linear_cross_entropy_cases(target)
+
+
 def compile_case(case: Case):
     kernel = getattr(load(case.module), case.kernel)
     signature, constants, attributes = {}, dict(case.constants), {}
@@ -305,7 +371,7 @@ def main() -> int:
 
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     ours = record.setdefault(triton.__version__, {})
-    cases = {target: elman_cases(target) for target in options.target or TARGETS}
+    cases = {target: all_cases(target) for target in options.target or TARGETS}
     failed = 0
     with ProcessPoolExecutor(options.jobs) as pool:
         pending = {target: [pool.submit(figures, case) for case in cases[target]] for target in cases}

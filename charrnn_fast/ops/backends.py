@@ -18,7 +18,8 @@ from charrnn_fast.kernels import native
 _HAS_TRITON = find_spec("triton") is not None
 
 
-def _triton_cannot(device: torch.device, dtype: torch.dtype, hidden_size: int) -> str | None:
+def _triton_missing(device: torch.device) -> str | None:
+    """One clause saying why no Triton kernel runs on this device, or None."""
     if not _HAS_TRITON:
         return "the package triton is not installed"
     if device.type not in ("cpu", "cuda"):
@@ -36,6 +37,15 @@ def _triton_cannot(device: torch.device, dtype: torch.dtype, hidden_size: int) -
         return f"its kernels cannot be imported: {error}"
     if device.type == "cpu" and not kernels.INTERPRETED:  # the variable was set after the import
         return needs_gpu
+    return None
+
+
+def _triton_cannot(device: torch.device, dtype: torch.dtype, hidden_size: int) -> str | None:
+    why = _triton_missing(device)
+    if why is not None:
+        return why
+    from charrnn_fast.kernels.triton import elman as kernels
+
     return kernels.elman_limits(hidden_size, dtype, _precision(device, dtype, hidden_size), device)
 
 
@@ -68,6 +78,13 @@ def _tf32_allowed() -> bool:
     """torch's own switch for RNNs. Reading the older one fails where convolutions and RNNs are set apart."""
     allowed = getattr(torch.backends.cudnn.rnn, "fp32_precision", None)
     return torch.backends.cudnn.allow_tf32 if allowed is None else allowed == "tf32"
+
+
+def matmul_precision(device: torch.device, dtype: torch.dtype) -> str:
+    """How kernels that stand for a matrix product multiply float32: TF32 where torch's switch for these allows it."""
+    if dtype != torch.float32 or device.type != "cuda" or torch.version.hip is not None:
+        return "ieee"
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
 def _native_cannot(device: torch.device, dtype: torch.dtype, hidden_size: int) -> str | None:
@@ -196,3 +213,21 @@ def kernels_of(
         if row.name == backend and row.kernels is not None:
             return row.kernels(device, dtype, hidden_size)
     raise ValueError(f"backend '{backend}' has no kernels")
+
+
+@torch.compiler.assume_constant_result
+def choose_loss(device: torch.device, dtype: torch.dtype) -> str:
+    """The name of the backend of linear_cross_entropy, by ``CHARRNN_BACKEND``; one that cannot run gives "torch"."""
+    return _choose_loss(requested("auto"), device, dtype)
+
+
+@functools.cache
+def _choose_loss(name: str, device: torch.device, dtype: torch.dtype) -> str:
+    if name in ("auto", "triton") and (name == "triton" or device.type != "cpu") and _triton_missing(device) is None:
+        from charrnn_fast.kernels.triton import linear_cross_entropy as kernels
+
+        if kernels.linear_cross_entropy_limits(dtype, device) is None:
+            return "triton"
+    if name in ("auto", "native") and device.type == "cpu" and native.elman_limits(1, dtype) is None:
+        return "native"
+    return "torch"

@@ -3,9 +3,12 @@
     o = h W^T + b,    loss = -log softmax(o)[target],    d loss / d o = softmax(o) - one_hot(target)
 
 The native kernel walks the rows once: it computes a row's logits, its loss and, while they are at hand, its share of
-the gradients of h, W and b. So the backward pass only has to scale them by the gradient of the loss.
+the gradients of h, W and b. So the backward pass only has to scale them by the gradient of the loss. The Triton kernels
+keep each row's log-sum-exp and make the logits again when that gradient is known: on a GPU that costs less than scaling
+would (another pass over the gradient of h, and in fp16 what is below its range), and nobody waits to see if it is 1.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,9 +18,11 @@ from torch import Tensor
 from charrnn_fast.kernels import native
 
 from . import backends
+from .elman import autocast
 from .elman_torch import tensor_operations_only
 
 REDUCTIONS = ("mean", "sum", "none")
+_16_BIT = (torch.bfloat16, torch.float16)
 
 
 def linear_cross_entropy(
@@ -27,7 +32,7 @@ def linear_cross_entropy(
     *,
     linear_bias: Tensor | None = None,
     reduction: str = "mean",
-    ignore_index: int = -100,
+    ignore_index: int | None = -100,
 ) -> Tensor:
     """cross_entropy(linear(input, linear_weight, linear_bias), target), in nats: torch.nn.functional's contract.
 
@@ -36,40 +41,57 @@ def linear_cross_entropy(
         linear_weight: (V, H). linear_bias: (V,) or None.
         target: (N,) int64 class indices; anything else that torch's cross_entropy takes goes to torch.
         reduction: "mean" over the rows that are not ignored, "sum", or "none" for (N,).
-        ignore_index: rows with this target count neither in the loss nor in the gradients.
+        ignore_index: rows with this target count neither in the loss nor in the gradients; None is -100.
 
     Returns: a scalar, or (N,) for "none", in the input's dtype.
 
-    Raises: ValueError for another reduction; IndexError for a target outside 0..V-1; RuntimeError for shapes that do
-    not match, as torch.nn.functional.cross_entropy words it.
+    Under autocast, as there, products are in its type and the loss is float32.
+
+    Raises: ValueError for another reduction; IndexError for a target outside 0..V-1, on a CPU (a GPU fails a device
+    assertion, as torch.nn.functional.cross_entropy does); RuntimeError for shapes that do not match, in its words.
     """
     if reduction not in REDUCTIONS:
         raise ValueError(f"{reduction} is not a valid value for reduction")
-    operands = [t for t in (input, linear_weight, linear_bias) if t is not None]
-    if _native_cannot(operands, target) is not None:
+    ignore_index = -100 if ignore_index is None else ignore_index
+    backend = _backend(input, linear_weight, linear_bias, target)
+    if backend == "triton":
+        return _by_triton(input, linear_weight, linear_bias, target, reduction, ignore_index)
+    if backend == "torch":
         return _by_tensor_operations(input, linear_weight, linear_bias, target, reduction, ignore_index)
-    if not (torch.is_grad_enabled() and any(t.requires_grad for t in operands)):
-        return native.linear_cross_entropy(
-            input, linear_weight, linear_bias, target, ignore_index, reduction, need_grad=False
-        )[0]
-    return _LinearCrossEntropy.apply(input, linear_weight, linear_bias, target, reduction, ignore_index)
+    operands = (input, linear_weight, linear_bias)
+    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)):
+        return native.linear_cross_entropy(*operands, target, ignore_index, reduction, need_grad=False)[0]
+    return _NativeLinearCrossEntropy.apply(*operands, target, reduction, ignore_index)
 
 
-def _native_cannot(operands: list[Tensor], target: Tensor) -> str | None:
-    """None if the native kernel takes this call, else one clause saying why not."""
-    if backends.requested("auto") not in ("auto", "native"):
-        return "another backend was asked for"
-    if tensor_operations_only() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
-        return "a transform, compilation or autocast needs PyTorch's own operators"
-    input, weight = operands[:2]
-    shapes = input.dim() == 2 and weight.dim() == 2 and input.shape[1] == weight.shape[1]
+def _backend(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> str:
+    """The backend of this call: "torch" for shapes and types that the kernels do not take, and in transforms."""
+    if tensor_operations_only():
+        return "torch"
+    shapes = input.dim() == 2 and weight.dim() == 2 and input.shape[1] == weight.shape[1] and weight.numel() > 0
     if not (shapes and target.dtype == torch.int64 and target.shape == input.shape[:1] and len(target) > 0):
-        return "it takes (N, H) rows with (N,) class indices"
-    if len(operands) == 3 and operands[2].shape != weight.shape[:1]:
-        return "the bias is not (V,)"
-    if any(t.device.type != "cpu" for t in (*operands, target)) or any(t.dtype != input.dtype for t in operands):
-        return "it runs on CPU tensors of one dtype"
-    return native.elman_limits(input.shape[1], input.dtype)
+        return "torch"
+    device = input.device
+    if (bias is not None and bias.shape != weight.shape[:1]) or any(
+        t is not None and t.device != device for t in (weight, bias, target)
+    ):
+        return "torch"
+    casts = _in_autocast(device.type)
+    dtypes = {
+        torch.get_autocast_dtype(device.type) if casts and t.dtype in (torch.float32, *_16_BIT) else t.dtype
+        for t in (input, weight, bias)
+        if t is not None
+    }
+    if len(dtypes) > 1:
+        return "torch"
+    name = backends.choose_loss(device, dtypes.pop())
+    if name == "native" and (casts or torch.compiler.is_compiling()):  # which need PyTorch's own operators
+        return "torch"
+    return name
+
+
+def _in_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _by_tensor_operations(
@@ -78,7 +100,7 @@ def _by_tensor_operations(
     return F.cross_entropy(F.linear(input, weight, bias), target, reduction=reduction, ignore_index=ignore_index)
 
 
-class _LinearCrossEntropy(torch.autograd.Function):
+class _NativeLinearCrossEntropy(torch.autograd.Function):
     """The native kernel. Inputs and target are as in `linear_cross_entropy`, checked."""
 
     @staticmethod
@@ -103,7 +125,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         (grad_loss,) = grad_outputs
         input, weight, bias, target = ctx.saved_tensors
         if torch.is_grad_enabled():  # a second derivative may follow
-            gradients = _differentiable_backward(ctx, grad_loss)
+            gradients = _differentiable_backward(
+                grad_loss, input, weight, bias, target, ctx.reduction, ctx.ignore_index, ctx.needs_input_grad
+            )
         elif ctx.reduction == "none":
             _, *gradients = native.linear_cross_entropy(
                 input, weight, bias, target, ctx.ignore_index, "none", need_grad=True, grad_loss=grad_loss
@@ -116,14 +140,195 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (*wanted, None, None, None)
 
 
-def _differentiable_backward(ctx: Any, grad_loss: Tensor) -> list[Tensor | None]:
-    """The gradients of input, weight and bias as differentiable functions of everything."""
-    input, weight, bias, target = ctx.saved_tensors
-    loss = _by_tensor_operations(input, weight, bias, target, ctx.reduction, ctx.ignore_index)
-    wanted = [i for i, t in enumerate((input, weight, bias)) if t is not None and t.requires_grad]
-    sources = [(input, weight, bias)[i] for i in wanted]
-    found = torch.autograd.grad(loss, sources, grad_loss, create_graph=True)
-    gradients: list[Tensor | None] = [None, None, None]
-    for i, gradient in zip(wanted, found, strict=True):
-        gradients[i] = gradient
-    return gradients
+def _differentiable_backward(
+    grad_loss: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    reduction: str,
+    ignore_index: int,
+    needs_grad: Sequence[bool],
+) -> list[Tensor | None]:
+    """The gradients of input, weight and bias, where ``needs_grad`` asks, as differentiable functions of everything."""
+    loss = _by_tensor_operations(input, weight, bias, target, reduction, ignore_index)
+    wanted = [t for t, needs in zip((input, weight, bias), needs_grad, strict=False) if needs and t is not None]
+    found = iter(torch.autograd.grad(loss, wanted, grad_loss.to(loss.dtype), create_graph=True))
+    return [next(found) if needs else None for needs in needs_grad[:3]]
+
+
+# ---- the Triton kernels -------------------------------------------------------------------------------------------
+
+
+def _by_triton(
+    input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, reduction: str, ignore_index: int
+) -> Tensor:
+    loss_dtype = input.dtype
+    if _in_autocast(input.device.type):
+        input, weight, bias = autocast(input.device.type, [input, weight, bias])
+        loss_dtype = torch.promote_types(input.dtype, torch.float32)
+    arguments = (input, weight, bias, target, reduction, ignore_index, loss_dtype)
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+        return _loss_op(*arguments)[0]
+    _check_target(target, weight.shape[0], ignore_index)
+    if not torch.is_grad_enabled():
+        return _triton_forward(*arguments)[0]
+    return _TritonLinearCrossEntropy.apply(*arguments)
+
+
+def _check_target(target: Tensor, classes: int, ignore_index: int) -> None:
+    """IndexError for a target that is no class, in torch's words, on a CPU; on a GPU the kernels assert it."""
+    if target.device.type == "cpu":
+        outside = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
+        if len(outside):
+            raise IndexError(f"Target {int(outside[0])} is out of bounds.")
+
+
+def _triton_forward(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    reduction: str,
+    ignore_index: int,
+    loss_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """loss, log-sum-exp of each row (N,) and the number of rows that count ()."""
+    from charrnn_fast.kernels.triton import linear_cross_entropy as kernels
+
+    precision = backends.matmul_precision(input.device, input.dtype)
+    arguments = (input, weight, bias, target, ignore_index, reduction)
+    return kernels.linear_cross_entropy_forward(*arguments, precision=precision, loss_dtype=loss_dtype)
+
+
+def _triton_backward(
+    grad_loss: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    lse: Tensor,
+    count: Tensor,
+    reduction: str,
+    ignore_index: int,
+    needs_grad: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of input, weight and bias, None where ``needs_grad`` does not ask."""
+    from charrnn_fast.kernels.triton import linear_cross_entropy as kernels
+
+    gradients = kernels.linear_cross_entropy_backward(
+        grad_loss,
+        *(input, weight, bias, target, ignore_index, reduction, lse, count),
+        precision=backends.matmul_precision(input.device, input.dtype),
+        need_hidden=needs_grad[0],
+        need_weight=any(needs_grad[1:3]),
+    )
+    return [g if needs else None for g, needs in zip(gradients, needs_grad, strict=False)]
+
+
+class _TritonLinearCrossEntropy(torch.autograd.Function):
+    """The Triton kernels. Inputs and target are as in `linear_cross_entropy`, checked, of one dtype."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        input: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        target: Tensor,
+        reduction: str,
+        ignore_index: int,
+        loss_dtype: torch.dtype,
+    ) -> Tensor:
+        loss, lse, count = _triton_forward(input, weight, bias, target, reduction, ignore_index, loss_dtype)
+        ctx.save_for_backward(input, weight, bias, target, lse, count)
+        ctx.reduction, ctx.ignore_index = reduction, ignore_index
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_loss,) = grad_outputs
+        input, weight, bias, target, lse, count = ctx.saved_tensors
+        options = (ctx.reduction, ctx.ignore_index, ctx.needs_input_grad)
+        if torch.is_grad_enabled():  # a second derivative may follow
+            gradients = _differentiable_backward(grad_loss, input, weight, bias, target, *options)
+        else:
+            gradients = _triton_backward(grad_loss, input, weight, bias, target, lse, count, *options)
+        return (*gradients, None, None, None, None)
+
+
+@torch.library.custom_op("charrnn_fast::linear_cross_entropy", mutates_args=())
+def _loss_op(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    reduction: str,
+    ignore_index: int,
+    loss_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    _check_target(target, weight.shape[0], ignore_index)
+    return _triton_forward(input, weight, bias, target, reduction, ignore_index, loss_dtype)
+
+
+@_loss_op.register_fake
+def _(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    reduction: str,
+    ignore_index: int,
+    loss_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, accumulator = input.shape[0], torch.promote_types(input.dtype, torch.float32)
+    loss = input.new_empty((rows,) if reduction == "none" else (), dtype=loss_dtype)
+    return loss, input.new_empty(rows, dtype=accumulator), input.new_empty((), dtype=accumulator)
+
+
+@torch.library.custom_op("charrnn_fast::linear_cross_entropy_backward", mutates_args=())
+def _loss_backward_op(
+    grad_loss: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    lse: Tensor,
+    count: Tensor,
+    reduction: str,
+    ignore_index: int,
+    needs_grad: list[bool],
+) -> list[Tensor]:
+    arguments = (input, weight, bias, target, lse, count, reduction, ignore_index, needs_grad)
+    return [g for g in _triton_backward(grad_loss, *arguments) if g is not None]
+
+
+@_loss_backward_op.register_fake
+def _(
+    grad_loss: Tensor,
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    lse: Tensor,
+    count: Tensor,
+    reduction: str,
+    ignore_index: int,
+    needs_grad: list[bool],
+) -> list[Tensor]:
+    operands = zip((input, weight, bias), needs_grad, strict=True)
+    return [t.new_empty(t.shape) for t, needs in operands if needs and t is not None]
+
+
+def _setup_op_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
+    input, weight, bias, target, ctx.reduction, ctx.ignore_index, _ = inputs
+    ctx.save_for_backward(input, weight, bias, target, *output[1:])
+
+
+def _op_backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+    needs_grad = list(ctx.needs_input_grad[:3])
+    found = iter(_loss_backward_op(grad_loss, *ctx.saved_tensors, ctx.reduction, ctx.ignore_index, needs_grad))
+    return (*(next(found) if needs else None for needs in needs_grad), None, None, None, None)
+
+
+_loss_op.register_autograd(_op_backward, setup_context=_setup_op_context)

@@ -9,15 +9,11 @@ outside 0..V-1 counts as a zero row and adds to no gradient. Every result is bit
 are made by a second reduction or a GEMM, never by atomics.
 """
 
-import contextlib
-import functools
-
 import torch
 import triton
 
 from .elman_kernels import elman_backward_kernel, elman_forward_kernel
 from .elman_tiles import (
-    AMD,
     MAX_SUM_STEPS,
     MAX_SUM_VOCAB,
     SUM_TILES,
@@ -27,35 +23,12 @@ from .elman_tiles import (
     find_tile,
     next_power_of_2,
 )
-
-INTERPRETED = not isinstance(elman_forward_kernel, triton.JITFunction)
-_KINDS = {torch.float64: "fp64", torch.float16: "16bit", torch.bfloat16: "16bit"}
-
-
-@functools.cache
-def _target(device: torch.device) -> tuple[str, float]:
-    """The column of the tile table for a device, and its shared memory for one program in KB; "" if it has no column.
-
-    A CPU (interpreter) has the tiles of sm_90.
-    """
-    if device.type == "cpu":
-        return "sm_90", 227
-    properties = torch.cuda.get_device_properties(device)
-    if torch.version.hip is not None:
-        return ("gfx942" if properties.gcnArchName.startswith(("gfx94", "gfx95")) else ""), 64
-    # Consumer Blackwell (12.x) has Ampere's matrix instructions.
-    target = {8: "sm_80", 9: "sm_90", 10: "sm_100", 12: "sm_80"}.get(properties.major, "")
-    return target, properties.shared_memory_per_block_optin / 1024
-
-
-def _precision(dtype: torch.dtype, precision: str, device: torch.device) -> str:
-    """The dot's: what was asked for matters for float32 alone, and AMD's matrix instructions multiply that as it is."""
-    return precision if dtype == torch.float32 and _target(device)[0] not in AMD else "ieee"
+from .launch import INTERPRETED, KINDS, on_device, precision_of, target_of
 
 
 def _find_tile(tiles: dict, hidden_size: int, dtype: torch.dtype, precision: str, device: torch.device) -> Tile | None:
-    kind = _KINDS.get(dtype) or _precision(dtype, precision, device)
-    return find_tile(tiles, kind, hidden_size, *_target(device))
+    kind = KINDS.get(dtype) or precision_of(dtype, precision, device)
+    return find_tile(tiles, kind, hidden_size, *target_of(device))
 
 
 def elman_limits(
@@ -73,7 +46,7 @@ def elman_limits(
         return f"no kernel for device type {device.type}"
     if device.type == "cuda" and not torch.cuda.is_available():
         return "no CUDA or ROCm device"
-    if not _target(device)[0]:
+    if not target_of(device)[0]:
         return f"no tile sizes for {torch.cuda.get_device_name(device)}"
     if _find_tile(TILES, hidden_size, dtype, precision, device) is None:
         kind = f"{dtype}, {precision}" if dtype == torch.float32 else f"{dtype}"
@@ -89,10 +62,6 @@ def _check(tensors: dict[str, torch.Tensor | None], device: torch.device) -> Non
             raise ValueError(f"{name}: expected a tensor on {device}, got {tensor.device}")
         if tensor.dim() and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
             raise ValueError(f"{name}: expected a last stride of 1, got strides {tensor.stride()}")
-
-
-def _on_device(device: torch.device):
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _steps_table(batch_sizes: torch.Tensor, device: torch.device) -> torch.Tensor:
@@ -174,8 +143,8 @@ def elman_forward(
     weights = [w.contiguous() for w in weight_hh]
     stride_x = _row_strides(x, packed) if tokens is None else (x.stride(0), 0)
     wide = _is_wide(tile.block_b, (None if tokens is not None else x, h0, out), None if tokens is None else x)
-    options = tile.launch_options(_target(x.device)[0])
-    with _on_device(x.device):
+    options = tile.launch_options(target_of(x.device)[0])
+    with on_device(x.device):
         elman_forward_kernel[(triton.cdiv(B, tile.block_b), D)](
             x,
             tokens,
@@ -201,7 +170,7 @@ def elman_forward(
             TOKENS=tokens is not None,
             HAS_H0=h0 is not None,
             PACKED=packed,
-            PRECISION=_precision(x.dtype, precision, x.device),
+            PRECISION=precision_of(x.dtype, precision, x.device),
             WIDE=wide,
             INTERPRETED=INTERPRETED,
             **options,
@@ -267,8 +236,8 @@ def elman_backward(
 
     weights = [w.contiguous() for w in weight_hh]
     wide = _is_wide(tile.block_b, (grad_out, grad_h_n, out, h0))
-    options = tile.launch_options(_target(device)[0])
-    with _on_device(device):
+    options = tile.launch_options(target_of(device)[0])
+    with on_device(device):
         elman_backward_kernel[(programs, D)](
             grad_out,
             grad_h_n,
@@ -307,7 +276,7 @@ def elman_backward(
             SAVE_H_PREV=weight_by_gemm,
             GRAD_WEIGHT=sum_weight,
             GRAD_TABLE=sum_table,
-            PRECISION=_precision(dtype, precision, device),
+            PRECISION=precision_of(dtype, precision, device),
             WIDE=wide,
             INTERPRETED=INTERPRETED,
             **options,

@@ -17,16 +17,7 @@ unless the launcher finds rows so far apart that it sets WIDE. INTERPRETED asks 
 import triton
 import triton.language as tl
 
-from .numerics import activation, activation_backward, cast
-
-
-@triton.jit
-def _dot(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
-    """acc + a @ b. The interpreter multiplies the raw bits of bf16, so there the operands are widened."""
-    if INTERPRETED:
-        a = a.to(acc.dtype)
-        b = b.to(acc.dtype)
-    return tl.dot(a, b, acc=acc, input_precision=PRECISION, out_dtype=acc.dtype)
+from .numerics import activation, activation_backward, cast, dot
 
 
 @triton.jit
@@ -178,9 +169,9 @@ def elman_forward_kernel(
 
         operand = cast(h, operand_type, INTERPRETED)
         if W_LEFT:
-            pre = _dot(w, operand, x.to(acc_type), PRECISION, INTERPRETED)
+            pre = dot(w, operand, x.to(acc_type), PRECISION, INTERPRETED)
         else:
-            pre = _dot(operand, w, x.to(acc_type), PRECISION, INTERPRETED)
+            pre = dot(operand, w, x.to(acc_type), PRECISION, INTERPRETED)
         new = activation(pre, TANH)
         h = tl.where(rows < active, new, h) if PACKED else new
         mask = (rows < active) & (cols < H)
@@ -329,22 +320,20 @@ def elman_backward_kernel(
             tl.store(h_prev_ptr + position * stride_grad_x_t + offs_grad_x, h_prev, mask=mask)
         operand = cast(d, operand_type, INTERPRETED)
         new = (
-            _dot(w, operand, zeros, PRECISION, INTERPRETED)
-            if W_LEFT
-            else _dot(operand, w, zeros, PRECISION, INTERPRETED)
+            dot(w, operand, zeros, PRECISION, INTERPRETED) if W_LEFT else dot(operand, w, zeros, PRECISION, INTERPRETED)
         )
         carry = tl.where(rows < active, new, carry) if PACKED else new
         if GRAD_WEIGHT:
             if W_LEFT:
-                grad_w = _dot(operand, tl.trans(h_prev), grad_w, PRECISION, INTERPRETED)
+                grad_w = dot(operand, tl.trans(h_prev), grad_w, PRECISION, INTERPRETED)
             else:
-                grad_w = _dot(tl.trans(operand), h_prev, grad_w, PRECISION, INTERPRETED)
+                grad_w = dot(tl.trans(operand), h_prev, grad_w, PRECISION, INTERPRETED)
         if GRAD_TABLE:
             one_hot = (ids == offs_v).to(tl.float32).to(operand_type)
             if W_LEFT:
-                grad_table = _dot(operand, one_hot, grad_table, PRECISION, INTERPRETED)
+                grad_table = dot(operand, one_hot, grad_table, PRECISION, INTERPRETED)
             else:
-                grad_table = _dot(one_hot, operand, grad_table, PRECISION, INTERPRETED)
+                grad_table = dot(one_hot, operand, grad_table, PRECISION, INTERPRETED)
         h, grad, ids = h_prev, grad_prev, ids_prev
         position, active = position_prev, active_prev
 

@@ -1,4 +1,4 @@
-"""Elementwise functions of the Triton kernels: tanh, relu and their derivatives taken from the function's own result.
+"""What the Triton kernels share: dot and cast, tanh and relu and their derivatives from the function's own result.
 
 tanh is odd, so it is computed for a = |x| and the sign bit of x is put back:
 
@@ -104,3 +104,12 @@ def cast(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
         bits += 0x7FFF + ((bits >> 16) & 1)
         x = (bits & -0x10000).to(tl.float32, bitcast=True)
     return x.to(dtype)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+    """acc + a @ b. The interpreter multiplies the raw bits of bf16, so there the operands are widened."""
+    if INTERPRETED:
+        a = a.to(acc.dtype)
+        b = b.to(acc.dtype)
+    return tl.dot(a, b, acc=acc, input_precision=PRECISION, out_dtype=acc.dtype)

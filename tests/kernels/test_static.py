@@ -79,7 +79,7 @@ OPTIONS = textwrap.dedent("""
 
 
 # The launchers on CPU tensors with a driver that claims to be an H100: all of a launch but the launch itself.
-LAUNCHES = textwrap.dedent("""
+DRIVER = textwrap.dedent("""
     import torch
     import triton
     from triton.backends.compiler import GPUTarget
@@ -94,6 +94,12 @@ LAUNCHES = textwrap.dedent("""
     run = JITFunction.run
     JITFunction.run = lambda self, *args, grid, warmup, **options: run(self, *args, grid=grid, warmup=True, **options)
 
+    def compilations(kernel):
+        (cache, *_), = kernel.device_caches.values()
+        return len(cache)
+""")
+
+LAUNCHES = textwrap.dedent("""
     from charrnn_fast.kernels.triton.elman import elman_backward, elman_forward
     from charrnn_fast.kernels.triton.elman_kernels import elman_backward_kernel, elman_forward_kernel
 
@@ -115,10 +121,33 @@ LAUNCHES = textwrap.dedent("""
     for T in (5, 1, 2, 16, 17, 64):
         launch(T, 32, torch.float32, "tf32", False)
     for kernel in (elman_forward_kernel, elman_backward_kernel):
-        (cache, *_), = kernel.device_caches.values()
-        assert len(cache) == 1, f"{kernel.__name__}: {len(cache)} compilations for six lengths"
+        assert compilations(kernel) == 1, f"{kernel.__name__}: {compilations(kernel)} compilations for six lengths"
     launch(5, 33, torch.float32, "ieee", True)
     launch(5, 100, torch.bfloat16, "ieee", False)
+""")
+
+
+LOSS_LAUNCHES = textwrap.dedent("""
+    from charrnn_fast.kernels.triton.linear_cross_entropy import linear_cross_entropy
+    from charrnn_fast.kernels.triton.linear_cross_entropy_grad_kernels import grad_by_classes_kernel
+    from charrnn_fast.kernels.triton.linear_cross_entropy_kernels import loss_kernel, total_kernel
+
+    def launch(N, H, V, dtype, precision="ieee", reduction="mean", bias=True, ignore_index=-100):
+        hidden, weight = torch.zeros(N, H, dtype=dtype), torch.zeros(V, H, dtype=dtype)
+        target = torch.zeros(N, dtype=torch.int64)
+        linear_cross_entropy(
+            hidden, weight, weight[:, 0] if bias else None, target, ignore_index, reduction, precision=precision
+        )
+
+    for N in (1, 2, 16, 17, 31, 1024):
+        launch(N, 32, 28, torch.float32, "tf32x3")
+    assert compilations(loss_kernel) == compilations(total_kernel) == 1
+    assert compilations(grad_by_classes_kernel) == 2  # the gradient by one program, and partial sums by several
+    launch(1024, 31, 28, torch.float32, "tf32", "none", bias=False)
+    launch(3, 60, 3000, torch.bfloat16, ignore_index=2**40)  # classes split over programs
+    launch(1024, 60, 3000, torch.float64, reduction="sum")
+    launch(40, 300, 28, torch.float16, reduction="none")  # GEMMs
+    launch(40, 1, 2, torch.float32)
 """)
 
 
@@ -149,7 +178,12 @@ def test_other_options_compile():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu_elman.py launches them")
 def test_launchers_compile_what_they_launch_and_once_for_all_lengths():
-    run_script(LAUNCHES)
+    run_script(DRIVER + LAUNCHES)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu_linear_cross_entropy.py launches them")
+def test_launchers_of_the_loss_compile_what_they_launch_and_once_for_all_row_counts():
+    run_script(DRIVER + LOSS_LAUNCHES)
 
 
 def test_record_covers_both_ends_of_the_supported_versions():
@@ -161,7 +195,7 @@ def test_record_covers_both_ends_of_the_supported_versions():
 def test_record_holds_every_shipped_tile_and_no_other(static):
     for targets in RECORD.values():
         for target, tiles in targets.items():
-            assert tiles.keys() == {case.name for case in static.elman_cases(target)}
+            assert tiles.keys() == {case.name for case in static.all_cases(target)}
 
 
 def test_sums_have_tiles_only_where_the_backward_kernel_has(static):
