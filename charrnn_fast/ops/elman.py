@@ -126,7 +126,7 @@ def _layer_forward(
         expected = (directions, int(batch_sizes[0]), hidden)
         raise RuntimeError(f"Expected hidden size {expected}, got {list(h0.shape)}")
     if _is_tokens(input):
-        tokens, x = input, _table(weights, directions)
+        tokens, x = input, token_table(weights, directions)
         if backend != "native":  # which looks at the ids itself, in a fraction of the time
             _check_tokens(tokens, x.shape[0])
         out = _in_order(x.new_empty(tokens.numel(), x.shape[1]), tokens)
@@ -200,7 +200,7 @@ def _layer_backward(
     return [grad if needs else None for grad, needs in zip(grads, needs_grad, strict=True)]
 
 
-def _table(weights: Sequence[Tensor], directions: int) -> Tensor:
+def token_table(weights: Sequence[Tensor], directions: int) -> Tensor:
     """(V, D*H): row v is token v's input, W_ih[:, v] + b_ih + b_hh of each direction."""
     hidden, vocab = weights[0].shape
     table = weights[0].new_empty(vocab, directions * hidden)

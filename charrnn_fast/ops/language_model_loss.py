@@ -15,7 +15,7 @@ from torch import Tensor
 from charrnn_fast.kernels import native
 
 from . import backends
-from .elman import elman
+from .elman import elman, token_table
 from .elman_torch import tensor_operations_only
 from .linear_cross_entropy import linear_cross_entropy
 
@@ -109,7 +109,7 @@ class _LanguageModelLoss(torch.autograd.Function):
         ctx.save_for_backward(tokens, targets, h0, weight_ih, weight_hh, bias, head_weight, head_bias)
         ctx.set_materialize_grads(False)
         ctx.nonlinearity = nonlinearity
-        table = weight_ih.t().contiguous() if bias is None else torch.add(weight_ih.t(), bias).contiguous()
+        table = token_table((weight_ih, weight_hh) if bias is None else (weight_ih, weight_hh, bias), 1)
         loss, h_n, grad_table, grad_weight_hh, grad_head_weight, grad_head_bias, grad_h0 = native.language_model_loss(
             tokens, targets, table, weight_hh, head_weight, head_bias, h0, nonlinearity=nonlinearity
         )
