@@ -1,5 +1,6 @@
 """The character language model: token ids -> Elman layers -> linear head, and its decoder."""
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from charrnn_fast.errors import InputError
 from charrnn_fast.lm.data import Vocabulary
 from charrnn_fast.ops import generate as decoder
 from charrnn_fast.ops import language_model_loss as one_call
+from charrnn_fast.ops.clip_grad_norm import clip_grad_norm_
 from charrnn_fast.ops.linear_cross_entropy import linear_cross_entropy
 from charrnn_fast.reference import generate as reference_generate
 from charrnn_fast.reference.language_model import RNNLM, Cell
@@ -27,7 +29,8 @@ class CharRNN(nn.Module):
         embedding: "onehot", or the width of a learned embedding.
         second_bias: whether the cells have PyTorch's second bias (bias_hh). Without it, bias_hh stays zero and is not
             trained, which makes the cell the textbook's with its one b_h.
-        cell: "fused" for FusedRNN, "torch" for torch.nn.RNN on one-hot inputs, to compare with.
+        cell: "fused" for FusedRNN, or "torch" for PyTorch alone to compare with: torch.nn.RNN on one-hot inputs, and
+            PyTorch's own loss and clip.
         backend: FusedRNN's backend; see charrnn_fast.ops.backends.
 
     Attributes: rnn (FusedRNN or torch.nn.RNN), head (nn.Linear), embed (nn.Embedding or None).
@@ -100,8 +103,17 @@ class CharRNN(nn.Module):
         # Loss rows in the outputs' own memory order, whichever of (B, T) and (T, B) it is: no copy of (B*T, H).
         if not outputs.is_contiguous():
             outputs, targets = outputs.transpose(0, 1), targets.T
-        rows, bias = outputs.flatten(0, 1), self.head.bias
-        return linear_cross_entropy(rows, self.head.weight, targets.flatten(), linear_bias=bias), state
+        rows, targets = outputs.flatten(0, 1), targets.flatten()
+        if self.cell == "torch":
+            return F.cross_entropy(self.head(rows), targets), state
+        return linear_cross_entropy(rows, self.head.weight, targets, linear_bias=self.head.bias), state
+
+    def clip_grad_norm_(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+        """Scale the parameters' gradients in place so that their norm together is at most max_norm, by this library's
+        clip; with cell="torch" by PyTorch's. Returns the norm before, a scalar tensor.
+        """
+        clip = nn.utils.clip_grad_norm_ if self.cell == "torch" else clip_grad_norm_
+        return clip(parameters, max_norm)
 
     def _loss_in_one_call(self, tokens: Tensor, targets: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """`loss` by the kernel that computes it together with all gradients, or None where that does not apply."""

@@ -15,7 +15,6 @@ from torch import Tensor
 from charrnn_fast.errors import TrainingError
 from charrnn_fast.lm.data import Batch, Sampler
 from charrnn_fast.lm.model import CharRNN
-from charrnn_fast.ops.clip_grad_norm import clip_grad_norm_
 from charrnn_fast.reference import training as reference
 from charrnn_fast.reference.language_model import RNNLM
 
@@ -73,7 +72,7 @@ def train_batches(
         loss = losses[0] if len(losses) == 1 else torch.stack(losses).mean()
         loss.backward()
         if clip is not None:
-            clip_grad_norm_(parameters, clip)
+            model.clip_grad_norm_(parameters, clip)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         losses.clear()

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from charrnn_fast.errors import TrainingError
+from charrnn_fast.kernels import native
 from charrnn_fast.lm import checkpoint, corpora, data
 from charrnn_fast.lm.model import CharRNN
 from charrnn_fast.lm.recipes import RECIPES, build_model, build_sampler
@@ -51,6 +52,33 @@ def test_fused_and_reference_follow_the_same_curve_for_200_steps(name):
 def test_torch_model_follows_the_same_curve():
     recipe = replace(RECIPES["concise"], batch_size=64)
     torch.testing.assert_close(_curve(recipe, "fused", 30), _curve(recipe, "torch", 30), rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("embedding", ["onehot", 5])
+def test_torch_model_trains_by_pytorch_alone(embedding, monkeypatch):
+    """Bit for bit the loop that one writes in PyTorch, and no kernel of this library is entered."""
+
+    def entered(*arguments, **options):
+        raise AssertionError("a kernel of this library ran")
+
+    for name in ("elman_forward", "elman_backward", "linear_cross_entropy", "language_model_loss", "clip_grad_norm_"):
+        monkeypatch.setattr(native, name, entered)
+    recipe = replace(RECIPES["concise"], batch_size=64, embedding=embedding)
+    model, plain = (build_model(recipe, 28, seed=0, kind="torch") for _ in range(2))
+    batches = list(build_sampler(recipe, TEXT[:700], seed=0).train())
+    losses = list(train_batches(model, batches, torch.optim.SGD(model.parameters(), 1.0), 0.1))
+    optimizer = torch.optim.SGD(plain.parameters(), 1.0)
+    for (X, Y), loss in zip(batches, losses, strict=True):
+        x = torch.nn.functional.one_hot(X, 28).float() if plain.embed is None else plain.embed(X)
+        states, _ = plain.rnn(x)
+        expected = torch.nn.functional.cross_entropy(plain.head(states.transpose(0, 1).flatten(0, 1)), Y.T.flatten())
+        optimizer.zero_grad()
+        expected.backward()
+        torch.nn.utils.clip_grad_norm_(plain.parameters(), 0.1)
+        optimizer.step()
+        assert torch.equal(loss, expected)
+    for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(p, q)
 
 
 def test_graph_across_batches_follows_the_reference():
