@@ -24,7 +24,7 @@ from charrnn_fast.reference.language_model import RNNLM
 WARM_UP_STEPS = 3  # of a shape before it is recorded, as many as torch.cuda.make_graphed_callables makes
 MAX_SHAPES = 8  # recorded at most; the samplers make two or three
 
-Work = Callable[[], None]
+Work = Callable[[], Tensor]  # returns a loss, a scalar
 Step = Callable[[Tensor, Tensor, Tensor | None], tuple[Tensor, Tensor | None]]
 # X (B, T), Y (B, T), state (L, B, H) or None -> loss, a scalar, and the next state, both detached
 
@@ -68,11 +68,14 @@ def dependencies(model: CharRNN, optimizer: torch.optim.Optimizer) -> object:
 class Recorder(Protocol):
     """How work on the device is recorded."""
 
-    def run(self, work: Work) -> None:
-        """Run work in the place where it will be recorded."""
+    def run(self, work: Work) -> Tensor:
+        """Run work in the place where it will be recorded; returns its loss."""
 
     def record(self, work: Work) -> Work:
-        """Record work without running it; returns what runs it. Raises whatever keeps it from being recorded."""
+        """Record work without running it; returns what runs it. Raises whatever keeps it from being recorded.
+
+        The loss that a replay returns may be overwritten by the next.
+        """
 
 
 class CudaGraphRecorder:
@@ -86,35 +89,43 @@ class CudaGraphRecorder:
         self.stream = torch.cuda.Stream(device)
         self.pool = torch.cuda.graph_pool_handle()
 
-    def run(self, work: Work) -> None:
+    def run(self, work: Work) -> Tensor:
         """Run work on the recording's stream, after all that was launched so far and before all that follows."""
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
         with torch.cuda.stream(self.stream), warnings.catch_warnings():
             # Capturable optimisers warn of steps that are not captured; these few are meant.
             warnings.filterwarnings("ignore", message="This instance was constructed with capturable=True")
-            work()
+            loss = work()
         current.wait_stream(self.stream)
+        return loss
 
     def record(self, work: Work) -> Work:
         """Capture work as a CUDA graph; returns its replay."""
         graph = torch.cuda.CUDAGraph()
+        loss: Tensor | None = None
         failure: Exception | None = None
         with torch.cuda.device(self.device):
             current = torch.cuda.current_stream()
             try:
                 with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                     try:
-                        work()
+                        loss = work()
                     except Exception as error:
                         failure = error
             except Exception as error:  # a capture that work() has invalidated cannot be ended either
                 failure = failure or error
             finally:
                 torch.cuda.set_stream(current)  # which torch.cuda.graph leaves out where ending fails
-        if failure is not None:
-            raise failure
-        return graph.replay
+        if failure is not None or loss is None:
+            raise failure or RuntimeError("the capture was left without a loss")
+        captured = loss
+
+        def replay() -> Tensor:
+            graph.replay()
+            return captured
+
+        return replay
 
 
 @dataclass
@@ -124,7 +135,6 @@ class _Slot:
     X: Tensor  # (B, T)
     Y: Tensor  # (B, T)
     state: Tensor | None  # (L, B, H) carried from step to step, shared by the shapes of this B
-    loss: Tensor | None = None  # scalar
     steps: int = 0
     replay: Work | None = None
 
@@ -181,19 +191,16 @@ class RecordedSteps:
             self._record(slot)
             if self.reason is not None:
                 return self._step(X, Y, slot.state)
-        if slot.replay is None:
-            self._recorder.run(lambda: self._run(slot))
-        else:
-            slot.replay()
+        loss = self._recorder.run(lambda: self._run(slot)) if slot.replay is None else slot.replay()
         slot.steps += 1
-        assert slot.loss is not None  # _run sets it
-        return slot.loss.clone(), slot.state
+        return loss.clone(), slot.state
 
-    def _run(self, slot: _Slot) -> None:
+    def _run(self, slot: _Slot) -> Tensor:
         """The plain step on a slot's buffers."""
-        slot.loss, state = self._step(slot.X, slot.Y, slot.state)
+        loss, state = self._step(slot.X, slot.Y, slot.state)
         if slot.state is not None and state is not None:
             slot.state.copy_(state)
+        return loss
 
     def _record(self, slot: _Slot) -> None:
         try:

@@ -189,7 +189,7 @@ class Trainer:
 
     def _require_capture(self) -> None:
         if self.capture is True and (reason := self.capture_reason) is not None:
-            raise RuntimeError(f"capture is True, but training steps cannot be captured: {reason}")
+            raise RuntimeError(f"capture was asked for, but training steps cannot be captured: {reason}")
 
     def _make_optimizer(self, name: str, lr: float):
         is_reference = isinstance(self.model, RNNLM)
