@@ -78,16 +78,19 @@ class Recorder(Protocol):
         """
 
 
-class CudaGraphRecorder:
-    """Work on a CUDA or ROCm device, recorded as CUDA graphs that share one pool of memory.
+_NEVER_ENDED: list[torch.cuda.CUDAGraph] = []  # the allocator goes on asking such a graph whether memory is for it
 
-    They may share it because they never run at the same time and leave behind only what is referenced from outside.
+
+class CudaGraphRecorder:
+    """Work on a CUDA or ROCm device, recorded as CUDA graphs, each with a pool of memory of its own.
+
+    Gradients are born and freed inside the pool: a replay writes them where the recording put them, with nothing to
+    clear before.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
 
     def run(self, work: Work) -> Tensor:
         """Run work on the recording's stream, after all that was launched so far and before all that follows."""
@@ -108,13 +111,14 @@ class CudaGraphRecorder:
         with torch.cuda.device(self.device):
             current = torch.cuda.current_stream()
             try:
-                with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+                with torch.cuda.graph(graph, stream=self.stream):
                     try:
                         loss = work()
                     except Exception as error:
                         failure = error
             except Exception as error:  # a capture that work() has invalidated cannot be ended either
                 failure = failure or error
+                _NEVER_ENDED.append(graph)
             finally:
                 torch.cuda.set_stream(current)  # which torch.cuda.graph leaves out where ending fails
         if failure is not None or loss is None:

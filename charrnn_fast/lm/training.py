@@ -87,11 +87,15 @@ class TrainingStep:
         self._losses.clear()
         try:
             loss.backward()
-            if self.clip is not None:
-                self.model.clip_grad_norm_(self.parameters, self.clip)
-            self.optimizer.step()
+            self._descend()
         finally:  # also when a recording fails, whose gradients are memory that was never written
             self.optimizer.zero_grad(set_to_none=True)
+
+    def _descend(self) -> None:
+        """Clip the gradients and take the optimizer's step along them."""
+        if self.clip is not None:
+            self.model.clip_grad_norm_(self.parameters, self.clip)
+        self.optimizer.step()
 
 
 def train_batches(
@@ -171,14 +175,15 @@ class Trainer:
         self.capture = capture
         self.optimizer = self._make_optimizer(optimizer, lr) if isinstance(optimizer, str) else optimizer
         self.history: list[EpochRecord] = []
-        self._recorded: dict[bool, RecordedSteps] = {}  # by whether the state is carried
+        self._recorded: RecordedSteps | None = None
+        self._recorded_for: tuple = ()  # whether the state is carried, the optimizer and the clip
         self._require_capture()
 
     @property
     def capture_reason(self) -> str | None:
         """Why training steps are not captured as a CUDA graph: one clause, or None where they are."""
-        failed = [steps.reason for steps in self._recorded.values() if steps.reason is not None]
-        return failed[0] if failed else self._why_not_model() or why_not_optimizer(self.optimizer)
+        failure = None if self._recorded is None else self._recorded.reason
+        return failure or self._why_not_model() or why_not_optimizer(self.optimizer)
 
     def _why_not_model(self) -> str | None:
         if self.capture is False:
@@ -263,16 +268,18 @@ class Trainer:
         model = self.model
         if self.capture_reason is not None or not isinstance(model, CharRNN):
             return None
-        if carry_state not in self._recorded:
-            self._recorded[carry_state] = RecordedSteps(
-                TrainingStep(model, self.optimizer, self.clip),
+        optimizer = self.optimizer
+        if self._recorded is None or self._recorded_for != (carry_state, optimizer, self.clip):
+            self._recorded_for = (carry_state, optimizer, self.clip)
+            self._recorded = RecordedSteps(
+                TrainingStep(model, optimizer, self.clip),
                 CudaGraphRecorder(model.head.weight.device),
-                lambda: dependencies(model, self.optimizer),
+                lambda: dependencies(model, optimizer),
                 model.zero_state if carry_state else None,
                 required=self.capture is True,
             )
-        self._recorded[carry_state].refresh()
-        return self._recorded[carry_state]
+        self._recorded.refresh()
+        return self._recorded
 
     def state_dict(self) -> dict[str, object]:
         """Optimiser and history, as plain values and tensors: with the model and the sampler's generator, all that a

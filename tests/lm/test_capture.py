@@ -94,15 +94,17 @@ def _recorded(model, optimizer, clip, recorder, carry_state, **options) -> Recor
     return RecordedSteps(step, recorder, lambda: dependencies(model, optimizer), zero_state, **options)
 
 
-def _train(recipe, recorder=None, *, epochs=3, momentum=0.0, dtype=torch.float32, before_epoch=None, text=TEXT):
+def _train(
+    recipe, recorder=None, *, epochs=3, momentum=0.0, dtype=torch.float32, before_epoch=None, text=TEXT, device="cpu"
+):
     """The losses of every step, the parameters at the end, and with a recorder's class the recorded steps and it."""
-    model = build_model(recipe, 28, seed=0, dtype=dtype)
+    model = build_model(recipe, 28, seed=0, dtype=dtype, device=device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     if recipe.optimizer == "adam":
         optimizer = torch.optim.Adam(parameters, recipe.lr)
     else:
         optimizer = torch.optim.SGD(parameters, recipe.lr, momentum=momentum)
-    sampler = build_sampler(recipe, text, seed=0)
+    sampler = build_sampler(recipe, text.to(device), seed=0)
     carry = sampler.carry_state
     steps = None
     if recorder is not None:
@@ -233,19 +235,19 @@ def test_losses_stay_what_they_were():
 
 
 @pytest.mark.parametrize("name", ["scratch", "ch8", "santa"])
-def test_triton_kernels_follow_the_reference(name, monkeypatch):
-    """What a GPU runs (token recurrence, loss, clip, update; recorded), by Triton's interpreter in fp64."""
+def test_triton_kernels_follow_the_reference(name, device, monkeypatch):
+    """What a GPU runs (token recurrence, loss, clip, update; recorded), in fp64: interpreted where there is none."""
     monkeypatch.setenv("CHARRNN_BACKEND", "triton")
     sizes = {"batch_size": 1 if name == "santa" else 5, "num_steps": 4, "hidden_size": 6}
     recipe = replace(RECIPES[name], **sizes)
     text = TEXT[: {"scratch": 60, "ch8": 130, "santa": 30}[name]]
-    losses, _, _, recorder = _train(recipe, Calling, dtype=torch.float64, text=text, epochs=1)
+    losses, _, _, recorder = _train(recipe, Calling, dtype=torch.float64, text=text, epochs=1, device=device)
     assert recorder.replays > 0
     net = build_model(recipe, 28, seed=0, kind="reference", dtype=torch.float64)
     sampler = build_sampler(recipe, text, seed=0)
     updater = (reference.Adam if recipe.optimizer == "adam" else reference.SGD)(net.parameters(), recipe.lr)
     run = reference.train_batches(net, sampler.train(), updater, recipe.clip, carry_state=sampler.carry_state)
-    torch.testing.assert_close(losses, torch.stack(list(run)), rtol=0, atol=1e-9)
+    torch.testing.assert_close(losses.cpu(), torch.stack(list(run)), rtol=0, atol=1e-9)
 
 
 # ---- Trainer ------------------------------------------------------------------------------------------------------
@@ -293,6 +295,23 @@ def test_trainer_records_and_keeps_its_curve(name, recorders):
     assert _curve(captured) == _curve(plain)
     for p, q in zip(captured.model.parameters(), plain.model.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+def test_clip_and_optimizer_changed_between_epochs_are_heeded(recorders):
+    results = []
+    for options in ({"capture": True}, {"capture": False}):
+        trainer = Trainer(build_model(FORMS["ch8"], 28, seed=0), epochs=8, **options)
+
+        def change(record, trainer=trainer):
+            if record.epoch == 3:
+                trainer.clip = 0.05
+            if record.epoch == 6:
+                trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), 0.1)
+
+        trainer.fit(build_sampler(FORMS["ch8"], TEXT[:3000], seed=0), on_epoch=change)
+        results.append(_curve(trainer))
+    assert results[0] == results[1]
+    assert len(recorders) == 3 and all(recorder.replays for recorder in recorders)
 
 
 @pytest.mark.parametrize("name", ["scratch", "ch8", "santa"])
