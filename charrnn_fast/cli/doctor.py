@@ -10,6 +10,7 @@ from charrnn_fast import __version__
 from charrnn_fast.cli.options import at_least, find_device
 from charrnn_fast.errors import InputError
 from charrnn_fast.kernels import native
+from charrnn_fast.lm import capture
 from charrnn_fast.ops import backends
 
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -20,7 +21,8 @@ def add_parser(commands) -> None:
     p = commands.add_parser(
         "doctor",
         help="which backend runs here, and why the others do not",
-        description="Print versions, devices and, by hidden size, which backend runs and why the others do not.",
+        description="Print versions, devices, whether training steps are captured as CUDA graphs and, by hidden size, "
+        "which backend runs and why the others do not.",
     )
     p.add_argument("--device", metavar="D", help="cpu, cuda, ... (default: the CPU and every GPU)")
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the parameters (default: float32)")
@@ -37,6 +39,8 @@ def _doctor(options: argparse.Namespace) -> int:
         device = find_device(name)
         title = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.backends.cpu.get_cpu_capability()
         print(f"\n{name} ({title}), {options.dtype}")
+        why_not = capture.why_not_on(device)
+        print("  training steps: " + ("captured as CUDA graphs" if why_not is None else f"not captured: {why_not}"))
         for hidden_size in options.hidden_size:
             try:
                 explanation = backends.explain(hidden_size, DTYPES[options.dtype], device)

@@ -21,6 +21,8 @@ from charrnn_fast.lm.training import MAX_GRAPH_BATCHES, EpochRecord, Trainer, pe
 from charrnn_fast.ops import backends
 from charrnn_fast.reference.language_model import RNNLM
 
+CAPTURE: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
+
 
 def add_parser(commands) -> None:
     p = commands.add_parser(
@@ -48,6 +50,12 @@ def add_parser(commands) -> None:
     p.add_argument("--device", default="cpu", metavar="D", help="cpu (default), cuda, cuda:1, ...")
     p.add_argument(
         "--backend", default="auto", metavar="B", help="auto (default), triton, native, torch: what runs a fused model"
+    )
+    p.add_argument(
+        "--capture",
+        choices=CAPTURE,
+        default="auto",
+        help="training steps as CUDA graphs, captured once and replayed: auto (default, where they can), on, off",
     )
     p.add_argument(
         "--out", type=Path, metavar="DIR", help="write DIR/last.ckpt, DIR/best.ckpt, DIR/history.json and DIR/curve.png"
@@ -87,18 +95,11 @@ def _train(options: argparse.Namespace) -> int:
     sampler = build_sampler(recipe, tokens.to(device), options.seed)
     backend = _backend(options, recipe, device)
     model = build_model(recipe, len(vocab), options.seed, kind=options.model, backend=options.backend, device=device)
-    trainer = Trainer(
-        model,
-        optimizer=recipe.optimizer,
-        lr=recipe.lr,
-        clip=recipe.clip,
-        epochs=recipe.epochs,
-        graph_batches=recipe.graph_batches,
-    )
+    trainer = _trainer(recipe, model, CAPTURE[options.capture])
     run = _Run(options, recipe, trainer, sampler, vocab, corpus.source)
     if options.resume:
         run.resume()
-    _print_header(options.model, backend, recipe, model, corpus, vocab, tokens, sampler)
+    _print_header(options.model, backend, recipe, trainer, corpus, vocab, tokens, sampler)
     history = run.fit()
     texts = [_decode(model, vocab, prompt, options.seed) for prompt in recipe.prompts]
     _print_result(options, recipe, backend, history, texts, time.perf_counter() - start)
@@ -168,21 +169,39 @@ def _backend(options: argparse.Namespace, recipe: Recipe, device: torch.device) 
         raise InputError(str(error)) from None
 
 
+def _trainer(recipe: Recipe, model: CharRNN | RNNLM, capture: bool | str) -> Trainer:
+    """The recipe's trainer. Steps that are to be captured and cannot be are an InputError that says why."""
+    try:
+        return Trainer(
+            model,
+            optimizer=recipe.optimizer,
+            lr=recipe.lr,
+            clip=recipe.clip,
+            epochs=recipe.epochs,
+            graph_batches=recipe.graph_batches,
+            capture=capture,
+        )
+    except RuntimeError as error:
+        raise InputError(str(error)) from None
+
+
 def _print_header(
     kind: str,
     backend: str,
     recipe: Recipe,
-    model: CharRNN | RNNLM,
+    trainer: Trainer,
     corpus: Corpus,
     vocab: data.Vocabulary,
     tokens: torch.Tensor,
     sampler: data.Sampler,
 ) -> None:
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    count = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     plural = "s" if recipe.num_layers > 1 else ""
     layers = f"{recipe.num_layers} layer{plural} of {recipe.hidden_size} {recipe.nonlinearity} units"
     print(f"text    {corpus.source}: {len(tokens):,} characters, {len(vocab)} symbols")
     print(f"model   {kind} ({backend} backend, {sampler.tokens.device}): {layers}, {count:,} parameters")
+    reason = trainer.capture_reason
+    print("steps   " + ("captured as CUDA graphs" if reason is None else f"not captured: {reason}"))
     if isinstance(sampler, data.Windows) and sampler.shortened:
         print(
             f"charrnn-fast: the text is short: {sampler.num_train:,} windows train, {sampler.num_val:,} validate",
@@ -205,6 +224,7 @@ class _Run:
         self.out: Path | None = options.out
         self.kind, self.seed = options.model, options.seed
         self.recipe, self.trainer, self.sampler, self.vocab, self.source = recipe, trainer, sampler, vocab, source
+        self.capture_reason = trainer.capture_reason  # as the header says
 
     def resume(self) -> None:
         assert self.out is not None
@@ -260,6 +280,9 @@ class _Run:
                 for p in self.recipe.prompts
             )
         with bar.external_write_mode():
+            if self.capture_reason != self.trainer.capture_reason:
+                self.capture_reason = self.trainer.capture_reason
+                print(f"charrnn-fast: steps are not captured: {self.capture_reason}", file=sys.stderr)
             print(line, flush=True)
         self.write()
 

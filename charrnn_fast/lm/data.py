@@ -1,8 +1,8 @@
 """From a text to batches of token ids: the vocabulary and the four samplers of the recipes.
 
-A corpus is one int64 tensor on the training device. A batch (X, Y) is a gather from it: X (B, T) are characters, Y (B,
-T) the characters that follow them. All random choices come from one CPU torch.Generator, so they do not depend on the
-device.
+A corpus is one int64 tensor on the training device. A batch (X, Y) is a gather from it, or a view of it: X (B, T) are
+characters, Y (B, T) the characters that follow them. All random choices come from one CPU torch.Generator, so they do
+not depend on the device; what crosses to it is an epoch's choices, once, and nothing waits for it.
 """
 
 import re
@@ -100,13 +100,21 @@ class Sampler(ABC):
         """The validation batches, in order; none for a sampler without validation."""
         return iter(())
 
-    def _windows(self, starts: Tensor, num_steps: int) -> Batch:
-        """X and Y (len(starts), num_steps) of the windows that begin at `starts`."""
-        index = starts.to(self.tokens.device, non_blocking=True)[:, None] + torch.arange(
-            num_steps + 1, device=self.tokens.device
-        )
-        window = self.tokens[index]  # (B, T + 1)
-        return window[:, :-1], window[:, 1:]
+    def to(self, device: torch.device | str) -> "Sampler":
+        """Move the corpus to a device; returns self."""
+        self.tokens = self.tokens.to(device)
+        return self
+
+    def _windows(self, starts: Tensor, batch_size: int, num_steps: int) -> Iterator[Batch]:
+        """Batches of the windows that begin at `starts` (N,), a CPU tensor, in this order; the last may be smaller."""
+        device = self.tokens.device
+        if device.type == "cuda":
+            starts = starts.pin_memory()  # without it the copy would wait
+        starts = starts.to(device, non_blocking=True)
+        steps = torch.arange(num_steps + 1, device=device)
+        for some in starts.split(batch_size):
+            window = self.tokens[some[:, None] + steps]  # (B, T + 1)
+            yield window[:, :-1], window[:, 1:]
 
 
 class Windows(Sampler):
@@ -142,13 +150,11 @@ class Windows(Sampler):
 
     def train(self) -> Iterator[Batch]:
         order = torch.randperm(self.num_train, generator=self.generator)
-        for starts in order.split(self.batch_size):
-            yield self._windows(starts, self.num_steps)
+        yield from self._windows(order, self.batch_size, self.num_steps)
 
     def validation(self) -> Iterator[Batch]:
         order = torch.arange(self.num_train, self.num_train + self.num_val)
-        for starts in order.split(self.batch_size):
-            yield self._windows(starts, self.num_steps)
+        yield from self._windows(order, self.batch_size, self.num_steps)
 
 
 class Sequential(Sampler):
@@ -170,9 +176,9 @@ class Sequential(Sampler):
     def train(self) -> Iterator[Batch]:
         offset = int(torch.randint(self.num_steps, (1,), generator=self.generator))
         width = (len(self.tokens) - offset - 1) // self.batch_size
-        starts = offset + width * torch.arange(self.batch_size)
+        X, Y = (self.tokens[begin:][: self.batch_size * width].view(-1, width) for begin in (offset, offset + 1))
         for step in range(0, width - self.num_steps + 1, self.num_steps):
-            yield self._windows(starts + step, self.num_steps)
+            yield X[:, step : step + self.num_steps], Y[:, step : step + self.num_steps]
 
 
 class RandomWindows(Sampler):
@@ -189,8 +195,7 @@ class RandomWindows(Sampler):
         offset = int(torch.randint(self.num_steps, (1,), generator=self.generator))
         count = (len(self.tokens) - offset - 1) // self.num_steps
         order = torch.randperm(count, generator=self.generator)
-        for chosen in order.split(self.batch_size):
-            yield self._windows(offset + chosen * self.num_steps, self.num_steps)
+        yield from self._windows(offset + order * self.num_steps, self.batch_size, self.num_steps)
 
 
 class Pieces(Sampler):

@@ -77,6 +77,10 @@ class CharRNN(nn.Module):
         names = ("vocab_size", "hidden_size", "num_layers", "nonlinearity", "embedding", "second_bias")
         return {name: getattr(self, name) for name in names}
 
+    def zero_state(self, batch_size: int) -> Tensor:
+        """The state (L, B, H) that a text starts from."""
+        return self.head.weight.new_zeros(self.num_layers, batch_size, self.hidden_size)
+
     def hidden(self, tokens: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The last layer's states (B, T, H) and the final states (L, B, H), from token ids (B, T) and h_0 (L, B, H) or
         None.

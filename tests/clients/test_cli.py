@@ -12,7 +12,7 @@ import torch
 
 from charrnn_fast.cli import main
 from charrnn_fast.kernels import native
-from charrnn_fast.lm import checkpoint
+from charrnn_fast.lm import capture, checkpoint, training
 
 TEXT = (
     "It was the best of times, it was the worst of times; it was the age of wisdom, it was the age of foolishness. "
@@ -53,6 +53,7 @@ def test_train_prints_lines_and_json(book, capsys, recipe, model):
     out, err = capsys.readouterr()
     lines = out.splitlines()
     assert lines[0].startswith("text    ") and lines[1].startswith(f"model   {model} (")
+    assert lines[2].startswith("steps   not captured: ")
     unit = "iteration" if recipe == "santa" else "epoch"
     assert sum(line.startswith(unit) for line in lines) == 2
     result = json.loads(lines[-1])
@@ -75,6 +76,35 @@ def test_models_of_a_recipe_print_the_same_perplexity(book, capsys):
         assert main(["train", "--recipe", "concise", "--model", model, "--text", str(book), "--json", *SMALL]) == 0
         results.append(json.loads(capsys.readouterr().out.splitlines()[-1])["val_ppl"])
     assert results == pytest.approx([results[0]] * 3, rel=1e-5)
+
+
+def test_capture(book, capsys, monkeypatch):
+    train = ["train", "--text", str(book), *SMALL]
+    assert main([*train, "--capture", "off"]) == 0
+    assert "steps   not captured: it was turned off" in capsys.readouterr().out
+    _fails(capsys, [*train, "--model", "reference", "--capture", "on"], "cannot be captured: the reference model")
+    if not torch.cuda.is_available():
+        _fails(capsys, [*train, "--capture", "on"], "cannot be captured: a CUDA graph needs a CUDA or ROCm device")
+    monkeypatch.setattr(capture, "why_not_on", lambda device: None)
+    monkeypatch.setattr(training, "CudaGraphRecorder", _NothingIsRecorded)
+    assert main(train) == 0
+    out, err = capsys.readouterr()
+    assert "steps   captured as CUDA graphs" in out
+    assert err.count("charrnn-fast: steps are not captured: recording a step raised RuntimeError: no memory") == 1
+    _fails(capsys, [*train, "--capture", "on"], "a training step cannot be captured: ", "no memory")
+
+
+class _NothingIsRecorded:
+    """A recorder on which training steps run, and cannot be recorded."""
+
+    def __init__(self, device):
+        pass
+
+    def run(self, work):
+        return work()
+
+    def record(self, work):
+        raise RuntimeError("no memory")
 
 
 def test_files_of_a_run(run):
@@ -225,6 +255,7 @@ def test_doctor_says_what_runs_and_why_the_others_do_not(capsys, monkeypatch):
     out = capsys.readouterr().out
     chosen = "native" if native.available() is None else "torch"
     assert f"torch {torch.__version__}" in out
+    assert out.count("  training steps: not captured: a CUDA graph needs a CUDA or ROCm device\n") == 1
     assert f"  hidden size 32: {chosen}" in out and f"  hidden size 100000: {chosen}" in out
     assert out.count("    not triton: ") == 2
     monkeypatch.setenv("CHARRNN_BACKEND", "magic")

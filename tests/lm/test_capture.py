@@ -1,0 +1,428 @@
+"""Recorded steps: the curve of the plain loop bit for bit, whatever is recorded, refused or changed on the way.
+
+Two recorders stand in for the CUDA graph's. `Calling` records the call itself: it runs the kernels that a CPU has.
+`Tracing` records what the tensors go through, by make_fx: like a CUDA graph, its replays run no Python, read and write
+the tensors that were there when it was recorded, and recording runs nothing.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+
+from charrnn_fast.errors import TrainingError
+from charrnn_fast.lm import capture, checkpoint, corpora, data, training
+from charrnn_fast.lm.capture import MAX_SHAPES, WARM_UP_STEPS, RecordedSteps, dependencies
+from charrnn_fast.lm.model import CharRNN
+from charrnn_fast.lm.recipes import RECIPES, build_model, build_sampler
+from charrnn_fast.lm.training import Trainer, TrainingStep, train_batches
+from charrnn_fast.reference import training as reference
+
+ENGLISH = corpora.fallback(corpora.BOOKS["timemachine"], "offline").text[:12_000]
+TEXT = data.Vocabulary.of(f"{ENGLISH} abcdefghijklmnopqrstuvwxyz", letters=True).encode(ENGLISH)[:7_000]
+
+SMALL = {
+    "scratch": {"batch_size": 256, "hidden_size": 16},
+    "concise": {"batch_size": 256, "hidden_size": 16},
+    "ch8": {"hidden_size": 24, "batch_size": 16},
+    "ch8-random": {"hidden_size": 24, "batch_size": 16, "sampler": "random"},
+    "santa": {"hidden_size": 24},
+}
+FORMS = {name: replace(RECIPES[name.removesuffix("-random")], **sizes) for name, sizes in SMALL.items()}
+
+
+class Calling:
+    """Records the call: a replay calls it again."""
+
+    def __init__(self, *trained):
+        self.trained = trained  # the model and its optimizer
+        self.runs = self.recorded = self.replays = 0
+
+    def run(self, work):
+        self.runs += 1
+        return work()
+
+    def record(self, work):
+        self.recorded += 1
+
+        def replay():
+            self.replays += 1
+            return work()
+
+        return replay
+
+
+class Tracing(Calling):
+    """Records the tensor operations: a replay runs these alone."""
+
+    def record(self, work):
+        self.recorded += 1
+        model, optimizer = self.trained
+        tensors = [*model.parameters(), *(t for state in optimizer.state.values() for t in state.values())]
+        before = [t.clone() for t in tensors if t is not None]
+        operations = make_fx(work, tracing_mode="fake", _allow_non_fake_inputs=True)()
+        for tensor, kept in zip((t for t in tensors if t is not None), before, strict=True):
+            tensor.data.copy_(kept)  # operations whose tensors all existed before have run
+
+        @torch.no_grad()
+        def replay():
+            self.replays += 1
+            return operations()
+
+        return replay
+
+
+class Refusing(Calling):
+    """Fails as a capture does: in the middle of the step, when gradients are there and no update has been made."""
+
+    def record(self, work):
+        _, optimizer = self.trained
+        step, optimizer.step = optimizer.step, self._refuse
+        try:
+            return work()
+        finally:
+            optimizer.step = step
+
+    def _refuse(self):
+        raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
+
+
+def _recorded(model, optimizer, clip, recorder, carry_state, **options) -> RecordedSteps:
+    step = TrainingStep(model, optimizer, clip)
+    zero_state = model.zero_state if carry_state else None
+    return RecordedSteps(step, recorder, lambda: dependencies(model, optimizer), zero_state, **options)
+
+
+def _train(
+    recipe, recorder=None, *, epochs=3, momentum=0.0, dtype=torch.float32, before_epoch=None, text=TEXT, device="cpu"
+):
+    """The losses of every step, the parameters at the end, and with a recorder's class the recorded steps and it."""
+    model = build_model(recipe, 28, seed=0, dtype=dtype, device=device)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if recipe.optimizer == "adam":
+        optimizer = torch.optim.Adam(parameters, recipe.lr)
+    else:
+        optimizer = torch.optim.SGD(parameters, recipe.lr, momentum=momentum)
+    sampler = build_sampler(recipe, text.to(device), seed=0)
+    carry = sampler.carry_state
+    steps = None
+    if recorder is not None:
+        recorder = recorder(model, optimizer)
+        steps = _recorded(model, optimizer, recipe.clip, recorder, carry)
+    losses = []
+    for epoch in range(epochs):
+        if before_epoch is not None:
+            before_epoch(epoch, model, optimizer)
+        if steps is not None:
+            steps.refresh()
+        run = train_batches(model, sampler.train(), optimizer, recipe.clip, carry_state=carry, recorded=steps)
+        losses.append(torch.stack(list(run)))
+        assert all(p.grad is None for p in parameters)
+    return torch.cat(losses), parameters, steps, recorder
+
+
+def _assert_same(plain, recorded):
+    assert torch.equal(plain[0], recorded[0])
+    for p, q in zip(plain[1], recorded[1], strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_recorded_curve_is_the_plain_one(name):
+    """Whole and ragged batches, zero and carried state, SGD and Adam; every shape is recorded in the end."""
+    recorded = _train(FORMS[name], Calling, epochs=WARM_UP_STEPS + 2)
+    _assert_same(_train(FORMS[name], epochs=WARM_UP_STEPS + 2), recorded)
+    losses, _, steps, recorder = recorded
+    shapes = steps._slots
+    assert len(shapes) >= (1 if name == "ch8" else 2)
+    assert recorder.recorded == len([s for s in shapes.values() if s.replay is not None]) >= 1
+    assert recorder.runs <= WARM_UP_STEPS * len(shapes) and recorder.replays == len(losses) - recorder.runs
+    assert steps.reason is None
+
+
+@pytest.mark.parametrize(("name", "momentum"), [("concise", 0.9), ("ch8", 0.0), ("ch8-random", 0.0)])
+def test_replay_needs_no_python(name, momentum, monkeypatch):
+    """The optimiser's state, the carried state and the parameters all live in tensors that a recording can hold."""
+    monkeypatch.setenv("CHARRNN_BACKEND", "torch")  # operations that can be traced
+    recipe = replace(FORMS[name], embedding=5, num_steps=4, hidden_size=7, batch_size=9, lr=0.3)
+    options = {"momentum": momentum, "dtype": torch.float64, "text": TEXT[:150], "epochs": WARM_UP_STEPS + 1}
+    recorded = _train(recipe, Tracing, **options)
+    _, _, steps, recorder = recorded
+    assert steps.reason is None and recorder.recorded == (2 if name == "concise" else 1) and recorder.replays > 0
+    _assert_same(_train(recipe, **options), recorded)
+
+
+def test_changes_between_epochs_are_recorded_anew(monkeypatch):
+    """Learning rate, frozen parameters and parameters that moved; a traced replay would go on with the old ones."""
+    monkeypatch.setenv("CHARRNN_BACKEND", "torch")
+    recipe = replace(FORMS["ch8"], embedding=5, num_steps=4, hidden_size=7, batch_size=9)
+
+    def before_epoch(epoch, model, optimizer):
+        if epoch == 1:
+            optimizer.param_groups[0]["lr"] = 0.1
+        if epoch == 2:
+            model.head.bias.requires_grad_(False)
+        if epoch == 3:
+            model.head.weight.data = model.head.weight.data.clone()
+
+    options = {"dtype": torch.float64, "text": TEXT[:250], "epochs": 5, "before_epoch": before_epoch}
+    recorded = _train(recipe, Tracing, **options)
+    assert recorded[3].recorded == 4 and recorded[2].reason is None
+    _assert_same(_train(recipe, **options), recorded)
+
+
+@pytest.mark.parametrize("name", ["scratch", "ch8", "santa"])
+def test_a_recording_that_fails_leaves_the_plain_loop(name):
+    recorded = _train(FORMS[name], Refusing)
+    reason = "recording a step raised RuntimeError: operation not permitted when stream is capturing"
+    assert recorded[2].reason == reason
+    _assert_same(_train(FORMS[name]), recorded)
+
+
+def test_a_recording_that_is_required_raises():
+    model = CharRNN(28, 8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    steps = _recorded(model, optimizer, 1.0, Refusing(model, optimizer), False, required=True)
+    batches = [(TEXT[None, i : i + 5], TEXT[None, i + 1 : i + 6]) for i in range(WARM_UP_STEPS + 1)]
+    run = train_batches(model, batches, optimizer, 1.0, recorded=steps)
+    with pytest.raises(TrainingError, match=r"a training step cannot be captured: .* not permitted"):
+        list(run)
+
+
+def test_many_shapes_are_not_all_recorded():
+    """Beyond MAX_SHAPES the plain step runs, on the state that the recorded ones carry, and they on its."""
+    lengths = [4 + i for i in range(MAX_SHAPES + 3)] * (WARM_UP_STEPS + 2)
+    ends = torch.tensor(lengths).cumsum(0).tolist()
+    batches = [(TEXT[None, e - n : e], TEXT[None, e - n + 1 : e + 1]) for e, n in zip(ends, lengths, strict=True)]
+    results = []
+    for recorder in (None, Calling()):
+        model = build_model(FORMS["santa"], 28, seed=0)
+        optimizer = torch.optim.SGD(model.parameters(), 0.5)
+        steps = None if recorder is None else _recorded(model, optimizer, 1.0, recorder, True)
+        run = train_batches(model, batches, optimizer, 1.0, carry_state=True, recorded=steps)
+        results.append((torch.stack(list(run)), list(model.parameters())))
+    assert recorder.recorded == MAX_SHAPES
+    _assert_same(*results)
+
+
+def test_a_state_of_another_batch_size_is_refused_as_by_the_plain_step():
+    model = CharRNN(28, 8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    X, Y = TEXT[:80].view(4, 20), TEXT[1:81].view(4, 20)
+    batches = [(X[:1], Y[:1]), (X, Y)]
+    steps = _recorded(model, optimizer, None, Calling(), True)
+    for recorded in (None, steps):
+        with pytest.raises(RuntimeError, match="Expected hidden size"):
+            list(train_batches(model, batches, optimizer, None, carry_state=True, recorded=recorded))
+
+
+def test_losses_stay_what_they_were():
+    """The loss of a replay lies in one place; what train_batches yields does not."""
+    model = CharRNN(28, 8)
+    optimizer = torch.optim.SGD(model.parameters(), 0.5)
+    batches = [(TEXT[None, :30], TEXT[None, 1:31])] * (WARM_UP_STEPS + 3)
+    last = torch.zeros(())
+
+    class Static(Calling):
+        def record(self, work):
+            replay = super().record(work)
+            return lambda: last.copy_(replay())
+
+    steps = _recorded(model, optimizer, 1.0, Static(), False)
+    losses = [float(loss) for loss in list(train_batches(model, batches, optimizer, 1.0, recorded=steps))]
+    assert losses == sorted(losses, reverse=True) and len(set(losses)) == len(losses)
+
+
+@pytest.mark.parametrize("name", ["scratch", "ch8", "santa"])
+def test_triton_kernels_follow_the_reference(name, device, monkeypatch):
+    """What a GPU runs (token recurrence, loss, clip, update; recorded), in fp64: interpreted where there is none."""
+    monkeypatch.setenv("CHARRNN_BACKEND", "triton")
+    sizes = {"batch_size": 1 if name == "santa" else 5, "num_steps": 4, "hidden_size": 6}
+    recipe = replace(RECIPES[name], **sizes)
+    text = TEXT[: {"scratch": 60, "ch8": 130, "santa": 30}[name]]
+    losses, _, _, recorder = _train(recipe, Calling, dtype=torch.float64, text=text, epochs=1, device=device)
+    assert recorder.replays > 0
+    net = build_model(recipe, 28, seed=0, kind="reference", dtype=torch.float64)
+    sampler = build_sampler(recipe, text, seed=0)
+    updater = (reference.Adam if recipe.optimizer == "adam" else reference.SGD)(net.parameters(), recipe.lr)
+    run = reference.train_batches(net, sampler.train(), updater, recipe.clip, carry_state=sampler.carry_state)
+    torch.testing.assert_close(losses.cpu(), torch.stack(list(run)), rtol=0, atol=1e-9)
+
+
+# ---- Trainer ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def recorders(monkeypatch) -> list[Calling]:
+    """Trainers on this CPU take it for a device whose steps can be captured, by `Calling`; those that they made."""
+    made: list[Calling] = []
+
+    def make(device: torch.device) -> Calling:
+        made.append(Calling())
+        return made[-1]
+
+    monkeypatch.setattr(training, "CudaGraphRecorder", make)
+    monkeypatch.setattr(capture, "why_not_on", lambda device: None)
+    monkeypatch.setattr(training, "why_not_optimizer", lambda optimizer: None)
+    return made
+
+
+def _fit(recipe, epochs=4, **options):
+    trainer = Trainer(
+        build_model(recipe, 28, seed=0),
+        optimizer=recipe.optimizer,
+        lr=recipe.lr,
+        clip=recipe.clip,
+        epochs=epochs,
+        **options,
+    )
+    sampler = build_sampler(recipe, TEXT[:3000], seed=0)
+    trainer.fit(sampler)
+    return trainer, sampler
+
+
+def _curve(trainer) -> list[tuple]:
+    return [(r.train_loss, r.val_ppl, r.val_ppl_batch_mean, r.tokens) for r in trainer.history]
+
+
+@pytest.mark.parametrize("name", FORMS)
+def test_trainer_records_and_keeps_its_curve(name, recorders):
+    captured, _ = _fit(FORMS[name], capture=True)
+    plain, _ = _fit(FORMS[name], capture=False)
+    assert len(recorders) == 1 and recorders[0].replays > recorders[0].runs
+    assert captured.capture_reason is None and plain.capture_reason == "it was turned off"
+    assert _curve(captured) == _curve(plain)
+    for p, q in zip(captured.model.parameters(), plain.model.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_clip_and_optimizer_changed_between_epochs_are_heeded(recorders):
+    results = []
+    for options in ({"capture": True}, {"capture": False}):
+        trainer = Trainer(build_model(FORMS["ch8"], 28, seed=0), epochs=8, **options)
+
+        def change(record, trainer=trainer):
+            if record.epoch == 3:
+                trainer.clip = 0.05
+            if record.epoch == 6:
+                trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), 0.1)
+
+        trainer.fit(build_sampler(FORMS["ch8"], TEXT[:3000], seed=0), on_epoch=change)
+        results.append(_curve(trainer))
+    assert results[0] == results[1]
+    assert len(recorders) == 3 and all(recorder.replays for recorder in recorders)
+
+
+@pytest.mark.parametrize("name", ["scratch", "ch8", "santa"])
+def test_resume_of_recorded_steps_is_exact(name, recorders, tmp_path):
+    """Also into a trainer that has recorded steps on the optimiser state that the checkpoint replaces."""
+    recipe = FORMS[name]
+    vocab = data.Vocabulary([chr(97 + i) for i in range(28)], letters=False)
+    straight, _ = _fit(recipe, epochs=6)
+    stopped, sampler = _fit(recipe, epochs=2)
+    checkpoint.save(tmp_path / "a.ckpt", stopped, sampler, vocab, recipe, kind="fused", seed=0, source="book")
+    stopped.epochs = 5
+    stopped.fit(sampler)  # past the checkpoint, and back
+    written = checkpoint.load(tmp_path / "a.ckpt")
+    checkpoint.resume(written, stopped, sampler, recipe)
+    stopped.epochs = 6
+    stopped.fit(sampler)
+    assert _curve(stopped) == _curve(straight)
+    assert len(recorders) == 2 and recorders[1].recorded >= (4 if recipe.optimizer == "adam" else 1)
+
+
+def test_failure_in_a_run_is_told_and_trained_through(recorders, monkeypatch):
+    monkeypatch.setattr(Calling, "record", lambda self, work: 1 / 0)
+    trainer, _ = _fit(FORMS["scratch"])
+    assert trainer.capture_reason == "recording a step raised ZeroDivisionError: division by zero"
+    plain, _ = _fit(FORMS["scratch"], capture=False)
+    assert _curve(trainer) == _curve(plain)
+    with pytest.raises(TrainingError, match=r"a training step cannot be captured: .*division by zero"):
+        _fit(FORMS["scratch"], capture=True)
+
+
+REASONS = {
+    "a CUDA graph needs a CUDA or ROCm device": (lambda: CharRNN(28, 4), {}),
+    "PyTorch alone is trained as PyTorch does": (lambda: CharRNN(28, 4, cell="torch"), {}),
+    "the reference model is trained by its own loop": (lambda: CharRNN(28, 4).to_reference(), {}),
+    "the graph is kept across 3 batches": (lambda: CharRNN(28, 4), {"graph_batches": 3}),
+}
+
+
+@pytest.mark.parametrize("reason", REASONS)
+def test_reasons(reason):
+    make, options = REASONS[reason]
+    assert reason in Trainer(make(), **options).capture_reason
+    assert Trainer(make(), capture=False, **options).capture_reason == "it was turned off"
+    if "PyTorch alone" not in reason:
+        with pytest.raises(
+            RuntimeError, match=f"capture was asked for, but training steps cannot be captured: {reason}"
+        ):
+            Trainer(make(), capture=True, **options)
+    with pytest.raises(ValueError, match="capture must be 'auto', True or False, got 'yes'"):
+        Trainer(make(), capture="yes", **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "reason"),
+    [
+        ("SGD", {}, None),
+        ("SGD", {"momentum": 0.9}, None),
+        ("Adam", {"capturable": True}, None),
+        ("RMSprop", {"capturable": True}, None),
+        ("Adam", {}, "Adam keeps its step count on the host: make it with capturable=True"),
+        ("Adagrad", {}, "Adagrad has no option capturable"),
+        ("LBFGS", {}, "LBFGS has no option capturable"),
+    ],
+)
+def test_optimizers_that_can_be_captured(kind, options, reason, monkeypatch):
+    model = CharRNN(28, 4)
+    optimizer = getattr(torch.optim, kind)(model.parameters(), 0.1, **options)
+    assert capture.why_not_optimizer(optimizer) == reason
+    monkeypatch.setattr(capture, "why_not_on", lambda device: None)
+    assert Trainer(model, optimizer=optimizer).capture_reason == reason
+
+
+@pytest.mark.parametrize("name", ["scratch", "santa"])
+def test_state_written_by_a_gpu_resumes_on_a_cpu(name):
+    """On a GPU Adam is fused and capturable, with step counts on the device: the options stay behind, the counts do
+    not.
+    """
+    recipe = FORMS[name]
+    straight, _ = _fit(recipe, epochs=4)
+    stopped, sampler = _fit(recipe, epochs=2)
+    state = stopped.state_dict()
+    written = {
+        **state["optimizer"],
+        "param_groups": [
+            g | {name: True for name in ("capturable", "fused") if name in g}
+            for g in state["optimizer"]["param_groups"]
+        ],
+    }
+    resumed = Trainer(
+        build_model(recipe, 28, seed=1), optimizer=recipe.optimizer, lr=recipe.lr, clip=recipe.clip, epochs=4
+    )
+    resumed.model.load_state_dict(stopped.model.state_dict())
+    resumed.load_state_dict({**state, "optimizer": written})
+    assert not any(group.get("capturable") or group["fused"] for group in resumed.optimizer.param_groups)
+    resumed.fit(sampler)
+    assert _curve(resumed) == _curve(straight)
+
+
+def test_state_of_another_number_of_groups_is_refused():
+    model = CharRNN(28, 4)
+    groups = [{"params": [model.head.weight]}, {"params": [model.head.bias]}]
+    state = Trainer(model, optimizer=torch.optim.SGD(groups, 0.1)).state_dict()
+    with pytest.raises(ValueError, match="different number of parameter groups"):
+        Trainer(CharRNN(28, 4)).load_state_dict(state)
+
+
+def test_corpus_moves_to_the_models_device():
+    model = CharRNN(28, 4)
+    sampler = build_sampler(FORMS["scratch"], TEXT[:300], seed=0)
+    moved = []
+    sampler.to = lambda device: moved.append(device)
+    Trainer(model, epochs=1).fit(sampler)
+    assert moved == [torch.device("cpu")]
+    assert data.Sampler.to(sampler, "meta") is sampler and sampler.tokens.device.type == "meta"
