@@ -1,7 +1,7 @@
 """Folder mapping and the optional C extension; everything else stands in pyproject.toml.
 
-The four folders stay visible at the top, two of them install inside charrnn_fast. Without a C compiler the install goes
-on and the "torch" backend serves.
+The four folders stay visible at the top, three of them install inside charrnn_fast. Without a C compiler the install
+goes on and the "torch" backend serves.
 """
 
 import shutil
@@ -11,8 +11,9 @@ from pathlib import Path
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
 
-MAPPED = {"charrnn_fast.kernels": "kernels", "charrnn_fast.reference": "reference"}
+MAPPED = {"charrnn_fast.kernels": "kernels", "charrnn_fast.reference": "reference", "charrnn_fast.bench": "bench"}
 FLAGS = ["-O3", "-g0", "-std=gnu11", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
 PROBE = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
 
@@ -38,6 +39,14 @@ class BuildNative(build_ext):
         finally:
             shutil.rmtree(folder)
         return True
+
+
+class BuildPython(build_py):
+    """Leaves out the pytest suites of bench, which run from a checkout."""
+
+    def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
+        modules = super().find_package_modules(package, package_dir)
+        return [row for row in modules if not (row[1] == "conftest" or row[1].startswith("test_"))]
 
 
 def packages() -> list[str]:
@@ -69,7 +78,7 @@ setup(
     packages=packages(),
     package_dir=MAPPED,
     ext_modules=extensions(),
-    cmdclass={"build_ext": BuildNative},
+    cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
     include_package_data=False,
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

@@ -1,44 +1,65 @@
 """Prints, after pytest-benchmark's own table, the one that matters: ratios measured round by round in this run."""
 
-import json
+import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench.measure import copy_rate, gemm_rate, machine
+from charrnn_fast.bench import measure, report
+from charrnn_fast.bench.grid import DTYPES
+from charrnn_fast.bench.measure import CPU
+from charrnn_fast.bench.suite import PEERS, Case, Run
+from charrnn_fast.bench.suite import measure as measure_case
 
 ROWS: list[dict] = []
+RATES: dict[str, dict[str, dict[str, float]]] = {}  # by device and dtype
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--record", type=Path, metavar="FILE", help="write the ratios, rates and machine to this JSON file"
-    )
+    parser.addoption("--record", type=Path, metavar="FILE", help="write the results to this JSON file")
     parser.addoption("--seconds", type=float, default=2.0, help="time budget per configuration, all sides together")
 
 
-@pytest.fixture(scope="session")
-def rates() -> dict[str, float]:
-    """FLOP/s of a large matrix product and bytes/s of a large copy, in this run."""
-    return {"gemm_flops": gemm_rate(), "copy_bytes": copy_rate()}
+def pytest_collection_modifyitems(items):
+    if not torch.cuda.is_available():
+        for item in items:
+            if "gpu" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="no CUDA or ROCm device"))
 
 
 @pytest.fixture
-def record():
-    """Takes a row of the table."""
-    return ROWS.append
+def row(benchmark, pytestconfig):
+    """Measures a case on a device, our side under pytest-benchmark, and keeps the row for the table."""
+
+    def take(case: Case, device: torch.device = CPU) -> dict:
+        known = RATES.setdefault(device.type, {})
+        if case.dtype not in known:
+            known[case.dtype] = measure.rates(device, DTYPES[case.dtype])
+
+        def drive(before, target, rounds):
+            benchmark.pedantic(target, setup=before, rounds=rounds, iterations=1)
+
+        peers = PEERS[:1] if case.sweep else PEERS  # a sweep shows how our own cost grows
+        run = Run(known, device, peers, pytestconfig.getoption("--seconds"), drive=drive)
+        ROWS.append(measure_case(case, run))
+        return ROWS[-1]
+
+    return take
 
 
 def pytest_terminal_summary(terminalreporter, config):
     if not ROWS:
         return
-    terminalreporter.section("ratios to charrnn_fast: median (quartiles), above 1 means charrnn_fast is faster")
-    for row in ROWS:
-        peers = "  ".join(f"{name} {ratio['text']}x" for name, ratio in row["ratios"].items())
-        floor = "" if row.get("over_floor") is None else f"  {row['over_floor']:.2f} times the floor"
-        memory = "" if row.get("memory_ratio") is None else f"  memory {row['memory_ratio']:.2f} of torch.nn.RNN's"
-        terminalreporter.write_line(f"{row['task']:16} {row['name']:8} {row['ms']:9.3f} ms  {peers}{floor}{memory}")
-        for name, reason in row["skipped"].items():
-            terminalreporter.write_line(f"{'':26} {name} skipped: {reason}")
+    device = torch.device(next(iter(RATES)))
+    content = {
+        "command": "python -m pytest " + shlex.join(map(str, config.invocation_params.args)),
+        "machine": measure.machine(device),
+        "rates": RATES[device.type],
+        "rows": [row for row in ROWS if "sweep" not in row],
+        "sweeps": [row for row in ROWS if "sweep" in row],
+    }
+    terminalreporter.section("times charrnn_fast's speed: median (quartiles), above 1 means charrnn_fast is faster")
+    terminalreporter.write_line(report.text(content))
     if path := config.getoption("--record"):
-        path.write_text(json.dumps({"machine": machine(), "rows": ROWS}, indent=1) + "\n")
+        report.write(content, path)

@@ -1,6 +1,6 @@
 """The configurations that are timed, and the arithmetic and memory traffic that each one cannot do without."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,11 +37,28 @@ class Config:
         # Backward: the gradients of state and weight, and of input and weight, each as much again.
         return float((recurrence + projection) * (3 if backward else 1))
 
-    def bytes(self, backward: bool) -> float:
-        """fp32 traffic with every tensor read or written once: inputs, outputs, and backward their gradients."""
-        width = 2 if self.tokens else self.I
-        forward = self.rows * (width + self.H)
-        return 4.0 * (forward + (self.rows * (2 * self.H + (0 if self.tokens else 2 * self.I)) if backward else 0))
+    def bytes(self, backward: bool, itemsize: int = 4) -> float:
+        """Traffic with every tensor read or written once: inputs, outputs, weights, and backward their gradients."""
+        ids, dense = (8 * self.rows, 0) if self.tokens else (0, self.rows * self.I)
+        weights = self.H * self.H + self.I * self.H
+        # Backward reads the gradient of the outputs and the outputs, and a dense input once more beside its gradient.
+        numbers = dense + self.rows * self.H + weights
+        if backward:
+            numbers += 2 * dense + 2 * self.rows * self.H + weights
+        return float(ids * (2 if backward else 1) + itemsize * numbers)
+
+    def lm_flops(self) -> float:
+        """A training step of the language model: forward and backward of the recurrence and of the head."""
+        return self.flops(True) + 3 * 2 * self.rows * self.H * self.I
+
+    def lm_bytes(self) -> float:
+        """A training step's tensors that have to be in memory: ids, targets, and each parameter and its gradient."""
+        parameters = self.H * self.H + 2 * self.I * self.H
+        return float(2 * 8 * self.rows + 4 * 3 * parameters)
+
+    def generation_flops(self) -> float:
+        """T characters decoded one after the other: recurrence and head of each."""
+        return float(2 * self.B * self.T * (self.H * self.H + self.H * self.I))
 
 
 GRID = [
@@ -56,4 +73,53 @@ GRID = [
     Config("packed", 64, 200, 128, 256, packed=True),
 ]
 LM_STEPS = [config for config in GRID if config.name in ("d2l", "ch8", "santa")]
-GENERATION = [(hidden, batch) for hidden in (32, 256, 512) for batch in (1, 64)]
+NUM_CHARS = 1000  # that a decoder has to append
+GENERATION = [
+    Config(f"H={hidden} B={batch}", batch, NUM_CHARS, 28, hidden, tokens=True)
+    for hidden in (32, 256, 512)
+    for batch in (1, 64)
+]
+
+# On a GPU: input as wide as the state, which leaves the projection the same share of the work at every H.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+GPU_GRID = [
+    (Config(f"H={H} B={B} T={T}", B, T, H, H), dtype)
+    for T in (100, 1024)
+    for dtype in DTYPES
+    for H in (128, 256, 384, 512, 768, 1024, 2048)
+    for B in (1, 8, 16, 64, 128)
+]
+
+# Cost as one size grows and the others stay; the largest two points are beyond fixed costs.
+SWEEP_BASE = Config("sweep", 32, 64, 28, 128, tokens=True)
+SWEEPS = {"T": (16, 64, 256, 1024), "B": (4, 16, 64, 256), "H": (32, 64, 128, 256, 512)}
+WORK_EXPONENT = {"T": 1, "B": 1, "H": 2}  # of the arithmetic, in each of them
+
+
+def sweep(axis: str, sizes: tuple[int, ...] | None = None) -> list[Config]:
+    """The configurations of one sweep, "T", "B" or "H"."""
+    return [replace(SWEEP_BASE, name=f"{axis}={n}", **{axis: n}) for n in sizes or SWEEPS[axis]]
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """A list of gradients to clip, by their shapes."""
+
+    name: str
+    shapes: tuple[tuple[int, ...], ...]
+
+    @property
+    def numbers(self) -> int:
+        return sum(torch.Size(shape).numel() for shape in self.shapes)
+
+
+def _model_shapes(V: int, H: int) -> tuple[tuple[int, ...], ...]:
+    """Of a one-layer language model's parameters: the cell's two weights and two biases, the head's weight and bias."""
+    return ((H, V), (H, H), (H,), (H,), (V, H), (V,))
+
+
+CLIP = [
+    Gradients("d2l's", _model_shapes(28, 32)),
+    Gradients("ch8's", _model_shapes(28, 512)),
+    Gradients("2,000 tensors", tuple((1 + 37 * i % 997,) for i in range(2000))),
+]

@@ -1,7 +1,8 @@
 """The sides of a comparison as plain adapters: each builds, for a problem and a task, a callable that does it once.
 
 Tasks: "forward", "forward_backward" (gradients of the parameters, and of a dense input), "lm_step" (forward, loss,
-backward, clip, SGD of a character language model) and, for the decoders, "generation".
+backward, clip, SGD of a character language model), "generation" (greedy, as many characters as the problem has steps)
+and "clip" (of a ClipProblem's gradients).
 """
 
 from collections.abc import Callable
@@ -9,52 +10,73 @@ from importlib.util import find_spec
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from bench.problems import Problem
-from charrnn_fast import CharRNN, FusedRNN
+from charrnn_fast import CharRNN, FusedRNN, clip_grad_norm_
+from charrnn_fast.bench.measure import Job
+from charrnn_fast.bench.problems import ClipProblem, Problem
 from charrnn_fast.reference import generate as reference_generate
+from charrnn_fast.reference.clip_grad_norm import clip_grad_norm
 from charrnn_fast.reference.elman import elman
 from charrnn_fast.reference.language_model import RNNLM
 from charrnn_fast.reference.training import SGD, train_batches
 
-Job = Callable[[], Any]
+TASKS = ("forward", "forward_backward", "lm_step", "generation", "clip")
 MAX_COMPILED_STEPS = 40  # torch.compile unrolls the time loop: minutes of compilation beyond this
+PROMPT = 16  # characters that a decoder warms up on
+LEARNING_RATE, CLIP = 0.1, 1.0
 
 
-def _data(x: Any) -> torch.Tensor:
+def _data(x: Any) -> Tensor:
     return x.data if isinstance(x, PackedSequence) else x
+
+
+def _batch(problem: Problem) -> tuple[Tensor, Tensor]:
+    """X and Y (B, T): each character's successor is the next one."""
+    X = problem.tokens.T.contiguous()
+    return X, X.roll(-1, 1)
+
+
+def prompts(problem: Problem) -> Tensor:
+    """(B, PROMPT) int64."""
+    generator = torch.Generator().manual_seed(problem.seed)
+    return torch.randint(problem.config.I, (problem.config.B, PROMPT), generator=generator).to(problem.device)
 
 
 class Peer:
     """One side. `why_not` says in a clause why it cannot do a task, or returns None."""
 
     name = ""
+    key = ""  # what the command line calls it
     tasks: tuple[str, ...] = ("forward", "forward_backward", "lm_step")
     package: str | None = None
+    takes_minutes = False  # to build: not among the sides unless it is asked for
 
-    def why_not(self, problem: Problem, task: str) -> str | None:
+    def why_not(self, problem: Problem | ClipProblem, task: str) -> str | None:
         if self.package is not None and find_spec(self.package) is None:
             return f"{self.package} is not installed"
         if task not in self.tasks:
             return f"it has no {task}"
         return self.limits(problem, task)
 
-    def limits(self, problem: Problem, task: str) -> str | None:
+    def limits(self, problem: Any, task: str) -> str | None:
         return None
 
-    def job(self, problem: Problem, task: str) -> Job:
+    def job(self, problem: Problem | ClipProblem, task: str) -> Job:
         return getattr(self, task)(problem)
 
 
 class _Module(Peer):
     """A torch.nn.RNN-like module."""
 
+    tasks = TASKS
+
     def module(self, problem: Problem) -> nn.Module:
         return problem.rnn
 
-    def call(self, module: nn.Module, problem: Problem) -> Any:
+    def call(self, module: Any, problem: Problem) -> Any:
         return module(problem.input)[0]
 
     def forward(self, problem: Problem) -> Job:
@@ -82,63 +104,106 @@ class _Module(Peer):
 
         return job
 
-    def language_model(self, problem: Problem) -> CharRNN:
-        torch.manual_seed(0)
-        return CharRNN(problem.config.I, problem.config.H, cell="torch").to(problem.device, problem.dtype)
-
-    def lm_step(self, problem: Problem) -> Job:
-        return lm_step(self.language_model(problem), problem)
-
-
-def lm_step(model: CharRNN, problem: Problem) -> Job:
-    """One training step as Trainer makes it."""
-    from charrnn_fast.lm.training import train_batches as fast_batches
-
-    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
-    X = problem.tokens.T.contiguous()  # (B, T)
-    Y = X.roll(-1, 1)
-    return lambda: list(fast_batches(model, [(X, Y)], optimizer, 1.0))
-
 
 class Ours(_Module):
+    """This library, by its public names. `backend`: FusedRNN's."""
+
     name = "charrnn_fast"
 
+    def __init__(self, backend: str = "auto"):
+        self.backend = backend
+
     def module(self, problem: Problem) -> nn.Module:
-        fused = FusedRNN(problem.config.I, problem.config.H, device=problem.device, dtype=problem.dtype)
+        size = (problem.config.I, problem.config.H)
+        fused = FusedRNN(*size, device=problem.device, dtype=problem.dtype, backend=self.backend)
         fused.load_state_dict(problem.rnn.state_dict())
         return fused
 
-    def call(self, module: nn.Module, problem: Problem) -> Any:
+    def call(self, module: Any, problem: Problem) -> Any:
         if problem.config.tokens:
             return module.forward_tokens(problem.tokens)[0]
         return module(problem.input)[0]
 
     def language_model(self, problem: Problem) -> CharRNN:
         torch.manual_seed(0)
-        return CharRNN(problem.config.I, problem.config.H).to(problem.device, problem.dtype)
+        model = CharRNN(problem.config.I, problem.config.H, backend=self.backend)
+        return model.to(problem.device, problem.dtype)
+
+    def lm_step(self, problem: Problem) -> Job:
+        model = self.language_model(problem)
+        parameters = list(model.parameters())
+        optimizer = torch.optim.SGD(parameters, LEARNING_RATE)
+        X, Y = _batch(problem)
+
+        def job() -> None:
+            loss, _ = model.loss(X, Y)
+            loss.backward()
+            clip_grad_norm_(parameters, CLIP)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return job
+
+    def generation(self, problem: Problem) -> Job:
+        model, prompt = self.language_model(problem), prompts(problem)
+        return lambda: model.generate_ids(prompt, problem.config.T)[0]
+
+    def clip(self, problem: ClipProblem) -> Job:
+        parameters, bounds = problem.parameters(), problem.bounds()
+        return lambda: clip_grad_norm_(parameters, next(bounds))
 
 
 class TorchRNN(_Module):
-    name = "torch.nn.RNN"
+    """PyTorch alone, as one writes it: nn.RNN on one-hot rows, nn.Linear, cross_entropy, its clip and its SGD."""
+
+    name = key = "torch.nn.RNN"
+
+    def lm_step(self, problem: Problem) -> Job:
+        rnn, V = problem.rnn, problem.config.I
+        torch.manual_seed(0)
+        head = nn.Linear(problem.config.H, V, device=problem.device, dtype=problem.dtype)
+        parameters = [*rnn.parameters(), *head.parameters()]
+        optimizer = torch.optim.SGD(parameters, LEARNING_RATE)
+        tokens, targets = problem.tokens, problem.tokens.roll(-1, 0).flatten()
+
+        def job() -> None:
+            outputs, _ = rnn(F.one_hot(tokens, V).to(problem.dtype))
+            F.cross_entropy(head(outputs).flatten(0, 1), targets).backward()
+            nn.utils.clip_grad_norm_(parameters, CLIP)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return job
+
+    def generation(self, problem: Problem) -> Job:
+        torch.manual_seed(0)
+        model = CharRNN(problem.config.I, problem.config.H, cell="torch").to(problem.device, problem.dtype)
+        prompt = prompts(problem)
+        return lambda: reference_generate.generate(model, prompt, problem.config.T)[0]
+
+    def clip(self, problem: ClipProblem) -> Job:
+        parameters, bounds = problem.parameters(), problem.bounds()
+        return lambda: nn.utils.clip_grad_norm_(parameters, next(bounds))
 
 
 class Reference(Peer):
     """The from-scratch loop in tensor operations."""
 
-    name = "reference"
+    name = key = "reference"
+    tasks = TASKS
 
-    def limits(self, problem: Problem, task: str) -> str | None:
-        return "it takes no packed input" if problem.config.packed else None
+    def limits(self, problem: Any, task: str) -> str | None:
+        return "it takes no packed input" if task != "clip" and problem.config.packed else None
 
     def function(self) -> Callable:
         return elman
 
-    def operands(self, problem: Problem) -> list[torch.Tensor]:
+    def operands(self, problem: Problem) -> list[Tensor]:
         rnn = problem.rnn
         bias = (rnn.bias_ih_l0 + rnn.bias_hh_l0).detach()
         state = torch.zeros(problem.config.B, problem.config.H, device=problem.device, dtype=problem.dtype)
         weights = [rnn.weight_ih_l0.detach().T.contiguous(), rnn.weight_hh_l0.detach().T.contiguous(), bias]
-        return [problem.input.detach(), state, *weights]
+        return [_data(problem.input).detach(), state, *weights]
 
     def forward(self, problem: Problem) -> Job:
         run, operands = self.function(), self.operands(problem)
@@ -159,20 +224,40 @@ class Reference(Peer):
 
         return job
 
-    def lm_step(self, problem: Problem) -> Job:
+    def language_model(self, problem: Problem) -> RNNLM:
         torch.manual_seed(0)
-        net = CharRNN(problem.config.I, problem.config.H).to_reference()
-        updater = SGD(net.parameters(), 0.1)
-        X = problem.tokens.T.contiguous()
-        Y = X.roll(-1, 1)
-        return lambda: list(train_batches(net, [(X, Y)], updater, 1.0))
+        return CharRNN(problem.config.I, problem.config.H).to(problem.device, problem.dtype).to_reference()
+
+    def lm_step(self, problem: Problem) -> Job:
+        net = self.language_model(problem)
+        updater = SGD(net.parameters(), LEARNING_RATE)
+        batch = _batch(problem)
+        return lambda: list(train_batches(net, [batch], updater, CLIP))
+
+    def generation(self, problem: Problem) -> Job:
+        net, prompt = self.language_model(problem), prompts(problem)
+        return lambda: reference_generate.generate(net, prompt, problem.config.T)[0]
+
+    def clip(self, problem: ClipProblem) -> Job:
+        parameters, bounds = problem.parameters(), problem.bounds()
+        return lambda: clip_grad_norm(parameters, next(bounds))
+
+
+class _CompiledLoss:
+    """A reference model whose loss is compiled; what the training loop asks of a model."""
+
+    def __init__(self, net: RNNLM):
+        self.loss = torch.compile(net.loss, dynamic=False)
 
 
 class CompiledReference(Reference):
-    name = "torch.compile(reference)"
-    tasks = ("forward", "forward_backward")
+    """torch.compile of the reference: of the recurrence, or of the language model from the ids to the loss."""
 
-    def limits(self, problem: Problem, task: str) -> str | None:
+    name, key = "torch.compile(reference)", "torch.compile"
+    tasks = ("forward", "forward_backward", "lm_step")
+    takes_minutes = True
+
+    def limits(self, problem: Any, task: str) -> str | None:
         if problem.config.T > MAX_COMPILED_STEPS:
             return f"it unrolls the {problem.config.T} steps, which takes minutes to compile"
         return super().limits(problem, task)
@@ -180,139 +265,8 @@ class CompiledReference(Reference):
     def function(self) -> Callable:
         return torch.compile(elman, dynamic=False)
 
-
-class Jax(Peer):
-    """lax.scan under jit, on arrays of JAX's own."""
-
-    name = "JAX scan"
-    package = "jax"
-
-    def limits(self, problem: Problem, task: str) -> str | None:
-        if problem.device != "cpu":
-            return "it is compared on a CPU only"
-        return "it takes no packed input" if problem.config.packed else None
-
-    def _arrays(self, problem: Problem) -> tuple[Any, tuple]:
-        import jax.numpy as jnp
-
-        rnn = problem.rnn
-        weights = (rnn.weight_ih_l0.T, rnn.weight_hh_l0.T, rnn.bias_ih_l0 + rnn.bias_hh_l0)
-        x = problem.tokens if problem.config.tokens else problem.input
-        return jnp.asarray(x.detach().numpy()), tuple(jnp.asarray(w.detach().contiguous().numpy()) for w in weights)
-
-    def _scan(self, problem: Problem) -> Callable:
-        import jax
-        import jax.numpy as jnp
-
-        def run(x: Any, weights: tuple) -> Any:
-            W_xh, W_hh, b_h = weights
-            projected = W_xh[x] + b_h if problem.config.tokens else x @ W_xh + b_h
-
-            def step(h: Any, p: Any) -> tuple[Any, Any]:
-                h = jnp.tanh(p + h @ W_hh)
-                return h, h
-
-            return jax.lax.scan(step, jnp.zeros((problem.config.B, problem.config.H)), projected)[1]
-
-        return run
-
-    def forward(self, problem: Problem) -> Job:
-        import jax
-
-        x, weights = self._arrays(problem)
-        run = jax.jit(self._scan(problem))
-        return lambda: run(x, weights).block_until_ready()
-
-    def forward_backward(self, problem: Problem) -> Job:
-        import jax
-        import jax.numpy as jnp
-
-        x, weights = self._arrays(problem)
-        run, grad = self._scan(problem), jnp.asarray(problem.grad_output.numpy())
-        wanted = (1,) if problem.config.tokens else (0, 1)
-        both = jax.jit(jax.grad(lambda x, w: (run(x, w) * grad).sum(), argnums=wanted))
-        return lambda: jax.block_until_ready(both(x, weights))
-
     def lm_step(self, problem: Problem) -> Job:
-        import jax
-        import jax.numpy as jnp
-
-        x, weights = self._arrays(problem)
-        y = jnp.roll(x, -1, 0)
-        run = self._scan(problem)
-        head = nn.Linear(problem.config.H, problem.config.I)
-        parameters = [*weights, jnp.asarray(head.weight.detach().numpy().T), jnp.asarray(head.bias.detach().numpy())]
-
-        def loss(parameters: list) -> Any:
-            logits = run(x, tuple(parameters[:3])) @ parameters[3] + parameters[4]
-            chosen = jnp.take_along_axis(logits, y[..., None], -1)[..., 0]
-            return (jax.nn.logsumexp(logits, -1) - chosen).mean()
-
-        @jax.jit
-        def step(parameters: list) -> list:
-            gradients = jax.grad(loss)(parameters)
-            norm = jnp.sqrt(sum((g * g).sum() for g in gradients))
-            scale = jnp.minimum(1.0, 1.0 / (norm + 1e-6))
-            return [p - 0.1 * scale * g for p, g in zip(parameters, gradients, strict=True)]
-
-        return lambda: jax.block_until_ready(step(parameters))
-
-
-class OnnxRuntime(Peer):
-    """onnxruntime's RNN operator, inference only."""
-
-    name = "onnxruntime"
-    package = "onnxruntime"
-    tasks = ("forward",)
-
-    def limits(self, problem: Problem, task: str) -> str | None:
-        if find_spec("onnx") is None:
-            return "onnx is not installed"
-        if problem.device != "cpu":
-            return "it is compared on a CPU only"
-        return "it takes no packed input" if problem.config.packed else None
-
-    def forward(self, problem: Problem) -> Job:
-        import onnxruntime
-        from onnx import TensorProto, helper, numpy_helper
-
-        rnn, config = problem.rnn, problem.config
-        constants = {
-            "W": rnn.weight_ih_l0[None],
-            "R": rnn.weight_hh_l0[None],
-            "B": torch.cat([rnn.bias_ih_l0, rnn.bias_hh_l0])[None],
-        }
-        graph = helper.make_graph(
-            [helper.make_node("RNN", ["X", "W", "R", "B"], ["Y"], hidden_size=config.H)],
-            "elman",
-            [helper.make_tensor_value_info("X", TensorProto.FLOAT, [config.T, config.B, config.I])],
-            [helper.make_tensor_value_info("Y", TensorProto.FLOAT, [config.T, 1, config.B, config.H])],
-            [numpy_helper.from_array(value.detach().numpy(), name) for name, value in constants.items()],
-        )
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = torch.get_num_threads()
-        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would spin in the others' turns
-        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        x = problem.input.detach().numpy()
-        return lambda: session.run(["Y"], {"X": x})
-
-
-PEERS = [TorchRNN(), Reference(), CompiledReference(), Jax(), OnnxRuntime()]
-
-
-def decoders(hidden: int, batch: int, num_chars: int) -> dict[str, Job]:
-    """Greedy decoding of num_chars characters: ours, and the step-by-step decoder over torch.nn.RNN and over the
-    reference.
-    """
-    torch.manual_seed(0)
-    ours = CharRNN(28, hidden)
-    stepwise = CharRNN(28, hidden, cell="torch")
-    stepwise.load_state_dict(ours.state_dict())
-    net: RNNLM = ours.to_reference()
-    prompt = torch.randint(28, (batch, 16), generator=torch.Generator().manual_seed(1))
-    return {
-        "charrnn_fast": lambda: ours.generate_ids(prompt, num_chars),
-        "step by step, torch.nn.RNN": lambda: reference_generate.generate(stepwise, prompt, num_chars),
-        "step by step, reference": lambda: reference_generate.generate(net, prompt, num_chars),
-    }
+        net = self.language_model(problem)
+        updater = SGD(net.parameters(), LEARNING_RATE)
+        compiled, batch = _CompiledLoss(net), _batch(problem)
+        return lambda: list(train_batches(compiled, [batch], updater, CLIP))

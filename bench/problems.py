@@ -1,5 +1,6 @@
 """The inputs of one timed configuration: the same numbers for every side, never zeros."""
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -8,16 +9,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-from bench.grid import Config
+from charrnn_fast.bench.grid import Config, Gradients
 
 
 @dataclass
 class Problem:
-    """Inputs and parameters of a configuration on a device, in a dtype."""
+    """Inputs and parameters of a configuration on a device, in a dtype. `seed` varies the inputs alone."""
 
     config: Config
-    device: str = "cpu"
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - a torch.device is immutable
     dtype: torch.dtype = torch.float32
+    seed: int = 1
 
     @cached_property
     def rnn(self) -> nn.RNN:
@@ -27,7 +29,7 @@ class Problem:
     @cached_property
     def tokens(self) -> Tensor:
         """(T, B) int64."""
-        generator = torch.Generator().manual_seed(1)
+        generator = torch.Generator().manual_seed(self.seed)
         return torch.randint(self.config.I, (self.config.T, self.config.B), generator=generator).to(self.device)
 
     @cached_property
@@ -35,15 +37,40 @@ class Problem:
         """(T, B, I): one-hot rows of the tokens, or normal numbers; packed where the configuration is."""
         if self.config.tokens:
             return F.one_hot(self.tokens, self.config.I).to(self.dtype)
-        generator = torch.Generator().manual_seed(1)
-        x = torch.randn(self.config.T, self.config.B, self.config.I, generator=generator, dtype=self.dtype)
-        x = x.to(self.device)
+        x = self._normal(self.config.T, self.config.B, self.config.I)
         return pack_padded_sequence(x, self.config.lengths) if self.config.packed else x
 
     @cached_property
     def grad_output(self) -> Tensor:
         """(T, B, H), or (N, H) where packed."""
         shape = (self.config.rows,) if self.config.packed else (self.config.T, self.config.B)
-        return torch.randn(*shape, self.config.H, generator=torch.Generator().manual_seed(2), dtype=self.dtype).to(
-            self.device
-        )
+        return self._normal(*shape, self.config.H, stream=1)
+
+    def _normal(self, *shape: int, stream: int = 0) -> Tensor:
+        # Drawn on the device: a large grid's numbers would take the host longer than timing them.
+        generator = torch.Generator(self.device).manual_seed(2 * self.seed + stream)
+        return torch.randn(*shape, generator=generator, dtype=self.dtype, device=self.device)
+
+
+@dataclass
+class ClipProblem:
+    """Parameters with gradients to clip, a list of its own for every caller."""
+
+    config: Gradients
+    device: torch.device = torch.device("cpu")  # noqa: RUF009 - a torch.device is immutable
+    dtype: torch.dtype = torch.float32
+    seed: int = 1
+
+    def parameters(self) -> list[nn.Parameter]:
+        generator = torch.Generator().manual_seed(self.seed)
+        parameters = []
+        for shape in self.config.shapes:
+            parameter = nn.Parameter(torch.empty(shape, device=self.device, dtype=self.dtype))
+            parameter.grad = torch.randn(shape, generator=generator, dtype=self.dtype).to(self.device)
+            parameters.append(parameter)
+        return parameters
+
+    @staticmethod
+    def bounds():
+        """Bounds for call after call, each a little lower, so that every call has something to scale."""
+        return (0.99999**k for k in itertools.count())

@@ -87,6 +87,18 @@ def elman_cases(target: str) -> list[Case]:
     ]
 
 
+def case_name(operation: str, step: str, kind: str, width: int, tile, full: bool) -> str:
+    """What the record calls a tile's case."""
+    options = "full" if full else "plain"
+    return f"{operation} {step} {kind} H{width} rows{tile.block_b} {tile.side} warps{tile.warps} {options}"
+
+
+def recorded(version: str, target: str) -> dict[str, dict]:
+    """The recorded figures of a target under a version of Triton, by case; empty if there are none."""
+    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    return record.get(version, {}).get(target, {})
+
+
 def elman_case(step: str, kind: str, width: int, tile, full: bool, target: str) -> Case:
     value = POINTER[kind]
     types = {name: value for name in ("weight_ptr", "weight_reverse_ptr", "out_ptr")}
@@ -131,9 +143,7 @@ def elman_case(step: str, kind: str, width: int, tile, full: bool, target: str) 
         }
     if tokens:
         types |= {"tokens_ptr": "*i64"}
-    name = (
-        f"elman {step} {kind} H{width} rows{tile.block_b} {tile.side} warps{tile.warps} {'full' if full else 'plain'}"
-    )
+    name = case_name("elman", step, kind, width, tile, full)
     matrix = kind != "ieee" or target == "gfx942"
     if (kind, target) == ("fp64", "sm_100"):
         matrix = None  # DMMA from Triton 3.9 on, FMA before

@@ -1,0 +1,199 @@
+"""Peers from outside PyTorch: JAX, onnxruntime and FlashRNN. Each is an optional extra of this package."""
+
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from charrnn_fast.bench.grid import DTYPES
+from charrnn_fast.bench.measure import Job
+from charrnn_fast.bench.peers import CLIP, LEARNING_RATE, Peer
+from charrnn_fast.bench.problems import Problem
+
+
+class _CpuLibrary(Peer):
+    """A library that is compared on a CPU, in float32, on padded input."""
+
+    def limits(self, problem: Any, task: str) -> str | None:
+        if problem.device.type != "cpu":
+            return "it is compared on a CPU only"
+        if problem.dtype != torch.float32:
+            return "it is compared in float32 only"
+        return "it takes no packed input" if problem.config.packed else None
+
+
+class Jax(_CpuLibrary):
+    """lax.scan under jit, on arrays of JAX's own."""
+
+    name, key, package = "JAX scan", "jax", "jax"
+
+    def _arrays(self, problem: Problem) -> tuple[Any, tuple]:
+        import jax.numpy as jnp
+
+        rnn = problem.rnn
+        weights = (rnn.weight_ih_l0.T, rnn.weight_hh_l0.T, rnn.bias_ih_l0 + rnn.bias_hh_l0)
+        x = problem.tokens if problem.config.tokens else problem.input
+        return jnp.asarray(x.detach().numpy()), tuple(jnp.asarray(w.detach().contiguous().numpy()) for w in weights)
+
+    def _scan(self, problem: Problem) -> Callable:
+        import jax
+        import jax.numpy as jnp
+
+        def run(x: Any, weights: tuple) -> Any:
+            W_xh, W_hh, b_h = weights
+            projected = W_xh[x] + b_h if problem.config.tokens else x @ W_xh + b_h
+
+            def step(h: Any, p: Any) -> tuple[Any, Any]:
+                h = jnp.tanh(p + h @ W_hh)
+                return h, h
+
+            return jax.lax.scan(step, jnp.zeros((problem.config.B, problem.config.H)), projected)[1]
+
+        return run
+
+    def forward(self, problem: Problem) -> Job:
+        import jax
+
+        x, weights = self._arrays(problem)
+        run = jax.jit(self._scan(problem))
+        return lambda: run(x, weights).block_until_ready()
+
+    def forward_backward(self, problem: Problem) -> Job:
+        import jax
+        import jax.numpy as jnp
+
+        x, weights = self._arrays(problem)
+        run, grad = self._scan(problem), jnp.asarray(problem.grad_output.numpy())
+        wanted = (1,) if problem.config.tokens else (0, 1)
+        both = jax.jit(jax.grad(lambda x, w: (run(x, w) * grad).sum(), argnums=wanted))
+        return lambda: jax.block_until_ready(both(x, weights))
+
+    def lm_step(self, problem: Problem) -> Job:
+        import jax
+        import jax.numpy as jnp
+
+        x, weights = self._arrays(problem)
+        y = jnp.roll(x, -1, 0)
+        run = self._scan(problem)
+        head = nn.Linear(problem.config.H, problem.config.I)
+        parameters = [*weights, jnp.asarray(head.weight.detach().numpy().T), jnp.asarray(head.bias.detach().numpy())]
+
+        def loss(parameters: list) -> Any:
+            logits = run(x, tuple(parameters[:3])) @ parameters[3] + parameters[4]
+            chosen = jnp.take_along_axis(logits, y[..., None], -1)[..., 0]
+            return (jax.nn.logsumexp(logits, -1) - chosen).mean()
+
+        @jax.jit
+        def step(parameters: list) -> list:
+            gradients = jax.grad(loss)(parameters)
+            norm = jnp.sqrt(sum((g * g).sum() for g in gradients))
+            scale = jnp.minimum(1.0, CLIP / (norm + 1e-6))
+            return [p - LEARNING_RATE * scale * g for p, g in zip(parameters, gradients, strict=True)]
+
+        return lambda: jax.block_until_ready(step(parameters))
+
+
+class OnnxRuntime(_CpuLibrary):
+    """onnxruntime's RNN operator, inference only."""
+
+    name = key = package = "onnxruntime"
+    tasks = ("forward",)
+
+    def limits(self, problem: Problem, task: str) -> str | None:
+        return "onnx is not installed" if find_spec("onnx") is None else super().limits(problem, task)
+
+    def forward(self, problem: Problem) -> Job:
+        import onnxruntime
+        from onnx import TensorProto, helper, numpy_helper
+
+        rnn, config = problem.rnn, problem.config
+        constants = {
+            "W": rnn.weight_ih_l0[None],
+            "R": rnn.weight_hh_l0[None],
+            "B": torch.cat([rnn.bias_ih_l0, rnn.bias_hh_l0])[None],
+        }
+        graph = helper.make_graph(
+            [helper.make_node("RNN", ["X", "W", "R", "B"], ["Y"], hidden_size=config.H)],
+            "elman",
+            [helper.make_tensor_value_info("X", TensorProto.FLOAT, [config.T, config.B, config.I])],
+            [helper.make_tensor_value_info("Y", TensorProto.FLOAT, [config.T, 1, config.B, config.H])],
+            [numpy_helper.from_array(value.detach().numpy(), name) for name, value in constants.items()],
+        )
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        options = onnxruntime.SessionOptions()
+        options.intra_op_num_threads = torch.get_num_threads()
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would spin in the others' turns
+        session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        x = problem.input.detach().numpy()
+        return lambda: session.run(["Y"], {"X": x})
+
+
+class FlashRNN(Peer):
+    """FlashRNN's Elman function with one head, its fused CUDA kernel, behind the input projection that it leaves out.
+
+    K. Poeppel, M. Beck, S. Hochreiter, "FlashRNN: I/O-aware optimization of traditional RNNs on modern hardware",
+    2024; shapes as its README gives them: Wx (B, T, gates, heads, D), R (gates, heads, D, D), b (gates, heads, D). It
+    compiles its kernels when they are first called, so it needs nvcc; and since nothing of it has been run here, its
+    first result is compared with torch.nn.RNN's before it is timed.
+    """
+
+    name, key, package = "FlashRNN", "flashrnn", "flashrnn"
+    tasks = ("forward", "forward_backward")
+    takes_minutes = True
+
+    def limits(self, problem: Any, task: str) -> str | None:
+        if problem.device.type != "cuda":
+            return "it runs on a CUDA device only"
+        if problem.dtype not in DTYPES.values():
+            return f"it has no kernel for {problem.dtype}"
+        if shutil.which("nvcc") is None:
+            return "it compiles its kernels with nvcc, which is not installed"
+        return "it takes no packed input" if problem.config.packed else None
+
+    def _run(self, problem: Problem) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        """The outputs (T, B, H) as a function of nothing, and the leaves that they depend on."""
+        from flashrnn import flashrnn
+
+        name = str(problem.dtype).removeprefix("torch.")
+        weights = [p.detach().clone().requires_grad_() for p in problem.rnn.parameters()]
+        x, tokens = problem.input.detach(), problem.config.tokens
+        leaves = weights if tokens else [x.requires_grad_(), *weights]
+
+        def run() -> Tensor:
+            weight_ih, weight_hh, bias_ih, bias_hh = weights
+            projected = weight_ih.T[problem.tokens] if tokens else F.linear(x, weight_ih)  # (T, B, H)
+            states, _ = flashrnn(
+                projected.transpose(0, 1)[:, :, None, None],
+                weight_hh[None, None],
+                (bias_ih + bias_hh)[None, None],
+                function="elman",
+                backend="cuda_fused",
+                dtype=name,
+            )
+            return states[0, :, :, 0].transpose(0, 1)
+
+        return run, leaves
+
+    def _checked(self, problem: Problem) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        run, leaves = self._run(problem)
+        with torch.no_grad():
+            torch.testing.assert_close(run().float(), problem.rnn(problem.input)[0].float(), rtol=0.05, atol=0.05)
+        return run, leaves
+
+    def forward(self, problem: Problem) -> Job:
+        run, _ = self._checked(problem)
+
+        def job() -> Tensor:
+            with torch.no_grad():
+                return run()
+
+        return job
+
+    def forward_backward(self, problem: Problem) -> Job:
+        run, leaves = self._checked(problem)
+        grad = problem.grad_output
+        return lambda: torch.autograd.grad(run(), leaves, grad)

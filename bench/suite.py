@@ -1,0 +1,191 @@
+"""What is timed, one row of results at a time: the same for pytest's suites, `charrnn-fast bench` and the GPU gate."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from charrnn_fast.bench import grid
+from charrnn_fast.bench.grid import Config, Gradients
+from charrnn_fast.bench.libraries import FlashRNN, Jax, OnnxRuntime
+from charrnn_fast.bench.measure import (
+    CPU,
+    Job,
+    Spread,
+    alternate,
+    floor,
+    input_sets,
+    peak_bytes,
+    ratios,
+    rotate,
+    rounds_in_a_row,
+)
+from charrnn_fast.bench.peers import CompiledReference, Ours, Peer, Reference, TorchRNN
+from charrnn_fast.bench.problems import ClipProblem, Problem
+from charrnn_fast.ops import backends
+
+PEERS: tuple[Peer, ...] = (TorchRNN(), Reference(), CompiledReference(), Jax(), OnnxRuntime(), FlashRNN())
+BASELINE = TorchRNN.name  # the side that memory is compared with
+TIME_IS_UP = "the time was up"
+MEMORY_TASKS = ("forward_backward", "lm_step")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row to measure: a task on a configuration, and the work that the task cannot do without."""
+
+    task: str
+    config: Config | Gradients
+    dtype: str = "fp32"
+    flops: float = 0.0
+    bytes: float = 0.0
+    sweep: str | None = None  # the size that grows, where the row is a point of a sweep
+
+    @property
+    def name(self) -> str:
+        return self.config.name + ("" if self.dtype == "fp32" else f" {self.dtype}")
+
+    def __str__(self) -> str:
+        return f"{self.task} {self.name}"
+
+
+def elman_case(config: Config, task: str, dtype: str = "fp32", sweep: str | None = None) -> Case:
+    """task: "forward" or "forward_backward"."""
+    backward = task == "forward_backward"
+    itemsize = torch.empty(0, dtype=grid.DTYPES[dtype]).element_size()
+    return Case(task, config, dtype, config.flops(backward), config.bytes(backward, itemsize), sweep)
+
+
+def lm_case(config: Config) -> Case:
+    return Case("lm_step", config, flops=config.lm_flops(), bytes=config.lm_bytes())
+
+
+def generation_case(config: Config) -> Case:
+    return Case("generation", config, flops=config.generation_flops())
+
+
+def clip_case(config: Gradients) -> Case:
+    """Each gradient is read for the norm, read again and written."""
+    return Case("clip", config, flops=3.0 * config.numbers, bytes=3.0 * 4 * config.numbers)
+
+
+ELMAN = [elman_case(config, task) for config in grid.GRID for task in ("forward", "forward_backward")]
+LM = [lm_case(config) for config in grid.LM_STEPS]
+CLIPS = [clip_case(gradients) for gradients in grid.CLIP]
+GENERATION = [generation_case(config) for config in grid.GENERATION]
+GPU_ELMAN = [
+    elman_case(config, task, dtype) for config, dtype in grid.GPU_GRID for task in ("forward", "forward_backward")
+]
+QUICK = ("d2l", "santa", "stream", "packed", "d2l's", "2,000 tensors", "H=32 B=1", "H=256 B=1")
+
+
+def cases(quick: bool) -> list[Case]:
+    """All that `charrnn-fast bench` measures beside the sweeps, what matters most first."""
+    found = [*LM, *ELMAN, *CLIPS, *GENERATION]
+    return [case for case in found if case.config.name in QUICK] if quick else found
+
+
+def sweep_cases(quick: bool) -> list[Case]:
+    """The points of the sweeps; quick: the three largest sizes of each that are not the last."""
+    sizes = {axis: found[-4:-1] if quick else found for axis, found in grid.SWEEPS.items()}
+    return [
+        elman_case(config, "forward_backward", sweep=axis) for axis in sizes for config in grid.sweep(axis, sizes[axis])
+    ]
+
+
+@dataclass
+class Run:
+    """How rows are measured. `seconds`: of a row's rounds, all sides together; `least`: rounds at least."""
+
+    rates: dict[str, dict[str, float]]  # by dtype
+    device: torch.device = CPU
+    peers: Sequence[Peer] = field(default_factory=lambda: [p for p in PEERS if not p.takes_minutes])
+    seconds: float = 2.0
+    least: int = 9
+    drive: Callable[[Job, Job, int], None] = rounds_in_a_row
+    ours: Ours = field(default_factory=Ours)
+
+
+def _problems(case: Case, run: Run) -> list[Any]:
+    """The problem once for every set of inputs."""
+    dtype = grid.DTYPES[case.dtype]
+    kind = ClipProblem if isinstance(case.config, Gradients) else Problem
+    count = input_sets(case.bytes, run.device) if case.bytes else 1
+    return [kind(case.config, run.device, dtype, seed) for seed in range(1, count + 1)]  # type: ignore[arg-type]
+
+
+def sides(case: Case, run: Run) -> tuple[dict[str, Job], dict[str, str]]:
+    """The jobs by side, ours first, each called once; and for the other peers why they are not among them."""
+    problems = _problems(case, run)
+    jobs = {run.ours.name: rotate([run.ours.job(problem, case.task) for problem in problems])}
+    jobs[run.ours.name]()
+    skipped: dict[str, str] = {}
+    for peer in run.peers:
+        reason = peer.why_not(problems[0], case.task)
+        if reason is None:
+            try:
+                job = rotate([peer.job(problem, case.task) for problem in problems])
+                job()
+                jobs[peer.name] = job
+            except Exception as error:  # a peer's fault is a line of the table, whatever the peer raises
+                reason = f"it failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        if reason is not None:
+            skipped[peer.name] = reason
+    return jobs, skipped
+
+
+def measure(case: Case, run: Run) -> dict[str, Any]:
+    """One row of results. Times are medians in milliseconds, ratios a side's time over ours."""
+    jobs, skipped = sides(case, run)
+    times = alternate(jobs, run.seconds, run.device, least=run.least, drive=run.drive)
+    own = times.pop(run.ours.name)
+    median = Spread.of(own).median
+    shortest = floor(case.flops, case.bytes, run.rates[case.dtype])
+    row: dict[str, Any] = {
+        "task": case.task,
+        "name": case.name,
+        "dtype": case.dtype,
+        "ms": 1e3 * median,
+        "rounds": len(own),
+        "peer_ms": {name: 1e3 * Spread.of(found).median for name, found in times.items()},
+        "ratios": {
+            name: {"low": s.low, "median": s.median, "high": s.high, "text": str(s)}
+            for name, s in ratios(own, times).items()
+        },
+        "skipped": skipped,
+        "flops": case.flops,
+        "bytes": case.bytes,
+        "floor_ms": 1e3 * shortest,
+        "over_floor": median / shortest,
+    }
+    if isinstance(case.config, Config):
+        row |= {name: getattr(case.config, name) for name in ("B", "T", "I", "H")}
+        row["path"] = backends.explain(
+            case.config.H, grid.DTYPES[case.dtype], run.device, backend=run.ours.backend
+        ).backend
+    if case.sweep:
+        row["sweep"] = case.sweep
+    if case.task in MEMORY_TASKS:
+        row["memory_mb"] = peak_bytes(jobs[run.ours.name], run.device) / 1e6
+        if BASELINE in jobs:
+            row["memory_ratio"] = 1e6 * row["memory_mb"] / max(1, peak_bytes(jobs[BASELINE], run.device))
+    return row
+
+
+def measure_all(wanted: Iterable[Case], run: Run, until: float) -> Iterator[dict[str, Any]]:
+    """Row after row. From `until` (of time.monotonic()) on, and where ours fails, a row says why it has no times."""
+    for case in wanted:
+        why = None
+        row: dict[str, Any] = {"task": case.task, "name": case.name, "dtype": case.dtype}
+        if time.monotonic() >= until:
+            why = TIME_IS_UP
+        else:
+            try:
+                row = measure(case, run)
+            except (RuntimeError, ValueError, torch.OutOfMemoryError) as error:
+                why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        yield row if why is None else row | {"not_measured": why}
+        if run.device.type == "cuda":
+            torch.cuda.empty_cache()

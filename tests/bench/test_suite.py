@@ -1,0 +1,95 @@
+"""Rows of results: what they hold, and what becomes of a side that fails or of a row that comes too late."""
+
+import math
+import time
+
+import pytest
+import torch
+
+from charrnn_fast.bench import suite
+from charrnn_fast.bench.grid import GPU_GRID, GRID, SWEEPS, Config, Gradients
+from charrnn_fast.bench.peers import Ours, Peer, Reference, TorchRNN
+from charrnn_fast.bench.suite import Case, Run, clip_case, elman_case, generation_case, lm_case
+
+RATES = {"fp32": {"gemm_flops": 1e9, "copy_bytes": 1e9}}
+SMALL = Config("small", 3, 4, 5, 6, tokens=True)
+CASES = [
+    elman_case(SMALL, "forward"),
+    elman_case(Config("packed", 3, 4, 5, 6, packed=True), "forward_backward"),
+    lm_case(SMALL),
+    generation_case(SMALL),
+    clip_case(Gradients("few", ((3, 4), (5,)))),
+]
+
+
+class Broken(Peer):
+    name = key = "broken"
+    tasks = ("forward",)
+
+    def forward(self, problem):
+        raise ZeroDivisionError("no such luck")
+
+
+def run(*peers: Peer, **options) -> Run:
+    return Run(RATES, peers=peers, seconds=0.0, least=2, **options)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_row_has_times_ratios_and_a_floor(case: Case):
+    row = suite.measure(case, run(TorchRNN(), Reference()))
+    assert (row["task"], row["name"], row["rounds"]) == (case.task, case.name, 2)
+    assert row["ms"] > 0 and "torch.nn.RNN" in row["ratios"] and row["peer_ms"]["torch.nn.RNN"] > 0
+    assert row["over_floor"] == pytest.approx(row["ms"] / row["floor_ms"])
+    assert row["floor_ms"] == pytest.approx(max(case.flops, case.bytes) / 1e6)
+    assert ("reference" in row["skipped"]) == (case.name == "packed")
+    assert ("memory_ratio" in row) == (case.task in suite.MEMORY_TASKS)
+
+
+def test_a_peer_that_fails_is_a_line_and_not_an_end():
+    row = suite.measure(CASES[0], run(Broken(), TorchRNN()))
+    assert row["skipped"] == {"broken": "it failed: ZeroDivisionError: no such luck"}
+    assert "torch.nn.RNN" in row["ratios"]
+
+
+def test_a_failure_of_ours_is_a_row_without_times():
+    class Failing(Ours):
+        def forward(self, problem):
+            raise RuntimeError("no kernel")
+
+    (row,) = suite.measure_all(CASES[:1], run(ours=Failing()), time.monotonic() + 60)
+    assert row["not_measured"] == "RuntimeError: no kernel" and "ms" not in row
+
+
+def test_rows_after_the_end_of_the_time_say_so():
+    rows = list(suite.measure_all(CASES, run(), time.monotonic()))
+    assert [row["not_measured"] for row in rows] == [suite.TIME_IS_UP] * len(CASES)
+
+
+def test_the_suites_cover_the_grid():
+    assert {case.config.name for case in suite.ELMAN} == {config.name for config in GRID}
+    assert {case.task for case in suite.cases(quick=False)} == {
+        *("forward", "forward_backward", "lm_step", "generation", "clip")
+    }
+    assert {case.task for case in suite.cases(quick=True)} == {case.task for case in suite.cases(quick=False)}
+    assert len(GPU_GRID) == 7 * 5 * 2 * 3
+    for quick in (False, True):
+        points = [case.sweep for case in suite.sweep_cases(quick)]
+        assert set(points) == set(SWEEPS) and all(points.count(axis) >= 3 for axis in SWEEPS)
+
+
+@pytest.mark.parametrize("config", GRID, ids=lambda c: c.name)
+def test_work_is_counted(config: Config):
+    rows = int(config.lengths.sum())
+    recurrence, projection = 2 * rows * config.H**2, 0 if config.tokens else 2 * rows * config.I * config.H
+    assert config.flops(False) == recurrence + projection and config.flops(True) == 3 * config.flops(False)
+    assert config.bytes(True) > config.bytes(False) > 4 * rows * config.H
+    assert config.bytes(False, 2) < config.bytes(False, 4)
+    assert config.lm_flops() > config.flops(True) and math.isfinite(config.lm_bytes())
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_row_on_a_device(case: Case):
+    options = {"device": torch.device("cuda")}
+    row = suite.measure(case, run(TorchRNN(), Reference(), **options))
+    assert row["ms"] > 0 and row["ratios"]["torch.nn.RNN"]["median"] > 0
