@@ -1,4 +1,4 @@
-"""The command line: charrnn-fast train | generate | evaluate | doctor.
+"""The command line: charrnn-fast train | generate | evaluate | bench | doctor.
 
 Results go to standard output; notices, the progress bar and errors to standard error. Exit codes: 0 done, 2 an error
 that the user can mend (one line, no traceback), 130 interrupted.
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from charrnn_fast import __version__
-from charrnn_fast.cli import decode, doctor, train
+from charrnn_fast.cli import bench, decode, doctor, train
 from charrnn_fast.errors import InputError, TrainingError
 
 
@@ -37,5 +37,6 @@ def _parser() -> argparse.ArgumentParser:
     train.add_parser(commands)
     decode.add_generate_parser(commands)
     decode.add_evaluate_parser(commands)
+    bench.add_parser(commands)
     doctor.add_parser(commands)
     return parser
