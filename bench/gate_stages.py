@@ -1,0 +1,302 @@
+"""The stages of bench/gate.py, each run as `python -m charrnn_fast.bench.gate_stages STAGE RESULT SECONDS`.
+
+A stage writes RESULT, a JSON file, again and again as it goes, and stops by itself when its seconds are over.
+"findings" are lines about what is wrong. Without a CUDA device everything is tiny, and the Triton kernels interpreted.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from charrnn_fast import CharRNN, Trainer
+from charrnn_fast.bench import gate_parity, gate_tiles, grid, measure, suite
+from charrnn_fast.bench.grid import Config, Gradients
+from charrnn_fast.bench.peers import Ours
+from charrnn_fast.bench.suite import Case, Run
+from charrnn_fast.lm import corpora
+from charrnn_fast.lm.data import Windows
+from charrnn_fast.lm.recipes import RECIPES, build_model, build_sampler, prepare_text
+from charrnn_fast.ops import backends
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZES = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 2048)
+OUTCOME = re.compile(r"^(\S+::.*?) (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b")
+
+
+@dataclass
+class Context:
+    """What a stage works with, and the result that it builds."""
+
+    path: Path
+    until: float  # of time.monotonic()
+    device: torch.device = field(
+        default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    result: dict[str, Any] = field(default_factory=lambda: {"findings": []})
+
+    @property
+    def tiny(self) -> bool:
+        return self.device.type == "cpu"
+
+    @property
+    def is_over(self) -> bool:
+        return time.monotonic() >= self.until
+
+    def find(self, line: str) -> None:
+        print(f"FINDING {line}", flush=True)
+        self.result["findings"].append(line)
+
+    def save(self) -> None:
+        partial = self.path.with_suffix(".part")
+        partial.write_text(json.dumps(self.result))
+        partial.replace(self.path)
+
+
+def _rates(context: Context, dtypes: Sequence[str]) -> dict[str, dict[str, float]]:
+    if context.tiny:
+        rate = {"gemm_flops": measure.gemm_rate(size=256), "copy_bytes": measure.copy_rate(numbers=1 << 20)}
+        return dict.fromkeys(dtypes, rate)
+    return {name: measure.rates(context.device, grid.DTYPES[name]) for name in dtypes}
+
+
+def environment(context: Context) -> None:
+    """The machine, and for every hidden size and dtype the path that it takes, and why no other."""
+    context.result["machine"] = measure.machine(context.device)
+    if shutil.which("nvidia-smi"):
+        query = ["nvidia-smi", "--query-gpu=name,driver_version,clocks.sm,clocks.max.sm,power.limit", "--format=csv"]
+        context.result["nvidia_smi"] = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
+    context.result["pytest"] = find_spec("pytest") is not None
+    paths = {}
+    for name, dtype in grid.DTYPES.items():
+        for size in SIZES:
+            explanation = backends.explain(size, dtype, context.device)
+            paths[f"{name} H={size}"] = {"path": explanation.backend, "why_not": explanation.why_not}
+    context.result["paths"] = paths
+    context.save()
+    context.result["rates"] = _rates(context, list(grid.DTYPES))
+    for line in (context.result["machine"], context.result["rates"], *paths.items()):
+        print(line, flush=True)
+
+
+def tests(context: Context) -> None:
+    """pytest -m gpu, its outcomes counted as they come."""
+    if find_spec("pytest") is None:
+        context.result["not_run"] = "pytest is not installed here"
+        print(context.result["not_run"], flush=True)
+        return
+    # Without a device they are all skipped, and one file of them shows it.
+    chosen = "tests/kernels/test_gpu_elman.py" if context.tiny else "tests"
+    options = ["-m", "gpu", "-v", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--color=no"]
+    command = [sys.executable, "-m", "pytest", *options, chosen]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    timer = threading.Timer(max(1.0, context.until - time.monotonic()), process.kill)
+    timer.start()
+    counts: dict[str, int] = {}
+    context.result["outcomes"] = counts
+    assert process.stdout is not None  # it is a pipe
+    for line in process.stdout:
+        print(line, end="", flush=True)
+        if outcome := OUTCOME.match(line):
+            counts[outcome[2]] = counts.get(outcome[2], 0) + 1
+            if outcome[2] in ("FAILED", "ERROR", "XPASS"):
+                context.find(f"{outcome[1]}: {outcome[2]}")
+            context.save()
+    timer.cancel()
+    code = process.wait()
+    context.result["exit_code"] = code
+    if code < 0:
+        context.find("the tests were stopped when their time was up")
+    elif code not in (0, 5) and not context.result["findings"]:  # 5: none was collected
+        context.find(f"pytest ended with exit code {code}; the log says why")
+
+
+def parity(context: Context) -> None:
+    """Errors against fp64, and the language model against the reference."""
+    context.result["rows"], context.result["parity"] = [], []
+    for row in gate_parity.rows(context.device):
+        print(row, flush=True)
+        context.result["parity"].append(row)
+        if not row["ok"]:
+            context.find(f"parity {row['name']}: {row}")
+        context.save()
+        if context.is_over:
+            context.find("parity: the time was up before the last size")
+            break
+
+
+def _measure(context: Context, cases: Sequence[Case], run: Run) -> None:
+    """Rows into the result as they come; a row that could not be measured for another reason than time is a finding."""
+    rows, sweeps = context.result.setdefault("rows", []), context.result.setdefault("sweeps", [])
+    for row in suite.measure_all(cases, run, context.until):
+        (sweeps if "sweep" in row else rows).append(row)
+        ratios = {name: ratio["text"] for name, ratio in row.get("ratios", {}).items()}
+        print(
+            row["task"],
+            row["name"],
+            row.get("path", ""),
+            row.get("ms"),
+            ratios,
+            row.get("not_measured", ""),
+            flush=True,
+        )
+        why = row.get("not_measured")
+        if why is not None and why != suite.TIME_IS_UP:
+            context.find(f"{row['task']} {row['name']}: {why}")
+        context.save()
+
+
+def _tiny(case: Case) -> Case:
+    """The same kind of case at a size for the interpreter."""
+    config = case.config
+    if isinstance(config, Gradients):
+        return suite.clip_case(Gradients(config.name, config.shapes[:6]))
+    small = replace(config, B=min(config.B, 2), T=min(config.T, 4), I=min(config.I, 8), H=min(config.H, 8))
+    if case.task == "lm_step":
+        return suite.lm_case(small)
+    if case.task == "generation":
+        return suite.generation_case(small)
+    return suite.elman_case(small, case.task, case.dtype, case.sweep)
+
+
+def _run(context: Context, dtypes: Sequence[str], seconds: float) -> Run:
+    rates = _rates(context, dtypes)
+    context.result["rates"] = rates
+    if context.tiny:
+        return Run(rates, context.device, suite.PEERS[:2], seconds=0.0, least=1, ours=Ours("triton"))
+    peers = [peer for peer in suite.PEERS if not peer.takes_minutes]
+    return Run(rates, context.device, peers, seconds=seconds, least=5)
+
+
+def grid_stage(context: Context) -> None:
+    """The grid against torch.nn.RNN, what matters most first. A row's `path` is the backend that ran it."""
+    run = replace(_run(context, list(grid.DTYPES), 0.15), peers=suite.PEERS[:1])  # a loop in Python takes too long
+    cases = [*suite.ELMAN, *suite.sweep_cases(quick=False), *suite.GPU_ELMAN]
+    if context.tiny:
+        cases = [_tiny(case) for case in (*suite.ELMAN[:2], suite.ELMAN[-1], suite.sweep_cases(True)[0], *cases[-2:])]
+    _measure(context, cases, run)
+
+
+def _per_step(model: CharRNN, sampler: Windows, epochs: int) -> float:
+    """Seconds of a training step in Trainer, by its last epoch; the ones before it warm up and capture."""
+    history = Trainer(model, optimizer="sgd", lr=0.1, clip=1.0, epochs=epochs).fit(sampler)
+    return history[-1].seconds / -(-sampler.num_train // sampler.batch_size)
+
+
+def _trainer(context: Context, config: Config) -> None:
+    """Trainer's step beside the step written by hand; as it captures where it can, this is captured against eager."""
+    generator = torch.Generator().manual_seed(0)
+    steps = 2 if context.tiny else 200
+    tokens = torch.randint(config.I, (steps * config.B + config.B + config.T,), generator=generator)
+    size = {"batch_size": config.B, "num_steps": config.T, "num_train": steps * config.B, "num_val": config.B}
+    found = {}
+    for name, cell in (("charrnn_fast", "fused"), ("torch.nn.RNN", "torch")):
+        torch.manual_seed(0)
+        model = CharRNN(config.I, config.H, cell=cell).to(context.device)
+        sampler = Windows(tokens.to(context.device), torch.Generator().manual_seed(0), **size)
+        found[name] = 1e3 * _per_step(model, sampler, epochs=2 if context.tiny else 3)
+    context.result.setdefault("trainer_step_ms", {})[config.name] = found
+    print(f"Trainer {config.name}: {found} ms a step", flush=True)
+    context.save()
+
+
+def _scratch_recipe(context: Context) -> None:
+    """Seconds of the whole recipe with its validation, after a first epoch of another model has compiled everything."""
+    recipe = RECIPES["scratch"]
+    book = corpora.BOOKS[recipe.book]
+    corpus = corpora.fallback(book, "tiny") if context.tiny else corpora.load_book(recipe.book)
+    vocab, tokens = prepare_text(recipe, corpus.text)
+    tokens = tokens[:2000].to(context.device) if context.tiny else tokens.to(context.device)
+
+    def fit(epochs: int) -> tuple[float, float | None]:
+        model = build_model(recipe, len(vocab), 0, device=context.device)
+        trainer = Trainer(model, optimizer=recipe.optimizer, lr=recipe.lr, clip=recipe.clip, epochs=epochs)
+        start = time.perf_counter()
+        history = trainer.fit(build_sampler(recipe, tokens, 0))
+        return time.perf_counter() - start, history[-1].val_ppl
+
+    fit(1)
+    epochs = 1 if context.tiny else recipe.epochs
+    seconds, perplexity = fit(epochs)
+    context.result["scratch_recipe"] = {
+        "seconds": seconds,
+        "epochs": epochs,
+        "validation_perplexity": perplexity,
+        "text": corpus.source,
+    }
+    print(f"scratch: {context.result['scratch_recipe']}", flush=True)
+    context.save()
+
+
+def language_model(context: Context) -> None:
+    """Training steps by hand and by Trainer, the whole recipe, clip and generation."""
+    run = replace(_run(context, ["fp32"], 0.4), ours=Ours())
+    prepare: Callable[[Case], Case] = _tiny if context.tiny else (lambda case: case)
+    _measure(context, [prepare(case) for case in suite.LM[: 1 if context.tiny else None]], run)
+    for case in suite.LM[: 1 if context.tiny else None]:
+        if not context.is_over:
+            _trainer(context, prepare(case).config)  # type: ignore[arg-type]
+    if not context.is_over:
+        _scratch_recipe(context)
+    rest = [*suite.CLIPS[: 1 if context.tiny else None], *suite.GENERATION[: 1 if context.tiny else None]]
+    _measure(context, [prepare(case) for case in rest], run)
+
+
+def registers(context: Context) -> None:
+    """What the driver says of the kernels that the launchers compile, beside the recorded figures."""
+    context.result["registers"] = []
+    for row in gate_tiles.registers(context.device):
+        print(row, flush=True)
+        context.result["registers"].append(row)
+        if row["finding"]:
+            context.find(f"registers {row['name']}: {row['finding']}")
+        context.save()
+        if context.is_over:
+            break
+
+
+def tiles(context: Context) -> None:
+    """The shipped tiles and their neighbours, timed by turns."""
+    context.result["tiles"] = []
+    for row in gate_tiles.neighbours(context.device):
+        print(row, flush=True)
+        context.result["tiles"].append(row)
+        if row["wrong"]:
+            context.find(f"tile {row['name']}: {row['wrong']}")
+        context.save()
+        if context.is_over:
+            break
+
+
+STAGES: dict[str, Callable[[Context], None]] = {
+    "environment": environment,
+    "tests": tests,
+    "parity": parity,
+    "grid": grid_stage,
+    "language_model": language_model,
+    "registers": registers,
+    "tiles": tiles,
+}
+
+
+def main(arguments: list[str]) -> int:
+    name, path, seconds = arguments
+    context = Context(Path(path), time.monotonic() + float(seconds))
+    context.save()
+    STAGES[name](context)
+    context.save()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

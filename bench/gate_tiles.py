@@ -1,0 +1,250 @@
+"""The Elman kernels' tiles on hardware: what the driver says of their registers, and what their neighbours would cost.
+
+Both go through the launchers that users' calls go through. Without a CUDA device the registers are those of the code
+compiled for sm_90, by a driver that claims to be one, and the neighbours are interpreted.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from charrnn_fast.bench.measure import Spread, alternate
+from charrnn_fast.kernels.triton.elman import elman_backward, elman_forward
+from charrnn_fast.kernels.triton.elman_tiles import MAX_SUM_STEPS, SUM_TILES, TILES, Tile, find_tile
+
+ABSENT = "sm_90"  # the GPU that is compiled for where there is none
+KINDS = {
+    "ieee": (torch.float32, "ieee"),
+    "tf32x3": (torch.float32, "tf32x3"),
+    "tf32": (torch.float32, "tf32"),
+    "16bit": (torch.bfloat16, "ieee"),
+    "fp64": (torch.float64, "ieee"),
+}
+V = 28
+TINY_TILES = (("ieee", 16), ("tf32", 128))
+MOST_WARPS = 16
+NOTABLE = 0.95  # of the shipped tile's time: a neighbour below is worth a look
+
+
+def target_of(device: torch.device) -> str:
+    """The column of the tables that a device has."""
+    if device.type != "cuda":
+        return ABSENT
+    return f"sm_{torch.cuda.get_device_capability(device)[0]}0"
+
+
+class _AbsentDriver:
+    """What Triton asks of a driver in order to compile."""
+
+    def get_current_target(self) -> Any:
+        from triton.backends.compiler import GPUTarget
+
+        return GPUTarget("cuda", int(ABSENT.removeprefix("sm_")), 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+@contextmanager
+def _compiling_for_absent(device: torch.device):
+    """Without a device, launches compile for ABSENT and stop there."""
+    if device.type == "cuda":
+        yield
+        return
+    import triton
+    from triton.runtime.jit import JITFunction
+
+    launch = JITFunction.run
+    triton.runtime.driver.set_active(_AbsentDriver())
+    JITFunction.run = lambda self, *args, grid, warmup, **options: launch(
+        self, *args, grid=grid, warmup=True, **options
+    )
+    try:
+        yield
+    finally:
+        JITFunction.run = launch  # the driver stays: without a device there is none to go back to
+
+
+def _launches(kind: str, width: int, device: torch.device) -> dict[str, Callable[[], Any]]:
+    """By the step that bench/static.py names: a launch with what it calls the plain options."""
+    dtype, precision = KINDS[kind]
+    B = 32
+
+    def numbers(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, device=device).to(dtype)
+
+    weights = [numbers(width, width) / width**0.5]
+    short, long = MAX_SUM_STEPS // 2, 2 * MAX_SUM_STEPS
+    ids = torch.randint(V, (short, B), device=device)
+    out, grad = numbers(long, B, width), numbers(long, B, width)
+    options = {"precision": precision}
+
+    def forward() -> Any:
+        if width <= 32:
+            return elman_forward(numbers(V, width), weights, tokens=ids, **options)
+        return elman_forward(numbers(short, B, width), weights, **options)
+
+    def sums() -> Any:
+        return elman_backward(grad[:short], None, out[:short], weights, tokens=ids, num_tokens=V, **options)
+
+    found = {"forward": forward, "backward": lambda: elman_backward(grad, None, out, weights, **options)}
+    return found | ({"backward_sums": sums} if (kind, width) in SUM_TILES else {})
+
+
+def _compiled(kernels: tuple[Any, ...]) -> dict[int, Any]:
+    """Every compiled kernel that Triton keeps for these functions, by its identity."""
+    return {
+        id(kernel): kernel
+        for function in kernels
+        for caches in function.device_caches.values()
+        for kernel in caches[0].values()
+    }
+
+
+def _figures(kernel: Any, device: torch.device) -> dict[str, int]:
+    """Registers a thread and bytes of stack: as the driver has them, or read from the code."""
+    if device.type == "cuda":
+        return {"registers": kernel.n_regs, "stack": 4 * kernel.n_spills}  # spills are counted in words of 32 bits
+    from charrnn_fast.bench import static
+
+    found = static.nvidia_figures(kernel.asm["cubin"], kernel.metadata.shared)
+    return {"registers": found["registers"], "stack": found["stack"]}
+
+
+def registers(device: torch.device) -> Iterator[dict[str, Any]]:
+    """For every tile: the figures here, the recorded ones of this Triton's version, and what is wrong, if anything.
+
+    Without a device TINY_TILES only: compiling takes seconds.
+    """
+    import triton
+
+    from charrnn_fast.bench import static
+    from charrnn_fast.kernels.triton.elman_kernels import elman_backward_kernel, elman_forward_kernel
+
+    target = target_of(device)
+    recorded = static.recorded(triton.__version__, target)
+    kernels = (elman_forward_kernel, elman_backward_kernel)
+    for kind, width in TILES:
+        if find_tile(TILES, kind, width, target) is None or (device.type != "cuda" and (kind, width) not in TINY_TILES):
+            continue
+        for step, launch in _launches(kind, width, device).items():
+            tile = find_tile(SUM_TILES if step == "backward_sums" else TILES, kind, width, target)
+            if tile is None:
+                continue
+            name = static.case_name("elman", step, kind, width, tile, full=False)
+            before = _compiled(kernels)
+            with _compiling_for_absent(device):
+                launch()
+            (new,) = (kernel for key, kernel in _compiled(kernels).items() if key not in before)
+            here, there = _figures(new, device), recorded.get(name)
+            yield {"name": name, "target": target, **here, "recorded": there, "finding": _wrong(here, there)}
+
+
+def _wrong(here: dict[str, int], recorded: dict[str, Any] | None) -> str:
+    from charrnn_fast.bench.static import TOLERANCE
+
+    if here["stack"]:
+        return f"it spills: {here['stack']} bytes of stack"
+    if recorded is None:
+        return ""
+    ratio, slack = TOLERANCE["registers"]
+    if here["registers"] > max(recorded["registers"] * ratio, recorded["registers"] + slack):
+        return f"{here['registers']} registers, recorded {recorded['registers']}"
+    return ""
+
+
+@contextmanager
+def in_place_of_shipped(kind: str, width: int, tile: Tile):
+    """The launchers take this tile."""
+    shipped = TILES[kind, width]
+    TILES[kind, width] = (tile,)
+    try:
+        yield
+    finally:
+        TILES[kind, width] = shipped
+
+
+def candidates(shipped: Tile, target: str) -> list[Tile]:
+    """The tiles that differ in one thing: twice or half the rows or the warps, or the other side."""
+    found = [replace(shipped, block_b=rows) for rows in (shipped.block_b * 2, shipped.block_b // 2) if rows]
+    found += [replace(shipped, warps=w) for w in (shipped.warps * 2, shipped.warps // 2) if 1 <= w <= MOST_WARPS]
+    found.append(replace(shipped, side="right" if shipped.w_left else "left"))
+    return [replace(tile, targets=(target,)) for tile in found]
+
+
+# (kind, H, T, B), what is used most first: the recipes' shapes in torch's default precision, then long and wide ones.
+SHAPES = [
+    ("tf32", 32, 32, 1024),
+    ("ieee", 32, 32, 1024),
+    ("tf32", 128, 100, 64),
+    ("16bit", 256, 100, 64),
+    ("tf32", 128, 1000, 1),
+    ("16bit", 128, 100, 64),
+    ("tf32", 64, 100, 64),
+    ("ieee", 128, 1000, 1),
+    ("tf32x3", 128, 100, 64),
+]
+TINY_SHAPES = [("ieee", 16, 2, 3)]
+
+
+def neighbours(device: torch.device) -> Iterator[dict[str, Any]]:
+    """For every shape and neighbour: its time over the shipped tile's, forward and the backward recurrence alone."""
+    target = target_of(device)
+    for kind, width, T, B in SHAPES if device.type == "cuda" else TINY_SHAPES:
+        shipped = find_tile(TILES, kind, width, target)
+        if shipped is None:
+            continue
+        jobs = _timed_jobs(kind, width, T, B, device)
+        for tile in candidates(shipped, target):
+            name = f"{kind} H{width} T={T} B={B} rows{tile.block_b} {tile.side} warps{tile.warps}"
+            yield {"name": name, "shipped": _label(shipped), **_against(shipped, tile, kind, width, jobs, device)}
+
+
+def _label(tile: Tile) -> str:
+    return f"rows{tile.block_b} {tile.side} warps{tile.warps}"
+
+
+def _timed_jobs(kind: str, width: int, T: int, B: int, device: torch.device) -> dict[str, Callable[[], Any]]:
+    dtype, precision = KINDS[kind]
+    x, grad = (torch.randn(T, B, width, device=device).to(dtype) for _ in range(2))
+    weights = [(torch.randn(width, width, device=device) / width**0.5).to(dtype)]
+    out, _ = elman_forward(x, weights, precision=precision)
+    backward = {"precision": precision, "need_weight_grad": False}
+    return {
+        "forward": lambda: elman_forward(x, weights, precision=precision)[0],
+        "backward": lambda: elman_backward(grad, None, out, weights, **backward)[0],
+    }
+
+
+def _against(
+    shipped: Tile, tile: Tile, kind: str, width: int, jobs: dict[str, Callable[[], Any]], device: torch.device
+) -> dict[str, Any]:
+    """Times of both by turns. A neighbour that does not compile or fit says so; a different result is wrong."""
+    row: dict[str, Any] = {"wrong": ""}
+    for step, job in jobs.items():
+
+        def other(job: Callable[[], Any] = job) -> Any:
+            with in_place_of_shipped(kind, width, tile):
+                return job()
+
+        try:
+            found, wanted = other().double(), job().double()
+        except Exception as error:  # whatever the compiler or the driver raises: this neighbour is none
+            row[f"{step}_error"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            continue
+        difference = float((found - wanted).abs().max() / wanted.abs().max())
+        if not difference <= 0.05:
+            row["wrong"] = f"its {step} differs from the shipped tile's by {difference:.2g}"
+        least, seconds = (5, 0.1) if device.type == "cuda" else (1, 0.0)
+        times = alternate({"shipped": job, "other": other}, seconds, device, least=least)
+        spread = Spread.of([o / s for o, s in zip(times["other"], times["shipped"], strict=True)])
+        row[f"{step}_us"] = 1e6 * Spread.of(times["shipped"]).median
+        row[f"{step}_ratio"] = {"low": spread.low, "median": spread.median, "high": spread.high}
+        row["notable"] = row.get("notable", False) or spread.median < NOTABLE
+    return row

@@ -1,0 +1,83 @@
+"""The GPU gate in its form for a machine without one: every stage of it, and a run that is cut short."""
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from charrnn_fast.bench import gate
+
+SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "gate.py"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="with a device the gate itself is run, and takes nine minutes")
+def test_every_stage_runs_to_its_end_without_a_gpu(tmp_path):
+    command = [sys.executable, str(SCRIPT), "--out", str(tmp_path), "--seconds", "3000"]  # a bound, not a length
+    finished = subprocess.run(command, capture_output=True, text=True)
+    assert finished.returncode == 0, finished.stdout + (tmp_path / "gate.log").read_text()[-4000:]
+    found = json.loads((tmp_path / "gate.json").read_text())
+    stages = found["stages"]
+    assert {name: stage["status"] for name, stage in stages.items()} == {stage.name: "done" for stage in gate.STAGES}
+    assert found["machine"]["torch"] == torch.__version__ and found["rates"]["fp32"]["gemm_flops"] > 0
+    assert stages["environment"]["paths"]["fp32 H=2048"]["path"] in ("native", "torch")
+    assert set(stages["tests"]["outcomes"]) == {"SKIPPED"}
+    assert len(stages["parity"]["parity"]) >= 5 and all(row["ok"] for row in stages["parity"]["parity"])
+    assert {row["task"] for row in found["rows"]} == {"forward", "forward_backward", "lm_step", "clip", "generation"}
+    assert all(row["ms"] > 0 for row in (*found["rows"], *found["sweeps"])) and found["sweeps"]
+    assert "triton" in {row["path"] for row in found["rows"] if row["task"] == "forward"}
+    assert stages["language_model"]["scratch_recipe"]["validation_perplexity"] > 1
+    assert all(row["recorded"] is not None for row in stages["registers"]["registers"])
+    assert [row["notable"] for row in stages["tiles"]["tiles"] if "forward_ratio" in row]
+
+
+@pytest.fixture
+def a_gate(tmp_path, monkeypatch):
+    monkeypatch.setattr(gate.Gate, "has_gpu", lambda self: False)
+    return gate.Gate(tmp_path, 60.0, ["python bench/gate.py"])
+
+
+def _replace_worker(monkeypatch, script: str) -> None:
+    """Stages run this instead; sys.argv[1] is the file for the result."""
+    real = gate.run
+
+    def run(command, seconds, log, environment=None):
+        return real([sys.executable, "-c", script, command[4]], seconds, log, environment)
+
+    monkeypatch.setattr(gate, "run", run)
+
+
+def test_a_stage_that_is_killed_leaves_what_it_had(a_gate, tmp_path, monkeypatch):
+    _replace_worker(
+        monkeypatch,
+        "import sys, time; print('begun', flush=True)\n"
+        'open(sys.argv[1], \'w\').write(\'{"rows": [1, 2], "findings": ["odd"], "more": 3}\'); time.sleep(600)',
+    )
+    start = time.monotonic()
+    a_gate.run_stage(gate.STAGES[0], 3.0)
+    assert time.monotonic() - start < 60
+    found = json.loads((tmp_path / "gate.json").read_text())
+    assert found["rows"] == [1, 2]
+    stage = found["stages"]["environment"]
+    assert (stage["status"], stage["findings"], stage["more"]) == ("out of time", ["odd"], 3)
+    assert "begun" in (tmp_path / "gate.log").read_text()
+
+
+def test_a_stage_that_fails_does_not_end_the_run(a_gate, monkeypatch):
+    _replace_worker(monkeypatch, "import sys; sys.exit(3)")
+    assert a_gate.run(list(gate.STAGES[:2])) == 1
+    assert [stage["status"] for stage in a_gate.content["stages"].values()] == ["exit code 3"] * 2
+
+
+def test_without_time_a_stage_is_not_run(a_gate):
+    a_gate.until = time.monotonic()
+    assert a_gate.run([gate.STAGES[0]]) == 1
+    assert a_gate.content["stages"]["environment"]["status"] == "not run: no time was left"
+
+
+def test_the_shares_are_of_a_whole_and_fit_nine_minutes():
+    assert sum(stage.share for stage in gate.STAGES) == pytest.approx(1)
+    assert gate.DEFAULT_SECONDS < 9 * 60
