@@ -47,6 +47,7 @@ LONG_SECONDS = 0.2  # a call of this length does not notice that its threads sle
 LEAST_TURN_SECONDS = {"cpu": 2e-4, "cuda": 2e-3}  # a shorter turn is made of several calls
 MOST_CALLS = 400
 MOST_INPUT_SETS = 8
+ROW_GEMM = 768  # the side of the product that is timed beside a row: 5 ms, at nearly the rate of larger ones
 
 
 def settle(job: Job | None, device: torch.device = CPU) -> None:
@@ -185,6 +186,12 @@ def gemm_rate(device: torch.device = CPU, dtype: torch.dtype = torch.float32, si
         return 2 * size**3 / min(turn(lambda: a @ b, device) for _ in range(12))
 
 
+def gemm_job(size: int = ROW_GEMM) -> Job:
+    """A matrix product on the CPU of 2 size^3 FLOPs, to be timed in turn with other jobs."""
+    a, b, out = (torch.randn(size, size) for _ in range(3))
+    return lambda: torch.mm(a, b, out=out)
+
+
 def copy_rate(device: torch.device = CPU, numbers: int | None = None) -> float:
     """Bytes/s of a large copy, read and write counted, the best of several."""
     source = torch.randn(numbers or (32 << 20 if device.type == "cpu" else 256 << 20), device=device)
@@ -203,7 +210,11 @@ def floor(flops: float, traffic: float, measured: Mapping[str, float]) -> float:
 
 
 def peak_bytes(job: Job, device: torch.device = CPU) -> int:
-    """The most memory that a call of `job` holds beyond what was allocated before it."""
+    """The most memory that a call of `job` holds beyond what was allocated before it.
+
+    On a CPU torch's allocations and, added to their peak, the native kernels' working memory. That of other libraries'
+    kernels (a matrix product's packed operands) is not seen.
+    """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -211,14 +222,16 @@ def peak_bytes(job: Job, device: torch.device = CPU) -> int:
         job()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    native.peak_scratch()
     with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         job()
+    scratch = native.peak_scratch()
     held = peak = 0
     changes = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(changes, key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
-    return peak
+    return peak + scratch
 
 
 def _cpu_model() -> str:

@@ -52,8 +52,10 @@ def milliseconds(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def cells(content: dict) -> list[list[str]]:
-    """The table's rows, its heads first: our time, each side's time over it, the floor, memory."""
+def cells(content: dict, mark: str = "") -> list[list[str]]:
+    """The table's rows, its heads first: our time, each side's time over it (the best one's between marks), the floor,
+    memory.
+    """
     rows = content["rows"]
     names = sides(rows)
     table = [["what", "configuration", "ms", *names, "over the floor", "MB", "of torch.nn.RNN's"]]
@@ -62,7 +64,9 @@ def cells(content: dict) -> list[list[str]]:
         if "not_measured" in row:
             table.append([*head, f"not measured: {row['not_measured']}", *[""] * (len(names) + 3)])
             continue
-        ratios = [row["ratios"][name]["text"] if name in row["ratios"] else "" for name in names]
+        best = min(row["ratios"], key=lambda name: row["ratios"][name]["median"], default="")
+        marks = {name: mark if name == best else "" for name in row["ratios"]}
+        ratios = [f"{marks[name]}{row['ratios'][name]['text']}{marks[name]}" if name in marks else "" for name in names]
         floor = f"{row['over_floor']:.2f}" if "over_floor" in row else ""
         memory = f"{row['memory_mb']:.1f}" if "memory_mb" in row else ""
         share = f"{row['memory_ratio']:.2f}" if "memory_ratio" in row else ""
@@ -139,7 +143,7 @@ def text(content: dict) -> str:
 
 def markdown(content: dict) -> str:
     """The table, how it was made, and how cost grows."""
-    head, *rows = cells(content)
+    head, *rows = cells(content, mark="**")
     lines = [describe(content) + ".", ""]
     if "command" in content:
         lines = [f"Recorded by `{content['command']}` on:", *lines]

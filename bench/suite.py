@@ -12,10 +12,12 @@ from charrnn_fast.bench.grid import Config, Gradients
 from charrnn_fast.bench.libraries import FlashRNN, Jax, OnnxRuntime
 from charrnn_fast.bench.measure import (
     CPU,
+    ROW_GEMM,
     Job,
     Spread,
     alternate,
     floor,
+    gemm_job,
     input_sets,
     peak_bytes,
     ratios,
@@ -28,6 +30,7 @@ from charrnn_fast.ops import backends
 
 PEERS: tuple[Peer, ...] = (TorchRNN(), Reference(), CompiledReference(), Jax(), OnnxRuntime(), FlashRNN())
 BASELINE = TorchRNN.name  # the side that memory is compared with
+GEMM = "matrix product"  # no side: timed with them for the row's floor
 TIME_IS_UP = "the time was up"
 MEMORY_TASKS = ("forward_backward", "lm_step")
 
@@ -137,12 +140,19 @@ def sides(case: Case, run: Run) -> tuple[dict[str, Job], dict[str, str]]:
 
 
 def measure(case: Case, run: Run) -> dict[str, Any]:
-    """One row of results. Times are medians in milliseconds, ratios a side's time over ours."""
+    """One row of results. Times are medians in milliseconds, ratios a side's time over ours.
+
+    On a CPU the GEMM rate of a row's floor is measured in the row's own rounds.
+    """
     jobs, skipped = sides(case, run)
-    times = alternate(jobs, run.seconds, run.device, least=run.least, drive=run.drive)
+    rates = dict(run.rates[case.dtype])
+    timed = jobs | {GEMM: gemm_job()} if run.device.type == "cpu" else jobs
+    times = alternate(timed, run.seconds, run.device, least=run.least, drive=run.drive)
     own = times.pop(run.ours.name)
+    if GEMM in times:  # two virtual processors may be two cores now and one a minute later
+        rates["gemm_flops"] = 2 * ROW_GEMM**3 / Spread.of(times.pop(GEMM)).median
     median = Spread.of(own).median
-    shortest = floor(case.flops, case.bytes, run.rates[case.dtype])
+    shortest = floor(case.flops, case.bytes, rates)
     row: dict[str, Any] = {
         "task": case.task,
         "name": case.name,
@@ -157,6 +167,7 @@ def measure(case: Case, run: Run) -> dict[str, Any]:
         "skipped": skipped,
         "flops": case.flops,
         "bytes": case.bytes,
+        "gemm_flops": rates["gemm_flops"],
         "floor_ms": 1e3 * shortest,
         "over_floor": median / shortest,
     }

@@ -7,6 +7,7 @@ import torch
 
 from charrnn_fast.bench import measure
 from charrnn_fast.bench.measure import CPU, Spread
+from charrnn_fast.kernels import native
 
 
 def test_spread_is_median_and_quartiles():
@@ -70,6 +71,13 @@ def test_peak_bytes_counts_what_is_held_at_once():
         return torch.empty(1 << 20) + 1
 
     assert 8 << 20 <= measure.peak_bytes(job) < 9 << 20
+
+
+@pytest.mark.skipif(native.available() is not None, reason=f"native: {native.available()}")
+def test_peak_bytes_counts_what_the_kernels_work_in():
+    x, weight = torch.randn(2, 3, 64), torch.randn(64, 64)
+    native.elman_forward(x, [weight], out=x)
+    assert measure.peak_bytes(lambda: native.elman_forward(x, [weight], out=x)) > weight.nbytes  # packed
 
 
 def test_rates_are_those_of_the_arguments():

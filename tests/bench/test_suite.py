@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from charrnn_fast.bench import suite
+from charrnn_fast.bench import measure, suite
 from charrnn_fast.bench.grid import GPU_GRID, GRID, SWEEPS, Config, Gradients
 from charrnn_fast.bench.peers import Ours, Peer, Reference, TorchRNN
 from charrnn_fast.bench.suite import Case, Run, clip_case, elman_case, generation_case, lm_case
@@ -40,7 +40,10 @@ def test_a_row_has_times_ratios_and_a_floor(case: Case):
     assert (row["task"], row["name"], row["rounds"]) == (case.task, case.name, 2)
     assert row["ms"] > 0 and "torch.nn.RNN" in row["ratios"] and row["peer_ms"]["torch.nn.RNN"] > 0
     assert row["over_floor"] == pytest.approx(row["ms"] / row["floor_ms"])
-    assert row["floor_ms"] == pytest.approx(max(case.flops, case.bytes) / 1e6)
+    own = {"gemm_flops": row["gemm_flops"], "copy_bytes": RATES["fp32"]["copy_bytes"]}
+    assert row["gemm_flops"] > 1e8 and row["floor_ms"] == pytest.approx(
+        1e3 * measure.floor(case.flops, case.bytes, own)
+    )
     assert ("reference" in row["skipped"]) == (case.name == "packed")
     assert ("memory_ratio" in row) == (case.task in suite.MEMORY_TASKS)
 

@@ -1,4 +1,4 @@
-"""Every native kernel on small odd sizes under AddressSanitizer with UndefinedBehaviorSanitizer, and ThreadSanitizer."""
+"""Every native kernel on small odd sizes under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer."""
 
 import shutil
 import subprocess
