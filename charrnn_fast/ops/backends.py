@@ -18,7 +18,8 @@ from charrnn_fast.kernels import native
 _HAS_TRITON = find_spec("triton") is not None
 
 
-def _triton_cannot(device: torch.device, dtype: torch.dtype, hidden_size: int) -> str | None:
+def triton_cannot_run_on(device: torch.device) -> str | None:
+    """None if Triton kernels of whatever operation can run on the device, else one clause saying why not."""
     if not _HAS_TRITON:
         return "the package triton is not installed"
     if device.type not in ("cpu", "cuda"):
@@ -36,6 +37,14 @@ def _triton_cannot(device: torch.device, dtype: torch.dtype, hidden_size: int) -
         return f"its kernels cannot be imported: {error}"
     if device.type == "cpu" and not kernels.INTERPRETED:  # the variable was set after the import
         return needs_gpu
+    return None
+
+
+def _triton_cannot(device: torch.device, dtype: torch.dtype, hidden_size: int) -> str | None:
+    if (why := triton_cannot_run_on(device)) is not None:
+        return why
+    from charrnn_fast.kernels.triton import elman as kernels
+
     return kernels.elman_limits(hidden_size, dtype, _precision(device, dtype, hidden_size), device)
 
 
