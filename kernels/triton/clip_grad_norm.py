@@ -17,7 +17,17 @@ import torch
 import triton
 from torch import Tensor
 
-from .clip_grad_norm_kernels import KINDS, clip_small_kernel, norm_kernel, scale_kernel
+from .clip_grad_norm_kernels import (
+    BLOCK,
+    KINDS,
+    MAX_PROGRAMS,
+    WARPS,
+    clip_small_kernel,
+    launch_options,
+    norm_kernel,
+    scale_kernel,
+    small_tile,
+)
 
 INTERPRETED = not isinstance(norm_kernel, triton.JITFunction)
 _KIND = dict(zip((torch.float64, torch.float32, torch.float16, torch.bfloat16), range(len(KINDS)), strict=True))
@@ -27,17 +37,6 @@ _KIND = dict(zip((torch.float64, torch.float32, torch.float16, torch.bfloat16), 
 SMALL = 32768
 # Tensors that go as pointer arguments: two pointers each make 1 KB of the 4 KB that every device takes for a launch.
 MAX_ARGUMENTS = 64
-BLOCK = 4096  # elements of a chunk beyond SMALL: 16 KB in fp32
-MAX_PROGRAMS = 1024  # sums that every program of the second launch adds up
-
-
-def small_tile(elements: int) -> tuple[int, int]:
-    """Elements of a chunk and warps of the program that takes all of them."""
-    return (1024, 8) if elements <= 8192 else (4096, 16)
-
-
-def launch_options(warps: int) -> dict[str, object]:
-    return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
 
 
 def clip_limits(grads: Sequence[Tensor], params: Sequence[Tensor] | None = None) -> str | None:
@@ -152,7 +151,7 @@ def _launch(
             "ALIGNED": all(t.data_ptr() % 16 == 0 for t in written),
         }
         norm_kernel[(programs,)](
-            grads if plain else (), table, partial, chunks, **layout, DOUBLE=double, **launch_options(8)
+            grads if plain else (), table, partial, chunks, **layout, DOUBLE=double, **launch_options(WARPS)
         )
         scale_kernel[(programs,)](
             grads if plain else (),
@@ -166,7 +165,7 @@ def _launch(
             **layout,
             BLOCK_P=triton.next_power_of_2(programs),
             **constants,
-            **launch_options(8),
+            **launch_options(WARPS),
         )
     return norm
 

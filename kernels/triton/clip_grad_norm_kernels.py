@@ -24,6 +24,19 @@ from .numerics import cast
 KINDS = ("fp64", "fp32", "fp16", "bf16")  # a tensor's kind is the place of its dtype in here
 COLUMNS = tl.constexpr(4)  # of the table: address of gradients and of parameters (or 0), number of elements, kind
 
+BLOCK = 4096  # elements of a chunk in norm_kernel and scale_kernel: 16 KB in fp32
+WARPS = 8  # of these
+MAX_PROGRAMS = 1024  # sums that every program of scale_kernel adds up
+
+
+def small_tile(elements: int) -> tuple[int, int]:
+    """Elements of a chunk and warps of clip_small_kernel: four elements a thread, or eight."""
+    return (1024, 8) if elements <= 8192 else (4096, 16)
+
+
+def launch_options(warps: int) -> dict[str, object]:
+    return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
+
 
 @triton.jit
 def _double(bits):
@@ -90,11 +103,37 @@ def _update(
         _update_masked(grad_ptr + offs, param_at, offs < count, scale, lr, STEP, INTERPRETED)
 
 
+@triton.jit
+def _add_squares(squares, ptr, offs, NUMEL: tl.constexpr, BLOCK: tl.constexpr):
+    """squares + g^2 of all chunks of one tensor."""
+    for start in tl.static_range(0, NUMEL, BLOCK):
+        squares += _square(ptr + start, offs, NUMEL - start, squares.dtype, BLOCK)
+    return squares
+
+
+@triton.jit
+def _update_tensor(
+    grad_ptr,
+    param_ptr,
+    offs,
+    scale,
+    lr,
+    NUMEL: tl.constexpr,
+    STEP: tl.constexpr,
+    BLOCK: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+):
+    """_update for all chunks of one tensor."""
+    for start in tl.static_range(0, NUMEL, BLOCK):
+        param_at = param_ptr + start if STEP else None
+        _update(grad_ptr + start, param_at, offs, NUMEL - start, scale, lr, STEP, BLOCK, INTERPRETED)
+
+
 @triton.jit(do_not_specialize=["max_norm_bits", "lr_bits"])
 def clip_small_kernel(
     # pointers
-    grads,  # tuple of N pointers to the gradients, each with the elements of its tensor side by side
-    params,  # tuple of N pointers to the parameters, laid out alike; used with STEP
+    grad_ptrs,  # tuple of N pointers to the gradients, each with the elements of its tensor side by side
+    param_ptrs,  # tuple of N pointers to the parameters, laid out alike; used with STEP
     norm_ptr,  # () the norm before clipping
     lr_ptr,  # () learning rate on the device, or None
     # scalars
@@ -112,22 +151,26 @@ def clip_small_kernel(
     offs = tl.arange(0, BLOCK)
     squares = tl.zeros((BLOCK,), acc_type)
     for i in tl.static_range(len(NUMELS)):
-        for start in tl.static_range(0, NUMELS[i], BLOCK):
-            squares += _square(grads[i] + start, offs, NUMELS[i] - start, acc_type, BLOCK)
+        squares = _add_squares(squares, grad_ptrs[i], offs, NUMELS[i], BLOCK)
     sum_squares = tl.sum(squares.to(tl.float64))
     scale = _scale_of(sum_squares, norm_ptr, max_norm_bits, True, CLIP, INTERPRETED)
     lr = _learning_rate(lr_ptr, lr_bits) if STEP else 0.0
     if (scale != 1.0) | STEP:
         for i in tl.static_range(len(NUMELS)):
-            for start in tl.static_range(0, NUMELS[i], BLOCK):
-                param_ptr = params[i] + start if STEP else None
-                count = NUMELS[i] - start
-                _update(grads[i] + start, param_ptr, offs, count, scale, lr, STEP, BLOCK, INTERPRETED)
+            param_ptr = param_ptrs[i] if STEP else None
+            _update_tensor(grad_ptrs[i], param_ptr, offs, scale, lr, NUMELS[i], STEP, BLOCK, INTERPRETED)
 
 
 @triton.jit
 def _find_chunk(
-    grads, params, table_ptr, c, NUMELS: tl.constexpr, FIRSTS: tl.constexpr, KIND_OF: tl.constexpr, BLOCK: tl.constexpr
+    grad_ptrs,
+    param_ptrs,
+    table_ptr,
+    c,
+    NUMELS: tl.constexpr,
+    FIRSTS: tl.constexpr,
+    KIND_OF: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):
     """Of chunk c: addresses of its gradients and parameters (int64), number of elements, kind."""
     if table_ptr is not None:
@@ -139,9 +182,9 @@ def _find_chunk(
         for i in tl.static_range(len(NUMELS)):
             inside = c >= FIRSTS[i]
             start = tl.cast(c - FIRSTS[i], tl.int64) * BLOCK
-            grad = tl.where(inside, (grads[i] + start).to(tl.int64), grad)
-            if len(params) > 0:
-                param = tl.where(inside, (params[i] + start).to(tl.int64), param)
+            grad = tl.where(inside, (grad_ptrs[i] + start).to(tl.int64), grad)
+            if len(param_ptrs) > 0:
+                param = tl.where(inside, (param_ptrs[i] + start).to(tl.int64), param)
             count = tl.where(inside, tl.minimum(NUMELS[i] - start, BLOCK).to(tl.int32), count)
             kind = tl.where(inside, KIND_OF[i], kind)
         return grad, param, count, kind
@@ -163,7 +206,7 @@ def _pointer(address, KIND: tl.constexpr, ALIGNED: tl.constexpr):
 @triton.jit
 def norm_kernel(
     # pointers
-    grads,  # tuple of N pointers to the gradients, or () with a table
+    grad_ptrs,  # tuple of N pointers to the gradients, or () with a table
     table_ptr,  # (chunks, COLUMNS) int64, or None
     partial_ptr,  # (programs) fp64, sums of squares
     # sizes
@@ -181,7 +224,7 @@ def norm_kernel(
     offs = tl.arange(0, BLOCK)
     squares = tl.zeros((BLOCK,), acc_type)
     for c in range(tl.program_id(0), chunks, tl.num_programs(0)):
-        grad_at, _, count, kind = _find_chunk(grads, (), table_ptr, c, NUMELS, FIRSTS, KIND_OF, BLOCK)
+        grad_at, _, count, kind = _find_chunk(grad_ptrs, (), table_ptr, c, NUMELS, FIRSTS, KIND_OF, BLOCK)
         for i in tl.static_range(len(PRESENT)):
             if kind == PRESENT[i]:
                 squares += _square(_pointer(grad_at, PRESENT[i], ALIGNED), offs, count, acc_type, BLOCK)
@@ -191,8 +234,8 @@ def norm_kernel(
 @triton.jit(do_not_specialize=["max_norm_bits", "lr_bits"])
 def scale_kernel(
     # pointers
-    grads,  # as in norm_kernel
-    params,  # tuple of N pointers to the parameters, or (); used with STEP
+    grad_ptrs,  # as in norm_kernel
+    param_ptrs,  # tuple of N pointers to the parameters, or (); used with STEP
     table_ptr,  # (chunks, COLUMNS) int64, or None
     partial_ptr,  # (programs) fp64, what norm_kernel has left
     norm_ptr,  # () the norm before clipping
@@ -220,7 +263,9 @@ def scale_kernel(
     lr = _learning_rate(lr_ptr, lr_bits) if STEP else 0.0
     if (scale != 1.0) | STEP:
         for c in range(pid, chunks, programs):
-            grad_at, param_at, count, kind = _find_chunk(grads, params, table_ptr, c, NUMELS, FIRSTS, KIND_OF, BLOCK)
+            grad_at, param_at, count, kind = _find_chunk(
+                grad_ptrs, param_ptrs, table_ptr, c, NUMELS, FIRSTS, KIND_OF, BLOCK
+            )
             for i in tl.static_range(len(PRESENT)):
                 if kind == PRESENT[i]:
                     grad_ptr = _pointer(grad_at, PRESENT[i], ALIGNED)

@@ -51,16 +51,18 @@ def _whole(size: int, block: int) -> int:
 def generate_tile(hidden_size: int, vocab: int, num_layers: int, number_bytes: int) -> GenerateTile:
     """The tile for H, V, L and the bytes of a number that the kernel computes with (4 or 8).
 
-    - One warp up to H = 32, where each further one would only repeat the same instructions and add barriers; four up
-      to 64. Eight beyond: two tiles of 32 KB on their way are what one multiprocessor takes in from the L2 cache in
+    - One warp up to H = V = 32, where each further one would only repeat the same instructions and add barriers; four
+      up to 64. Eight beyond: two tiles of 32 KB on their way are what one multiprocessor takes in from the L2 cache in
       the time that a load needs.
     - A row of a tile is 128 outputs, so a warp reads 512 bytes side by side; 64 where 128 would pad H too far.
     """
     block_v = max(16, next_power_of_2(vocab))
     narrow = max(16, next_power_of_2(hidden_size))
-    warps = 1 if narrow <= 32 else 4 if narrow <= 64 else 8
+    largest = narrow * max(narrow, block_v)
+    warps = 1 if largest <= 32 * 32 else 4 if largest <= 64 * 64 else 8
     per_thread = 128 // number_bytes  # elements of a tile: 32 registers
     tile = per_thread * 32 * warps
+    block_j = min(block_v, (1024 if warps == 1 else 2048) // block_v)  # more at a time spills
     if num_layers == 1 and narrow <= MAX_RESIDENT[number_bytes] and narrow * block_v <= 2 * tile:
         return GenerateTile(
             width=narrow,
@@ -69,7 +71,7 @@ def generate_tile(hidden_size: int, vocab: int, num_layers: int, number_bytes: i
             block_n=narrow,
             block_v=block_v,
             head_k=narrow,
-            block_j=min(block_v, tile // 4 // block_v),
+            block_j=block_j,
             resident=True,
             warps=warps,
         )
@@ -84,7 +86,7 @@ def generate_tile(hidden_size: int, vocab: int, num_layers: int, number_bytes: i
         block_n=block_n,
         block_v=block_v,
         head_k=head_k,
-        block_j=max(1, min(block_v, tile // 4 // block_v)),
+        block_j=block_j,
         resident=False,
         warps=warps,
     )
