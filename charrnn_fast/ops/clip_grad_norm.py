@@ -88,7 +88,7 @@ def clip_and_sgd_step_(parameters: Tensor | Iterable[Tensor], max_norm: float | 
 
 
 def _backend(grads: Sequence[Tensor], params: Sequence[Tensor] | None = None) -> str:
-    """ "triton", "native" or "torch": what clips these gradients or, given params, takes a step with them too."""
+    """What clips these gradients, or takes a step with params: triton, native (which takes no step) or torch."""
     wanted, device = backends.requested("auto"), grads[0].device
     # Compilation needs PyTorch's own operators, and subclasses of Tensor have a meaning of their own.
     if torch.compiler.is_compiling() or any(type(g) is not Tensor for g in grads):

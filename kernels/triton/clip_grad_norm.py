@@ -135,8 +135,7 @@ def _launch(
                 **launch_options(warps),
             )
             return norm
-        firsts = tuple(itertools.accumulate((-(-n // BLOCK) for n in numels), initial=0))
-        *firsts, chunks = firsts
+        *firsts, chunks = itertools.accumulate((triton.cdiv(n, BLOCK) for n in numels), initial=0)
         programs = min(chunks, MAX_PROGRAMS)
         partial = torch.empty(programs, dtype=torch.float64, device=device)
         plain = len(grads) <= MAX_ARGUMENTS
