@@ -61,7 +61,7 @@ class Case:
     target: str
     module: str
     kernel: str
-    types: dict[str, str]  # types of the pointers that are there; the others are None
+    types: dict[str, str | tuple[str, ...]]  # types of the pointers that are there (the others are None) and of scalars
     constants: dict[str, object]
     divisible: bool  # strides are multiples of 16, as they are where H is
     options: dict[str, object]
@@ -213,9 +213,90 @@ def linear_cross_entropy_case(step: str, kind: str, tile, target: str) -> Case:
     return Case(name, target, module, kernel, types, constants, tile.multiple > 1, options, matrix, shared)
 
 
+def clip_cases(target: str) -> list[Case]:
+    """The clipping kernels: one launch and two, with pointer arguments and with a table of every dtype."""
+    kernels = load("clip_grad_norm_kernels")
+    d2l, large = (896, 1024, 32, 32, 896, 28), (14336, 262144, 512, 512, 14336, 28)
+    small = (3584, 16384, 128, 128, 3584, 28)
+    return [
+        clip_case("clip_small_kernel", "d2l step", target, d2l, *kernels.small_tile(sum(d2l)), step=True),
+        clip_case("clip_small_kernel", "H128", target, small, *kernels.small_tile(sum(small)), step=False),
+        *(
+            clip_case(kernel, name, target, numels, kernels.BLOCK, kernels.WARPS, step=kernel == "scale_kernel")
+            for kernel in ("norm_kernel", "scale_kernel")
+            for name, numels in (("H512", large), ("table", ()))
+        ),
+    ]
+
+
+def clip_case(kernel: str, name: str, target: str, numels: tuple[int, ...], block: int, warps: int, step: bool) -> Case:
+    kernels = load("clip_grad_norm_kernels")
+    kinds = (1,) if numels else tuple(range(len(kernels.KINDS)))
+    firsts = [sum(-(-n // block) for n in numels[:i]) for i in range(len(numels))]
+    pointers = ("*fp32",) * len(numels)
+    types = {"norm_ptr": "*fp32", "partial_ptr": "*fp64", "max_norm_bits": "i64", "lr_bits": "i64"}
+    types |= {"grad_ptrs": pointers} if numels else {"table_ptr": "*i64"}
+    types |= {"param_ptrs": pointers} if numels and step else {}
+    constants = {
+        "grad_ptrs": (),
+        "param_ptrs": (),
+        "NUMELS": numels,
+        "FIRSTS": tuple(firsts),
+        "KIND_OF": (1,) * len(numels),
+        "PRESENT": kinds,
+        "BLOCK": block,
+        "BLOCK_P": kernels.MAX_PROGRAMS,
+        "ALIGNED": True,
+        "CLIP": True,
+        "STEP": step,
+        "DOUBLE": 0 in kinds,
+        "INTERPRETED": False,
+    }
+    title = f"clip {kernel.removesuffix('_kernel')} {name}"
+    options = kernels.launch_options(warps)
+    return Case(title, target, "clip_grad_norm_kernels", kernel, types, constants, False, options, False, 48 * 1024)
+
+
+def generate_cases(target: str) -> list[Case]:
+    """The decoding kernel by H, V and L, with everything that sampling adds, and twice greedy."""
+    return [
+        *(generate_case(target, *sizes, sampled=False) for sizes in (("fp32", 32, 28, 1), ("fp32", 256, 90, 1))),
+        *(
+            generate_case(target, *sizes, sampled=True)
+            for sizes in (
+                ("fp32", 32, 28, 1),
+                ("fp32", 16, 64, 1),
+                ("fp32", 64, 90, 1),
+                ("fp32", 128, 90, 1),
+                ("fp32", 256, 90, 1),
+                ("fp32", 256, 1024, 1),
+                ("fp32", 512, 28, 3),
+                ("bf16", 256, 90, 2),
+                ("fp64", 32, 28, 1),
+                ("fp64", 64, 90, 1),
+                ("fp64", 256, 90, 2),
+            )
+        ),
+    ]
+
+
+def generate_case(target: str, kind: str, H: int, V: int, L: int, sampled: bool) -> Case:
+    value, number = f"*{kind}", "*fp64" if kind == "fp64" else "*fp32"
+    tile = load("generate_tiles").generate_tile(H, V, L, int(number[3:]) // 8)
+    types = {name: value for name in ("rows_ptr", "weight_hh_ptr", "head_ptr", "head_bias_ptr")}
+    types |= {"prompt_ptr": "*i64", "ids_ptr": "*i64", "states_ptr": number, "sharpness_bits": "i64"}
+    types |= {"weight_ih_ptr": value} if L > 1 else {}
+    types |= {"uniforms_ptr": "*fp64", "logits_ptr": number} if sampled else {}
+    constants = tile.constants() | {"TANH": True, "STACKED": L > 1, "SAMPLE": sampled, "TOP_K": sampled}
+    name = f"generate {kind} H{H} V{V} L{L} warps{tile.warps} {'sampled' if sampled else 'greedy'}"
+    options = tile.launch_options(amd=target == "gfx942")
+    return Case(name, target, "generate_kernels", "generate_kernel", types, constants, False, options, False, 48 * 1024)
+
+
 def all_cases(target: str) -> list[Case]:
-    """Of every kernel that has a table of tiles."""
-    return elman_cases(target) + linear_cross_entropy_cases(target)
+    """Of every kernel that is shipped."""
+    makers = (elman_cases, linear_cross_entropy_cases, clip_cases, generate_cases)
+    return [case for cases in makers for case in cases(target)]
 
 
 def compile_case(case: Case):
@@ -229,9 +310,13 @@ def compile_case(case: Case):
             constants.setdefault(name, None)
         else:
             signature[name] = "i32"
+        if isinstance(signature[name], tuple):
+            attributes |= {(index, i): [["tt.divisibility", 16]] for i in range(len(signature[name]))}
+            continue
         divisible = case.divisible and name.startswith("stride_") and "tokens" not in name
         if signature[name].startswith("*") or (divisible and signature[name] == "i32"):
             attributes[(index,)] = [["tt.divisibility", 16]]
+    constants = {name: value for name, value in constants.items() if signature.get(name) == "constexpr"}
     source = ASTSource(kernel, signature, constants, attributes)
     target, _ = TARGETS[case.target]
     return triton.compile(source, target=target, options=case.options)

@@ -18,8 +18,8 @@ from charrnn_fast.kernels import native
 _HAS_TRITON = find_spec("triton") is not None
 
 
-def _triton_missing(device: torch.device) -> str | None:
-    """One clause saying why no Triton kernel runs on this device, or None."""
+def triton_cannot_run_on(device: torch.device) -> str | None:
+    """None if Triton kernels of whatever operation can run on the device, else one clause saying why not."""
     if not _HAS_TRITON:
         return "the package triton is not installed"
     if device.type not in ("cpu", "cuda"):
@@ -41,8 +41,7 @@ def _triton_missing(device: torch.device) -> str | None:
 
 
 def _triton_cannot(device: torch.device, dtype: torch.dtype, hidden_size: int) -> str | None:
-    why = _triton_missing(device)
-    if why is not None:
+    if (why := triton_cannot_run_on(device)) is not None:
         return why
     from charrnn_fast.kernels.triton import elman as kernels
 
@@ -223,7 +222,7 @@ def choose_loss(device: torch.device, dtype: torch.dtype) -> str:
 
 @functools.cache
 def _choose_loss(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    if name in ("auto", "triton") and (name == "triton" or device.type != "cpu") and _triton_missing(device) is None:
+    if name in ("auto", "triton") and (name == "triton" or device.type != "cpu") and triton_cannot_run_on(device) is None:
         from charrnn_fast.kernels.triton import linear_cross_entropy as kernels
 
         if kernels.linear_cross_entropy_limits(dtype, device) is None:

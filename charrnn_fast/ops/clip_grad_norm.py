@@ -6,10 +6,11 @@ Source: R. Pascanu, T. Mikolov, Y. Bengio, "On the difficulty of training recurr
 1e-6 is torch.nn.utils.clip_grad_norm_'s, whose contract this is.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
 
 from charrnn_fast.kernels import native
 
@@ -27,8 +28,9 @@ def clip_grad_norm_(
 
     Args:
         parameters: tensors of any shapes; one without a gradient is passed over. max_norm, norm_type,
-        error_if_nonfinite, foreach: as in torch.nn.utils.clip_grad_norm_. The native kernel runs for
-            the 2-norm of contiguous fp32 or fp64 gradients on a CPU; everything else is torch's.
+        error_if_nonfinite, foreach: as in torch.nn.utils.clip_grad_norm_. The kernels run for the 2-norm of gradients
+            on one device whose elements lie side by side: on a GPU in one launch up to 32,768 elements and two beyond,
+            on a CPU for contiguous fp32 or fp64; everything else is torch's.
 
     Returns: the norm before clipping, a scalar tensor; zero without gradients. There is no host synchronisation unless
     error_if_nonfinite is set.
@@ -37,19 +39,66 @@ def clip_grad_norm_(
     """
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     grads = [p.grad for p in parameters if p.grad is not None]
-    if grads and not (error_if_nonfinite or foreach is not None) and _native_cannot(grads, norm_type) is None:
-        return native.clip_grad_norm_(grads, float(max_norm))
+    if grads and float(norm_type) == 2.0 and not error_if_nonfinite and foreach is None:
+        backend = _backend(grads)
+        if backend == "triton":
+            from charrnn_fast.kernels.triton import clip_grad_norm as kernels
+
+            increment_version(grads)
+            return kernels.clip_grad_norm_(grads, float(max_norm))
+        if backend == "native":
+            increment_version(grads)
+            return native.clip_grad_norm_(grads, float(max_norm))
     return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
 
 
-def _native_cannot(grads: list[Tensor], norm_type: float) -> str | None:
-    """None if the native kernel takes this call, else one clause saying why not."""
-    if backends.requested("auto") not in ("auto", "native"):
-        return "another backend was asked for"
-    if torch.compiler.is_compiling():
-        return "compilation needs PyTorch's own operators"
-    if float(norm_type) != 2.0:
-        return "it computes the 2-norm"
-    if any(type(g) is not Tensor for g in grads):
-        return "a gradient is not a plain tensor"
-    return native.clip_limits(grads)
+@torch.no_grad()
+def clip_and_sgd_step_(parameters: Tensor | Iterable[Tensor], max_norm: float | None, lr: float | Tensor) -> Tensor:
+    """Clip by the global norm and take a step of plain SGD, in one go: p -= lr * min(1, max_norm / (||g|| + 1e-6)) * g.
+
+    The parameters become those of clip_grad_norm_ followed by torch.optim.SGD's step (no momentum, no weight decay),
+    but for rounding. The gradients stay as they were, not clipped: nothing reads them between this step and their
+    clearing, and writing them would cost a third of the traffic.
+
+    Args:
+        parameters: tensors of any shapes; one without a gradient is passed over.
+        max_norm: largest global 2-norm of the gradients; None steps along the gradients as they are.
+        lr: learning rate, a number or a scalar floating-point tensor; a tensor on the parameters' device is read when
+            the step runs, so a captured CUDA graph follows its changes, while a number is part of the graph.
+
+    Returns: the norm of the gradients, a scalar tensor; zero without gradients. There is no host synchronisation.
+    """
+    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    pairs = [(p, p.grad) for p in parameters if p.grad is not None]
+    if not pairs:
+        return torch.tensor(0.0)
+    params, grads = [p for p, _ in pairs], [g for _, g in pairs]
+    if isinstance(lr, Tensor) and lr.device.type == "cpu" and grads[0].device.type != "cpu":
+        lr = float(lr)
+    if _backend(grads, params) == "triton":
+        from charrnn_fast.kernels.triton import clip_grad_norm as kernels
+
+        increment_version(params)
+        return kernels.clip_and_sgd_step_(params, grads, max_norm, lr)
+    norm = torch.nn.utils.get_total_norm(grads)
+    step = -lr if max_norm is None else -lr * (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    for p, g in pairs:
+        p.add_(g * step if not isinstance(step, Tensor) else g * step.to(g.device))
+    return norm
+
+
+def _backend(grads: Sequence[Tensor], params: Sequence[Tensor] | None = None) -> str:
+    """What clips these gradients, or takes a step with params: triton, native (which takes no step) or torch."""
+    wanted, device = backends.requested("auto"), grads[0].device
+    # Compilation needs PyTorch's own operators, and subclasses of Tensor have a meaning of their own.
+    if torch.compiler.is_compiling() or any(type(g) is not Tensor for g in grads):
+        return "torch"
+    gpu = wanted == "triton" or (wanted == "auto" and device.type == "cuda")
+    if gpu and backends.triton_cannot_run_on(device) is None:
+        from charrnn_fast.kernels.triton import clip_grad_norm as kernels
+
+        if kernels.clip_limits(grads, params) is None:
+            return "triton"
+    if wanted in ("auto", "native") and params is None and native.clip_limits(grads) is None:
+        return "native"
+    return "torch"

@@ -96,7 +96,7 @@ def elman_layer(
     """
     if backend == "torch" or tensor_operations_only():
         if _is_tokens(input) and input.device.type == "cpu":
-            _check_tokens(input, weights[0].shape[1])
+            check_tokens(input, weights[0].shape[1])
         return layer_by_tensor_operations(input, h0, weights, batch_sizes, nonlinearity, reverse)
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return _elman_layer_op(input, h0, batch_sizes, list(weights), backend, nonlinearity, list(reverse))
@@ -128,7 +128,7 @@ def _layer_forward(
     if _is_tokens(input):
         tokens, x = input, token_table(weights, directions)
         if backend != "native":  # which looks at the ids itself, in a fraction of the time
-            _check_tokens(tokens, x.shape[0])
+            check_tokens(tokens, x.shape[0])
         out = _in_order(x.new_empty(tokens.numel(), x.shape[1]), tokens)
     else:
         tokens, x = None, _project(input, weights, directions)
@@ -146,7 +146,7 @@ def _layer_forward(
             out=out,
         )
     except IndexError:
-        _check_tokens(input, x.shape[0])  # names the id
+        check_tokens(input, x.shape[0])  # names the id
         raise
 
 
@@ -458,7 +458,7 @@ _elman_layer_op.register_autograd(_op_backward, setup_context=_setup_op_context)
 # ---- checks -------------------------------------------------------------------------------------------------------
 
 
-def _check_tokens(tokens: Tensor, vocab: int) -> None:
+def check_tokens(tokens: Tensor, vocab: int) -> None:
     """Report ids outside 0..V-1: IndexError on a CPU; on a GPU, without waiting for it, embedding's own assertion."""
     if tokens.numel() == 0 or tensor_operations_only() or torch.compiler.is_compiling():
         return  # the values may not be there to look at

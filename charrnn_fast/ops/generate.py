@@ -6,7 +6,7 @@
 The uniform numbers u come in as a tensor, so one seed gives one text on every backend.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from charrnn_fast.kernels import native
 from charrnn_fast.reference import generate as reference
 
 from . import backends
-from .elman import elman
+from .elman import check_tokens, elman
 
 Layer = tuple[Tensor, Tensor, Tensor]
 
@@ -48,17 +48,19 @@ def generate(
         uniforms: (B, num_tokens) in [0, 1); None decodes greedily and ignores the options of sampling.
         temperature: tau > 0. alpha: exponent > 0 of the probabilities. top_k: sample among the k largest logits and
             those equal to the k-th.
-        backend: "auto", "native" or "torch".
+        backend: "auto", "triton", "native" or "torch". On a GPU the kernel decodes all of it in one launch.
 
     Returns: the new ids (B, num_tokens) int64, and the state (L, B, H) after the last id that was read, which is the
     one before the last returned (None if nothing was read and none was given).
 
-    Raises: IndexError for an id outside 0..V-1; RuntimeError if the backend asked for cannot run.
+    Raises: IndexError for an id outside 0..V-1 (on a GPU an assertion on the device, as from torch's embedding);
+    RuntimeError if the backend asked for cannot run.
     """
-    weight_hh = layers[0][1]
-    if _backend(backend, weight_hh, num_tokens) == "native":
+    chosen = _backend(backend, prompt.shape[0], layers, head_weight, num_tokens)
+    if chosen != "torch":
         table = layers[0][0].t() + layers[0][2]  # (V, H)
-        return native.generate(
+        check_tokens(prompt, table.shape[0])
+        return _kernel(chosen)(
             prompt,
             num_tokens,
             table,
@@ -88,7 +90,46 @@ def generate(
     )
 
 
-def _backend(backend: str, weight_hh: Tensor, num_tokens: int) -> str:
-    """Which of native and torch runs. The state of an empty continuation is the one that was given: nothing to run."""
-    chosen = backends.choose(backend, weight_hh.device, weight_hh.dtype, weight_hh.shape[0])
+# A program reads its weights once for each id: beyond this many bytes, at the 100 GB/s or so that one multiprocessor
+# takes in, or beyond that many for all sequences, at some 5 TB/s of a whole GPU, that is longer than the launches of a
+# step-by-step decoder take. An estimate from an H100's data, not a measurement.
+MAX_BYTES, MAX_BYTES_OF_ALL = 8 * 2**20, 512 * 2**20
+
+
+def _kernel(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
+    if backend == "native":
+        return native.generate
+    from charrnn_fast.kernels.triton.generate import generate as kernel
+
+    return kernel
+
+
+def _triton_cannot(weight: Tensor, vocab: int) -> str | None:
+    if (why := backends.triton_cannot_run_on(weight.device)) is not None:
+        return why
+    from charrnn_fast.kernels.triton.generate import generate_limits
+
+    return generate_limits(vocab, weight.dtype)
+
+
+def _triton_should_not(batch: int, layers: Sequence[Layer], head_weight: Tensor) -> str | None:
+    if head_weight.device.type == "cpu":
+        return "on a CPU it is interpreted, thousands of times slower"
+    read = sum(layer[1].nbytes * (2 if index else 1) for index, layer in enumerate(layers)) + head_weight.nbytes
+    if read > MAX_BYTES or batch * read > MAX_BYTES_OF_ALL:
+        return f"{read} bytes of weights for each of {batch} sequences and ids are better read by matrix products"
+    return None
+
+
+def _backend(backend: str, batch: int, layers: Sequence[Layer], head_weight: Tensor, num_tokens: int) -> str:
+    """Which of triton, native and torch runs. The state of an empty continuation is the one that was given."""
+    weight = layers[0][1]
+    name = backends.requested(backend)
+    if name in ("auto", "triton"):
+        why = _triton_cannot(weight, head_weight.shape[0])
+        if name == "triton" and why is not None:
+            raise RuntimeError(f"backend 'triton' cannot decode with {weight.dtype} on {weight.device}: {why}")
+        if why is None and (name == "triton" or _triton_should_not(batch, layers, head_weight) is None):
+            return "triton" if num_tokens > 0 else "torch"
+    chosen = backends.choose(name, weight.device, weight.dtype, weight.shape[0])
     return "native" if chosen == "native" and num_tokens > 0 else "torch"

@@ -75,6 +75,12 @@ OPTIONS = textwrap.dedent("""
         without(sums, "partial_table_ptr", "tokens_ptr"), {"grad_x_ptr": "*fp32"}, GRAD_TABLE=False, GRAD_X=True
     )
     compile_with(sums, {"tokens_ptr": "*i32"}, TANH=False)
+    for case in static.generate_cases("sm_90"):
+        if " fp32 H32 " in case.name:
+            compile_with(case, TANH=False)
+            compile_with(without(case, "logits_ptr"), TOP_K=False)
+    for case in static.clip_cases("sm_90"):
+        compile_with(case, {"lr_ptr": "*fp64", "norm_ptr": "*bf16"}, ALIGNED=False, CLIP=False)
 """)
 
 
@@ -124,6 +130,34 @@ LAUNCHES = textwrap.dedent("""
         assert compilations(kernel) == 1, f"{kernel.__name__}: {compilations(kernel)} compilations for six lengths"
     launch(5, 33, torch.float32, "ieee", True)
     launch(5, 100, torch.bfloat16, "ieee", False)
+
+    from charrnn_fast.kernels.triton.clip_grad_norm import clip_and_sgd_step_, clip_grad_norm_
+    from charrnn_fast.kernels.triton.clip_grad_norm_kernels import clip_small_kernel
+    from charrnn_fast.kernels.triton.generate import generate
+    from charrnn_fast.kernels.triton.generate_kernels import generate_kernel
+
+    def tensors(*sizes, dtype=torch.float32):
+        return [torch.zeros(size, dtype=dtype) for size in sizes]
+
+    for max_norm, lr in ((1.0, 0.1), (0.0, 1.0), (2.0, 16.0)):
+        clip_and_sgd_step_(tensors(900, 1, 16), tensors(900, 1, 16), max_norm, lr)
+    (cache, *_), = clip_small_kernel.device_caches.values()
+    assert len(cache) == 1, f"{len(cache)} compilations for three thresholds and learning rates"
+    for sizes in ((40000, 3), (5,) * 70):
+        clip_grad_norm_([*tensors(*sizes), *tensors(7, dtype=torch.bfloat16)], 1.0)
+        clip_and_sgd_step_(tensors(*sizes), tensors(*sizes), None, torch.tensor(0.1))
+
+    def decode(H, V, L, P, N, **options):
+        square = torch.zeros(H, H)
+        layers = [None, *[square] * (L - 1)], [square] * L, [None, *[torch.zeros(H)] * (L - 1)]
+        prompt = torch.zeros(1, P, dtype=torch.int64)
+        generate(prompt, N, torch.zeros(V, H), *layers, torch.zeros(V, H), torch.zeros(V), **options)
+
+    for P, N in ((1, 1), (16, 1), (5, 1000)):
+        decode(32, 28, 1, P, N)
+    (cache, *_), = generate_kernel.device_caches.values()
+    assert len(cache) == 1, f"{len(cache)} compilations for three lengths"
+    decode(200, 90, 2, 3, 4, uniforms=torch.zeros(1, 4), top_k=1, temperature=0.5, nonlinearity="relu")
 """)
 
 
@@ -176,7 +210,7 @@ def test_other_options_compile():
     run_script(OPTIONS)
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu_elman.py launches them")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="the tests on a GPU launch them")
 def test_launchers_compile_what_they_launch_and_once_for_all_lengths():
     run_script(DRIVER + LAUNCHES)
 

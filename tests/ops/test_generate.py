@@ -3,18 +3,10 @@
 import pytest
 import torch
 
+from charrnn_fast.kernels.triton.generate import INTERPRETED
 from charrnn_fast.lm.model import CharRNN
 from charrnn_fast.ops.generate import generate
 from charrnn_fast.reference import generate as reference
-
-
-@pytest.fixture(params=["torch", "native"])
-def backend(request):
-    from charrnn_fast.kernels import native
-
-    if request.param == "native" and (why := native.available()):
-        pytest.skip(why)
-    return request.param
 
 
 def _model(layers=1, nonlinearity="tanh", hidden=24, vocab=11):
@@ -51,50 +43,91 @@ def _operands(model):
 @pytest.mark.parametrize(
     ("layers", "B", "P", "nonlinearity"), [(1, 1, 1, "tanh"), (2, 3, 5, "relu"), (3, 64, 2, "tanh")]
 )
-def test_matches_the_reference(backend, layers, B, P, nonlinearity, options):
+def test_matches_the_reference(backend, device, layers, B, P, nonlinearity, options):
+    N = 40
+    if INTERPRETED and backend == "triton":  # some 30 ms for a layer's step
+        B, N = min(B, 2), 10
     model = _model(layers, nonlinearity)
     generator = torch.Generator().manual_seed(B)
     prompt = torch.randint(11, (B, P), generator=generator)
     state = torch.randn(layers, B, 24, generator=generator, dtype=torch.float64).tanh()
-    uniforms = torch.rand(B, 40, generator=generator, dtype=torch.float64) if options else None
-    ids, last = generate(
-        prompt, 40, *_operands(model), state, uniforms=uniforms, nonlinearity=nonlinearity, backend=backend, **options
-    )
+    uniforms = torch.rand(B, N, generator=generator, dtype=torch.float64) if options else None
     expected, expected_last = reference.generate(
-        model.to_reference(), prompt, 40, uniforms=uniforms, state=state, **options
+        model.to_reference(), prompt, N, uniforms=uniforms, state=state, **options
     )
-    assert torch.equal(ids, expected)
-    torch.testing.assert_close(last, expected_last, rtol=1e-9, atol=1e-9)
+    prompt, state, uniforms = (None if t is None else t.to(device) for t in (prompt, state, uniforms))
+    options = {"uniforms": uniforms, "nonlinearity": nonlinearity, "backend": backend, **options}
+    ids, last = generate(prompt, N, *_operands(model.to(device)), state, **options)
+    assert torch.equal(ids.cpu(), expected)
+    torch.testing.assert_close(last.cpu(), expected_last, rtol=1e-9, atol=1e-9)
 
 
-def test_a_thousand_greedy_characters(backend):
+@pytest.mark.parametrize("count", [100, pytest.param(1000, marks=pytest.mark.slow)])
+def test_a_thousand_greedy_characters(backend, device, count):
     model = _model(hidden=32)
     prompt = torch.tensor([[1, 2, 3]])
-    ids, _ = generate(prompt, 1000, *_operands(model), backend=backend)
-    assert torch.equal(ids, reference.generate(model.to_reference(), prompt, 1000)[0])
+    wanted, _ = reference.generate(model.to_reference(), prompt, count)
+    ids, _ = generate(prompt.to(device), count, *_operands(model.to(device)), backend=backend)
+    assert torch.equal(ids.cpu(), wanted)
 
 
-def test_sampling_frequencies_pass_a_chi_square_test(backend):
-    """One step from one state, many draws: the counts have to be those of the softmax."""
-    model = _model()
-    draws = 20_000
-    prompt = torch.full((draws, 1), 4)
-    uniforms = torch.rand(draws, 1, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-    ids, _ = generate(prompt, 1, *_operands(model), uniforms=uniforms, temperature=2.0, backend=backend)
-    logits, _ = model(prompt[:1])
-    expected = torch.softmax(logits[0, 0].detach() / 2.0, -1) * draws
+def test_sampling_frequencies_pass_a_chi_square_test(backend, device):
+    """Draws from a model whose head sees no state: the counts have to be those of the softmax of its bias."""
+    model = _model().to(device)
+    model.head.weight.data.zero_()
+    B, N = (1, 500) if INTERPRETED and backend == "triton" else (40, 500)
+    uniforms = torch.rand(B, N, generator=torch.Generator().manual_seed(5), dtype=torch.float64).to(device)
+    prompt = torch.full((B, 1), 4, device=device)
+    ids, _ = generate(prompt, N, *_operands(model), uniforms=uniforms, temperature=2.0, backend=backend)
+    expected = torch.softmax(model.head.bias.detach() / 2.0, -1) * B * N
     counts = torch.bincount(ids.flatten(), minlength=11)
     statistic = float(((counts - expected) ** 2 / expected).sum())
     assert statistic < 29.6  # the 0.1 % point of chi square with 10 degrees of freedom
 
 
-def test_nothing_to_append(backend):
-    model = _model()
-    state = torch.randn(1, 2, 24, dtype=torch.float64)
-    ids, last = generate(torch.tensor([[1], [2]]), 0, *_operands(model), state, backend=backend)
+def test_ten_and_ten_more_are_twenty(backend, device):
+    model = _model(2).to(device)
+    prompt = torch.tensor([[3, 1], [0, 10]], device=device)
+    uniforms = torch.rand(2, 20, generator=torch.Generator().manual_seed(2), dtype=torch.float64).to(device)
+    options = {"backend": backend, "top_k": 5}
+    ids, last = generate(prompt, 20, *_operands(model), uniforms=uniforms, **options)
+    first, state = generate(prompt, 10, *_operands(model), uniforms=uniforms[:, :10], **options)
+    rest, end = generate(first[:, -1:], 10, *_operands(model), state, uniforms=uniforms[:, 10:], **options)
+    assert torch.equal(torch.cat((first, rest), 1), ids)
+    assert torch.equal(end, last)
+
+
+def test_nothing_to_append(backend, device):
+    model = _model().to(device)
+    state = torch.randn(1, 2, 24, dtype=torch.float64, device=device)
+    prompt = torch.tensor([[1], [2]], device=device)
+    ids, last = generate(prompt, 0, *_operands(model), state, backend=backend)
     assert ids.shape == (2, 0) and torch.equal(last, state)
 
 
-def test_ids_out_of_range(backend):
+@pytest.mark.parametrize("bad", [11, -1])
+def test_ids_out_of_range(backend, device, bad):
+    if device.type == "cuda":
+        pytest.skip("an assertion on the device would end this process's use of it")
     with pytest.raises(IndexError):
-        generate(torch.tensor([[11]]), 3, *_operands(_model()), backend=backend)
+        generate(torch.tensor([[3, bad]]), 3, *_operands(_model()), backend=backend)
+
+
+def test_the_kernel_is_chosen_where_it_can_and_should(monkeypatch):
+    from charrnn_fast.ops import generate as op
+
+    def chosen(backend, H=32, V=28, L=1, B=1, num_tokens=5, dtype=torch.float32, device="cpu"):
+        layers = [tuple(torch.empty(H, n, dtype=dtype, device=device) for n in (V, H, 1))] * L
+        return op._backend(backend, B, layers, torch.empty(V, H, dtype=dtype, device=device), num_tokens)
+
+    monkeypatch.delenv("CHARRNN_BACKEND", raising=False)
+    assert chosen("auto", device="meta") == "torch"
+    monkeypatch.setattr(op.backends, "triton_cannot_run_on", lambda device: None)
+    assert chosen("triton", 512) == "triton" and chosen("triton", num_tokens=0) == "torch"
+    with pytest.raises(RuntimeError, match=r"'triton' cannot decode .*vocabulary 5000 is above 1024"):
+        chosen("triton", V=5000)
+    # As if it were a GPU: a device type that is not the CPU's.
+    assert chosen("auto", 512, device="meta") == chosen("auto", 256, L=3, B=64, device="meta") == "triton"
+    assert chosen("auto", 2048, device="meta") == chosen("auto", 512, B=1024, device="meta") == "torch"
+    assert chosen("torch", device="meta") == "torch"
+    assert "interpreted" in op._triton_should_not(1, [(torch.empty(2, 2),) * 3], torch.empty(2, 2))

@@ -1,0 +1,157 @@
+"""Launcher of the decoding kernel (generate_kernels.py has the algorithm, generate_tiles.py the tile sizes).
+
+    greedy:   x_{t+1} = argmax o_t
+    sampled:  q ~ softmax(o_t / temperature)^alpha, x_{t+1} = the first id whose cumulated q exceeds u_t
+
+One launch, one program for each sequence, whatever their number and length. The weights are copied once, transposed
+and padded to whole tiles. Nothing waits for the device.
+"""
+
+import contextlib
+import struct
+from collections.abc import Sequence
+
+import torch
+import triton
+from torch import Tensor
+
+from .generate_kernels import generate_kernel
+from .generate_tiles import MAX_VOCAB, GenerateTile, generate_tile
+
+INTERPRETED = not isinstance(generate_kernel, triton.JITFunction)
+_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def generate_limits(vocab: int, dtype: torch.dtype) -> str | None:
+    """None if the kernel can decode with V ids and weights of this dtype, else one clause that says why not."""
+    if dtype not in _DTYPES:
+        return f"no kernel for {dtype}"
+    if vocab > MAX_VOCAB:
+        return f"vocabulary {vocab} is above {MAX_VOCAB}"
+    return None
+
+
+def _transposed(matrices: Sequence[Tensor], rows: int, columns: int) -> Tensor:
+    """(N, rows, columns): the transposed matrices, zeros around them."""
+    out = matrices[0].new_zeros(len(matrices), rows, columns)
+    for corner, matrix in zip(out, matrices, strict=True):
+        corner[: matrix.shape[1], : matrix.shape[0]] = matrix.t()
+    return out
+
+
+def generate(
+    prompt: Tensor,
+    num_tokens: int,
+    table: Tensor,
+    weight_ih: Sequence[Tensor | None],
+    weight_hh: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    head_weight: Tensor,
+    head_bias: Tensor | None = None,
+    state: Tensor | None = None,
+    *,
+    uniforms: Tensor | None = None,
+    temperature: float = 1.0,
+    alpha: float = 1.0,
+    top_k: int | None = None,
+    nonlinearity: str = "tanh",
+) -> tuple[Tensor, Tensor]:
+    """Continue the prompts by num_tokens ids, num_tokens >= 1.
+
+    prompt: (B, P) int64, P >= 1; an id outside 0..V-1 counts as a zero row of the table.
+    table: (V, H), row v = W_ih[:, v] + b_ih + b_hh of layer 0.
+    weight_ih, weight_hh, bias: of the L layers, (H, H), (H, H) and (H,); weight_ih[0] and bias[0] are not read.
+    head_weight: (V, H). head_bias: (V,). state: (L, B, H), None for zeros. One dtype for all these; products, state and
+    nonlinearity are in float32, or float64 for float64.
+    uniforms: (B, num_tokens) in [0, 1), None for greedy. temperature, alpha: above 0. top_k: at least 1: sample among
+    the k largest logits and those equal to the k-th.
+
+    Returns the ids (B, num_tokens) int64 and the state (L, B, H) after the last id that was read, the one before the
+    last returned. Raises ValueError for an option out of range or tensors on several devices, RuntimeError past
+    generate_limits.
+    """
+    (B, P), (V, H), L = prompt.shape, table.shape, len(weight_hh)
+    device, dtype = table.device, table.dtype
+    if P < 1 or num_tokens < 1:
+        raise ValueError(f"expected at least one id to read and one to append, got {P} and {num_tokens}")
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"nonlinearity: expected 'tanh' or 'relu', got {nonlinearity!r}")
+    if uniforms is not None:
+        _check_sampling(uniforms, (B, num_tokens), temperature, alpha, top_k)
+    for tensor in (prompt, *weight_ih[1:], *weight_hh, *bias[1:], head_weight, head_bias, state, uniforms):
+        if tensor is not None and tensor.device != device:
+            raise ValueError(f"expected all tensors on {device}, got one on {tensor.device}")
+    if (why := generate_limits(V, dtype)) is not None:
+        raise RuntimeError(f"generate: {why}")
+    acc_type = torch.float64 if dtype == torch.float64 else torch.float32
+    tile = generate_tile(H, V, L, acc_type.itemsize)
+    ids = torch.empty((B, num_tokens), dtype=torch.int64, device=device)
+    states = torch.zeros((B, 2, L, tile.depth), dtype=acc_type, device=device)
+    if state is not None:
+        states[:, 0, :, :H] = state.transpose(0, 1)
+    if B == 0:
+        return ids, states[:, 0, :, :H].transpose(0, 1).to(dtype)
+
+    sharpness = struct.unpack("q", struct.pack("d", alpha / temperature))[0]
+    k = top_k if uniforms is not None and top_k is not None and top_k < V else None
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        generate_kernel[(B,)](
+            prompt.to(torch.int64).contiguous(),
+            *_weights(tile, table, weight_ih, weight_hh, bias, head_weight, head_bias),
+            None if uniforms is None else uniforms.to(torch.float64).contiguous(),
+            states,
+            None if k is None else torch.empty((B, tile.block_v), dtype=acc_type, device=device),
+            ids,
+            P,
+            num_tokens,
+            V,
+            L,
+            k or 0,
+            sharpness,
+            **tile.constants(),
+            TANH=nonlinearity == "tanh",
+            STACKED=L > 1,
+            SAMPLE=uniforms is not None,
+            TOP_K=k is not None,
+            **tile.launch_options(amd=torch.version.hip is not None),
+        )
+    last = states[:, (P + num_tokens - 1) % 2, :, :H]
+    return ids, last.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format)
+
+
+def _check_sampling(
+    uniforms: Tensor, shape: tuple[int, int], temperature: float, alpha: float, top_k: int | None
+) -> None:
+    if uniforms.shape != shape:
+        raise ValueError(f"uniforms: expected shape {shape}, got {tuple(uniforms.shape)}")
+    if not (temperature > 0 and alpha > 0) or (top_k is not None and top_k < 1):
+        raise ValueError(
+            "expected temperature > 0, alpha > 0 and top_k >= 1, got "
+            f"temperature {temperature}, alpha {alpha}, top_k {top_k}"
+        )
+
+
+def _weights(
+    tile: GenerateTile,
+    table: Tensor,
+    weight_ih: Sequence[Tensor | None],
+    weight_hh: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+    """rows, weight_ih, weight_hh, head and head_bias as generate_kernel reads them."""
+    (V, H), above = table.shape, len(weight_hh) - 1
+    rows = table.new_zeros(V + above + 1, tile.width)
+    rows[:V, :H] = table
+    for layer in range(above):
+        rows[V + layer, :H] = bias[layer + 1]
+    logits = table.new_full((tile.block_v,), -torch.inf)
+    logits[:V] = 0.0 if head_bias is None else head_bias
+    return (
+        rows,
+        _transposed([table.new_empty(0, 0), *weight_ih[1:]], tile.width, tile.width) if above else None,
+        _transposed(weight_hh, tile.width, tile.width),
+        _transposed([head_weight], tile.depth, tile.block_v),
+        logits,
+    )

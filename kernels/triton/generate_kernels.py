@@ -1,0 +1,168 @@
+"""The whole decoding loop in one program. Imports Triton alone: it compiles where torch is missing.
+
+    h^l_t = f(input^l_t + W_hh h^l_{t-1}),   input^0_t = table[id_t],   input^l_t = W_ih h^{l-1}_t + bias
+    o_t = W h^L_t + b,   next id: argmax o, or the first whose cumulated q exceeds u sum q,   q = exp(alpha o / tau)
+
+A program decodes one sequence: it reads the prompt, then its own ids. Every product is a matrix times a vector, so the
+weights are read in tiles (BLOCK_K, BLOCK_N) of the transposed matrix: neighbouring threads read neighbouring outputs,
+each thread adds up its own products over all tiles, and one sum over the tile's first axis ends an output. All weights
+are padded with zeros to whole tiles, so that nothing is masked; a padded unit stays 0 = tanh(0) = relu(0), and a padded
+id has the bias -inf. With RESIDENT (one layer) the recurrent matrix and the head are single tiles, kept in registers
+over all steps; else they come from the cache again at each step.
+
+The state is in global memory, two vectors a layer in turn: a step reads one and writes the other. What a thread writes
+there, others read after the barrier that follows each layer. Within one program that is enough: on NVIDIA bar.sync
+orders the accesses to memory of the threads that take part (PTX ISA, "bar"), and the loads are plain ld.global, never
+of the read-only kind; for AMD the barrier is compiled between a release and an acquire fence of the workgroup. A vector
+is written again only two steps after it was, with a barrier between its last reader and that.
+"""
+
+import triton
+import triton.language as tl
+
+from .numerics import activation
+
+
+@triton.jit
+def _add_product(acc, weight_ptr, vector_ptr, DEPTH, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):
+    """acc (BLOCK_K, BLOCK_N) + the products of weight (DEPTH, BLOCK_N) and vector (DEPTH), to be summed over axis 0."""
+    offs_k, offs_n = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_N)
+    for k in tl.range(0, DEPTH, BLOCK_K, loop_unroll_factor=2):
+        w = tl.load(weight_ptr + (k + offs_k)[:, None] * WIDTH + offs_n[None, :])
+        x = tl.load(vector_ptr + k + offs_k)
+        acc += w.to(acc.dtype) * x[:, None]
+    return acc
+
+
+@triton.jit
+def _rank(logits, logits_ptr, BLOCK_V: tl.constexpr, BLOCK_J: tl.constexpr):
+    """How many logits are larger than each: below k exactly for the k largest and those equal to the k-th."""
+    offs_v, offs_j = tl.arange(0, BLOCK_V), tl.arange(0, BLOCK_J)
+    tl.store(logits_ptr + offs_v, logits)
+    tl.debug_barrier()
+    larger = tl.zeros((BLOCK_V, BLOCK_J), tl.int32)
+    for j in range(0, BLOCK_V, BLOCK_J):
+        others = tl.load(logits_ptr + j + offs_j)
+        larger += (others[None, :] > logits[:, None]).to(tl.int32)
+    return tl.sum(larger, 1)
+
+
+@triton.jit
+def _argmax(logits, V, BLOCK_V: tl.constexpr):
+    """The first of the largest; the last id if there is a NaN, so that whatever the logits are it is an id."""
+    return tl.min(tl.where(logits == tl.max(logits, 0), tl.arange(0, BLOCK_V), V - 1), 0)
+
+
+@triton.jit
+def _sample(
+    logits, logits_ptr, uniform, sharpness, top_k, TOP_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_J: tl.constexpr
+):
+    """The first id of nonzero q whose cumulated q exceeds uniform * sum q, in fp64 like the reference.
+
+    A parallel scan rounds otherwise than the sum does: where that leaves no such id it is the last of nonzero q.
+    """
+    offs_v = tl.arange(0, BLOCK_V)
+    q = tl.exp((logits - tl.max(logits, 0)).to(tl.float64) * sharpness)
+    if TOP_K:
+        q = tl.where(_rank(logits, logits_ptr, BLOCK_V, BLOCK_J) < top_k, q, 0.0)
+    reached = tl.cumsum(q, 0) > uniform * tl.sum(q, 0)
+    last = tl.max(tl.where(q > 0.0, offs_v, 0), 0)
+    return tl.min(tl.where(reached & (q > 0.0), offs_v, last), 0)
+
+
+@triton.jit(do_not_specialize=["P", "N", "V", "L", "top_k", "sharpness_bits"])
+def generate_kernel(
+    # pointers
+    prompt_ptr,  # (B, P) int64; an id outside 0..V-1 counts as a zero row of the table
+    rows_ptr,  # (V + L, WIDTH): the table, the biases of layers 1 to L-1, zeros
+    weight_ih_ptr,  # (L, WIDTH, WIDTH), transposed input weights; the first is not read
+    weight_hh_ptr,  # (L, WIDTH, WIDTH), transposed recurrent weights
+    head_ptr,  # (DEPTH, BLOCK_V), transposed
+    head_bias_ptr,  # (BLOCK_V), -inf from V on
+    uniforms_ptr,  # (B, N) fp64 in [0, 1); read with SAMPLE
+    states_ptr,  # (B, 2, L, DEPTH) fp32 or fp64: in half 0 the first states; the last end in half (P + N - 1) % 2
+    logits_ptr,  # (B, BLOCK_V) of the states' dtype, for use within the kernel; with TOP_K
+    ids_ptr,  # (B, N) int64, the result
+    # sizes
+    P,
+    N,
+    V,
+    L,
+    # scalars
+    top_k,
+    sharpness_bits: tl.int64,  # alpha / tau, the 64 bits of a double: a float would arrive as fp32
+    # meta-parameters
+    WIDTH: tl.constexpr,  # H in whole tiles of a layer
+    DEPTH: tl.constexpr,  # and in whole tiles of the head
+    BLOCK_K: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,  # power of two, at least V
+    HEAD_K: tl.constexpr,  # rows of the head's tile (HEAD_K, BLOCK_V)
+    BLOCK_J: tl.constexpr,  # logits compared with all at a time
+    TANH: tl.constexpr,
+    STACKED: tl.constexpr,  # L > 1
+    RESIDENT: tl.constexpr,
+    SAMPLE: tl.constexpr,
+    TOP_K: tl.constexpr,
+):
+    pid_b = tl.program_id(0).to(tl.int64)
+    acc_type: tl.constexpr = states_ptr.dtype.element_ty
+    offs_k, offs_n = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_N)
+    offs_head, offs_v = tl.arange(0, HEAD_K), tl.arange(0, BLOCK_V)
+    prompt_ptr += pid_b * P
+    ids_ptr += pid_b * N
+    states_ptr += pid_b * 2 * L * DEPTH
+    head_bias = tl.load(head_bias_ptr + offs_v).to(acc_type)
+    sharpness = tl.cast(sharpness_bits, tl.int64).to(tl.float64, bitcast=True)
+    if SAMPLE:
+        uniforms_ptr += pid_b * N
+    if TOP_K:
+        logits_ptr += pid_b * BLOCK_V
+    if RESIDENT:
+        w = tl.load(weight_hh_ptr + offs_k[:, None] * WIDTH + offs_n[None, :]).to(acc_type)
+        head = tl.load(head_ptr + offs_head[:, None] * BLOCK_V + offs_v[None, :]).to(acc_type)
+
+    token = tl.full((), 0, tl.int64)
+    for step in range(P + N - 1):
+        if step < P:
+            token = tl.load(prompt_ptr + step)
+            token = tl.where((token >= 0) & (token < V), token, V + L - 1)
+        now_ptr = states_ptr + (step % 2) * L * DEPTH
+        next_ptr = states_ptr + (1 - step % 2) * L * DEPTH
+        for layer in range(L):
+            row = tl.where(layer == 0, token, V + layer - 1)
+            for n in range(0, WIDTH, BLOCK_N):
+                x = tl.load(rows_ptr + row * WIDTH + n + offs_n).to(acc_type)
+                if RESIDENT:
+                    products = w * tl.load(now_ptr + offs_k)[:, None]
+                else:
+                    products = tl.zeros((BLOCK_K, BLOCK_N), acc_type)
+                    at = tl.cast(layer, tl.int64) * WIDTH * WIDTH + n
+                    products = _add_product(
+                        products, weight_hh_ptr + at, now_ptr + layer * DEPTH, WIDTH, WIDTH, BLOCK_K, BLOCK_N
+                    )
+                    if STACKED:
+                        # No products in the first layer: an empty loop instead of a branch around the accumulator.
+                        below = tl.maximum(layer - 1, 0)
+                        depth = tl.where(layer > 0, WIDTH, 0)
+                        products = _add_product(
+                            products, weight_ih_ptr + at, next_ptr + below * DEPTH, depth, WIDTH, BLOCK_K, BLOCK_N
+                        )
+                tl.store(next_ptr + layer * DEPTH + n + offs_n, activation(x + tl.sum(products, 0), TANH))
+            tl.debug_barrier()
+        if step >= P - 1:
+            top_ptr = next_ptr + (L - 1) * DEPTH
+            if RESIDENT:
+                products = head * tl.load(top_ptr + offs_head)[:, None]
+            else:
+                products = tl.zeros((HEAD_K, BLOCK_V), acc_type)
+                products = _add_product(products, head_ptr, top_ptr, DEPTH, BLOCK_V, HEAD_K, BLOCK_V)
+            logits = head_bias + tl.sum(products, 0)
+            place = step - (P - 1)
+            if SAMPLE:
+                uniform = tl.load(uniforms_ptr + place)
+                chosen = _sample(logits, logits_ptr, uniform, sharpness, top_k, TOP_K, BLOCK_V, BLOCK_J)
+            else:
+                chosen = _argmax(logits, V, BLOCK_V)
+            token = chosen.to(tl.int64)
+            tl.store(ids_ptr + place, token)

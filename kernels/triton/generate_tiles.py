@@ -1,0 +1,92 @@
+"""Tile sizes of the decoding kernel (plain Python, imports nothing but the standard library).
+
+No autotuning: the sizes follow from how many registers a thread can give to weights. Behind them stand static figures,
+per warp and step: bench/results/static.json has them (bench/static.py measures, tests/kernels/test_static.py holds it).
+"""
+
+from dataclasses import dataclass
+
+from .elman_tiles import next_power_of_2
+
+MAX_VOCAB = 1024  # the logits are one tile
+MAX_RESIDENT = {4: 128, 8: 64}  # widest square matrix kept in registers, by the size of a number in bytes: 64 KB, 32 KB
+
+
+@dataclass(frozen=True)
+class GenerateTile:
+    """How one program decodes: see generate_kernel for the names."""
+
+    width: int
+    depth: int
+    block_k: int
+    block_n: int
+    block_v: int
+    head_k: int
+    block_j: int
+    resident: bool
+    warps: int
+
+    def constants(self) -> dict[str, object]:
+        return {
+            "WIDTH": self.width,
+            "DEPTH": self.depth,
+            "BLOCK_K": self.block_k,
+            "BLOCK_N": self.block_n,
+            "BLOCK_V": self.block_v,
+            "HEAD_K": self.head_k,
+            "BLOCK_J": self.block_j,
+            "RESIDENT": self.resident,
+        }
+
+    def launch_options(self, amd: bool) -> dict[str, object]:
+        """Compiler options. All registers are allowed, as in elman_tiles.py; AMD's compiler knows no such option."""
+        options = {"num_warps": self.warps, "num_stages": 1, "enable_fp_fusion": True}
+        return options if amd else options | {"maxnreg": 255}
+
+
+def _whole(size: int, block: int) -> int:
+    return -(-size // block) * block
+
+
+def generate_tile(hidden_size: int, vocab: int, num_layers: int, number_bytes: int) -> GenerateTile:
+    """The tile for H, V, L and the bytes of a number that the kernel computes with (4 or 8).
+
+    - One warp up to H = V = 32, where each further one would only repeat the same instructions and add barriers; four
+      up to 64. Eight beyond: two tiles of 32 KB on their way are what one multiprocessor takes in from the L2 cache in
+      the time that a load needs.
+    - A row of a tile is 128 outputs, so a warp reads 512 bytes side by side; 64 where 128 would pad H too far.
+    """
+    block_v = max(16, next_power_of_2(vocab))
+    narrow = max(16, next_power_of_2(hidden_size))
+    largest = narrow * max(narrow, block_v)
+    warps = 1 if largest <= 32 * 32 else 4 if largest <= 64 * 64 else 8
+    per_thread = 128 // number_bytes  # elements of a tile: 32 registers
+    tile = per_thread * 32 * warps
+    block_j = min(block_v, (1024 if warps == 1 else 2048) // block_v)  # more at a time spills
+    if num_layers == 1 and narrow <= MAX_RESIDENT[number_bytes] and narrow * block_v <= 2 * tile:
+        return GenerateTile(
+            width=narrow,
+            depth=narrow,
+            block_k=narrow,
+            block_n=narrow,
+            block_v=block_v,
+            head_k=narrow,
+            block_j=block_j,
+            resident=True,
+            warps=warps,
+        )
+    block_n = narrow if narrow <= 128 else 128 if _whole(hidden_size, 128) == _whole(hidden_size, 64) else 64
+    width = _whole(hidden_size, block_n)
+    block_k = min(64, width, tile // block_n)
+    head_k = max(1, min(narrow, tile // block_v))
+    return GenerateTile(
+        width=width,
+        depth=_whole(width, head_k),
+        block_k=block_k,
+        block_n=block_n,
+        block_v=block_v,
+        head_k=head_k,
+        block_j=block_j,
+        resident=False,
+        warps=warps,
+    )

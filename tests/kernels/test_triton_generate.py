@@ -1,0 +1,296 @@
+"""kernels/triton/generate.py against the reference and the native decoder: same ids from the same uniforms.
+
+Without a GPU the kernel is interpreted (tests/conftest.py), with one it runs on it.
+"""
+
+import itertools
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from charrnn_fast.kernels import native
+from charrnn_fast.kernels.triton.generate import generate, generate_limits
+from charrnn_fast.kernels.triton.generate_kernels import _argmax, _sample
+from charrnn_fast.kernels.triton.generate_tiles import MAX_VOCAB, generate_tile
+from charrnn_fast.reference.generate import next_token
+
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+class Decoder:
+    """Random weights of a stack and a head in fp64, and the decoder written out step by step."""
+
+    def __init__(self, H, V, L=1, B=1, P=1, *, nonlinearity="tanh", head_bias=True, state=True, seed=0):
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(*shape):
+            return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+        self.prompt = torch.randint(0, V, (B, P), generator=generator)
+        self.table = random(V, H)
+        self.weight_ih = [None, *(random(H, H) / H**0.5 for _ in range(L - 1))]
+        self.weight_hh = [random(H, H) / H**0.5 for _ in range(L)]
+        self.bias = [None, *(random(H) for _ in range(L - 1))]
+        self.head_weight, self.head_bias = random(V, H) / H**0.5 * 3, random(V) if head_bias else None
+        self.state = random(L, B, H) if state else None
+        self.uniforms = torch.rand(B, 4096, generator=generator, dtype=torch.float64)
+        self.nonlinearity = nonlinearity
+
+    def reference(self, num_tokens, sampled, **options):
+        """Ids and last state; in fp64."""
+        f = torch.tanh if self.nonlinearity == "tanh" else torch.relu
+        (B, P), ids = self.prompt.shape, []
+        zeros = [self.table.new_zeros(B, self.table.shape[1]) for _ in self.weight_hh]
+        state = zeros if self.state is None else list(self.state)
+        for step in range(P + num_tokens - 1):
+            x = self.table[self.prompt[:, step] if step < P else ids[-1]]
+            for layer, weight in enumerate(self.weight_hh):
+                if layer:
+                    x = x @ self.weight_ih[layer].T + self.bias[layer]
+                x = state[layer] = f(x + state[layer] @ weight.T)
+            if step >= P - 1:
+                logits = torch.nn.functional.linear(x, self.head_weight, self.head_bias)
+                uniform = self.uniforms[:, step - P + 1] if sampled else None
+                ids.append(next_token(logits, uniform, **options))
+        return torch.stack(ids, 1), torch.stack(state)
+
+    def run(self, decode, num_tokens, sampled, dtype=torch.float64, device=DEVICE, **options):
+        def cast(tensor):
+            return None if tensor is None else tensor.to(device, dtype)
+
+        weights = ([cast(t) for t in tensors] for tensors in (self.weight_ih, self.weight_hh, self.bias))
+        uniforms = self.uniforms[:, :num_tokens].to(device) if sampled else None
+        ids, state = decode(
+            *(self.prompt.to(device), num_tokens, cast(self.table), *weights),
+            *(cast(self.head_weight), cast(self.head_bias), cast(self.state)),
+            uniforms=uniforms,
+            nonlinearity=self.nonlinearity,
+            **options,
+        )
+        return ids.cpu(), state.cpu()
+
+
+SAMPLING = (None, {}, {"temperature": 0.6, "top_k": 3}, {"temperature": 1.5, "alpha": 2.0, "top_k": 1000})
+# H resident, H in one tile, odd H; V below and above a power of two.
+SHAPES = [
+    {"H": 1, "V": 2},
+    {"H": 7, "V": 33, "P": 5},
+    {"H": 33, "V": 28, "B": 2, "nonlinearity": "relu"},
+    {"H": 24, "V": 3, "L": 2, "B": 2, "P": 2},
+    {"H": 16, "V": 17, "L": 3, "state": False, "head_bias": False},
+]
+
+
+@pytest.mark.parametrize("sampling", SAMPLING, ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_ids_and_state_are_the_reference(shape, sampling):
+    decoder = Decoder(**shape)
+    ids, state = decoder.run(generate, 6, sampling is not None, **(sampling or {}))
+    wanted, last = decoder.reference(6, sampling is not None, **(sampling or {}))
+    assert torch.equal(ids, wanted)
+    torch.testing.assert_close(state, last, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("H", [130, 200, 256])
+def test_tiles_of_a_larger_matrix(H):
+    """Whole tiles of 64 and of 128 outputs, in two layers, and a vocabulary of several tiles of the head."""
+    decoder = Decoder(H, 90, L=2, P=2)
+    tile = generate_tile(H, 90, 2, 8)
+    assert not tile.resident and tile.width > tile.block_n and tile.depth > tile.head_k
+    ids, state = decoder.run(generate, 3, True, top_k=20)
+    wanted, last = decoder.reference(3, True, top_k=20)
+    assert torch.equal(ids, wanted)
+    torch.testing.assert_close(state, last, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.skipif(native.available() is not None, reason=f"native: {native.available()}")
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("options", [{"temperature": 0.3}, {"temperature": 1.0, "top_k": 4}, {"alpha": 2.0}], ids=str)
+def test_one_seed_gives_one_text_on_every_backend(seed, options):
+    """fp32 and fp64, Triton, native and reference: fp32's rounding is too small to move a choice in so few."""
+    decoder = Decoder(20, 28, B=2, P=3, seed=seed)
+    wanted, last = decoder.reference(12, True, **options)
+    for dtype, bound in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        for decode, device in ((generate, DEVICE), (native.generate, torch.device("cpu"))):
+            ids, state = decoder.run(decode, 12, True, dtype, device, **options)
+            assert torch.equal(ids, wanted)
+            torch.testing.assert_close(state.double(), last, rtol=bound, atol=bound)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_16_bit_weights_are_computed_with_in_fp32(dtype):
+    decoder = Decoder(24, 11, B=2, P=2)
+    for name in ("table", "head_weight", "head_bias", "state"):
+        setattr(decoder, name, getattr(decoder, name).to(dtype).double())
+    decoder.weight_hh = [w.to(dtype).double() for w in decoder.weight_hh]
+    ids, state = decoder.run(generate, 8, True, dtype)
+    wanted, last = decoder.reference(8, True)
+    assert torch.equal(ids, wanted) and state.dtype == dtype
+    torch.testing.assert_close(state, last.to(dtype))
+
+
+@triton.jit
+def _choose_kernel(
+    logits_ptr,
+    uniform_ptr,
+    scratch_ptr,
+    ids_ptr,
+    V,
+    top_k,
+    SAMPLE: tl.constexpr,
+    TOP_K: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offs, row = tl.arange(0, BLOCK), tl.program_id(0)
+    logits = tl.load(logits_ptr + row * V + offs, mask=offs < V, other=-float("inf"))
+    if SAMPLE:
+        uniform = tl.load(uniform_ptr + row)
+        sharpness = tl.full((), 1.0, tl.float64)
+        chosen = _sample(logits, scratch_ptr + row * BLOCK, uniform, sharpness, top_k, TOP_K, BLOCK, BLOCK // 2)
+    else:
+        chosen = _argmax(logits, V, BLOCK)
+    tl.store(ids_ptr + row, chosen)
+
+
+def choose(logits, uniforms=None, top_k=None):
+    (B, V), block = logits.shape, 16
+    ids = torch.empty(B, dtype=torch.int64, device=DEVICE)
+    scratch = torch.empty(B, block, dtype=logits.dtype, device=DEVICE)
+    uniforms = None if uniforms is None else uniforms.to(DEVICE)
+    constants = {"SAMPLE": uniforms is not None, "TOP_K": top_k is not None, "BLOCK": block}
+    _choose_kernel[(B,)](logits.to(DEVICE), uniforms, scratch, ids, V, top_k or 0, **constants)
+    return ids.cpu()
+
+
+def test_argmax_is_the_first_of_the_largest_and_an_id_whatever_comes():
+    logits = torch.tensor([[1.0, 3.0, 3.0, 2.0, 3.0], [2.0] * 5, [-torch.inf] * 5, [0, 0, 0, 1.0, torch.inf]])
+    assert choose(logits).tolist() == [1, 0, 0, 4]
+    assert choose(torch.full((1, 5), torch.nan)).item() in range(5)
+
+
+def test_top_k_keeps_those_equal_to_the_kth():
+    logits = torch.tensor([[1.0, 3.0, 2.0, 2.0, -1.0]]).expand(24, 5).contiguous()
+    uniforms = torch.linspace(0, 0.999, 24, dtype=torch.float64)
+    for k, kept in ((1, {1}), (2, {1, 2, 3}), (3, {1, 2, 3}), (4, {0, 1, 2, 3})):
+        found = choose(logits, uniforms, k)
+        assert set(found.tolist()) == kept
+        assert torch.equal(found, next_token(logits, uniforms, top_k=k))
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_extreme_uniforms_choose_ids_of_nonzero_probability():
+    logits = torch.tensor(
+        [[-torch.inf, 0.0, 0.1, -torch.inf], [-torch.inf, 0, -800.0, -torch.inf]], dtype=torch.float64
+    )
+    for u, wanted in ((0.0, [1, 1]), (1 - 2**-53, [2, 1])):
+        assert choose(logits, torch.full((2,), u, dtype=torch.float64)).tolist() == wanted
+    wild = torch.tensor([[0.0, torch.nan, 1.0], [torch.inf, torch.inf, 0.0], [-torch.inf] * 3])
+    assert set(choose(wild, torch.full((3,), 0.5, dtype=torch.float64)).tolist()) <= {0, 1, 2}
+
+
+def test_what_the_launcher_refuses():
+    decoder = Decoder(8, 5, P=2)
+    for options in ({"temperature": 0.0}, {"alpha": -1.0}, {"top_k": 0}):
+        with pytest.raises(ValueError, match="expected temperature > 0"):
+            decoder.run(generate, 3, True, **options)
+    with pytest.raises(ValueError, match="at least one id"):
+        decoder.run(generate, 0, False)
+    with pytest.raises(RuntimeError, match="complex64"):
+        decoder.run(generate, 3, False, torch.complex64)
+    decoder.uniforms = decoder.uniforms[:, :2]
+    with pytest.raises(ValueError, match=r"uniforms: expected shape \(1, 3\), got \(1, 2\)"):
+        decoder.run(generate, 3, True)
+    decoder.nonlinearity = "sigmoid"
+    with pytest.raises(ValueError, match="nonlinearity"):
+        decoder.run(generate, 3, False)
+    assert generate_limits(MAX_VOCAB, torch.float32) is None
+    assert "above" in generate_limits(MAX_VOCAB + 1, torch.float32)
+
+
+def test_wild_prompt_ids_count_as_zero_rows():
+    decoder = Decoder(9, 5, P=3)
+    decoder.prompt[0, 1] = 2**40
+    ids, state = decoder.run(generate, 3, False)
+    decoder.table = torch.cat((decoder.table, torch.zeros(1, 9)))
+    decoder.head_weight = torch.cat((decoder.head_weight, torch.zeros(1, 9)))
+    decoder.head_bias = torch.cat((decoder.head_bias, torch.tensor([-1e9])))
+    decoder.prompt[0, 1] = 5
+    wanted, last = decoder.reference(3, False)
+    assert torch.equal(ids, wanted)
+    torch.testing.assert_close(state, last)
+
+
+def test_no_sequences():
+    decoder = Decoder(8, 5, L=2, B=0, P=2)
+    ids, state = decoder.run(generate, 3, False)
+    assert ids.shape == (0, 3) and state.shape == (2, 0, 8)
+
+
+def test_every_tile_divides_what_it_has_to():
+    """Whole tiles everywhere, for every H and V that a kernel may see, and none larger than a thread's registers."""
+    sizes = [*range(1, 300, 3), 256, 257, 384, 500, 512, 513, 768, 1000, 1024]
+    for H, V, L, number in itertools.product(sizes, (1, 2, 28, 90, 128, 300, 1024), (1, 2), (4, 8)):
+        tile = generate_tile(H, V, L, number)
+        assert tile.width >= H and tile.depth >= tile.width and tile.block_v >= V
+        assert tile.width % tile.block_n == tile.width % tile.block_k == tile.depth % tile.head_k == 0
+        assert tile.block_v % tile.block_j == 0
+        for rows, columns in ((tile.block_k, tile.block_n), (tile.head_k, tile.block_v)):
+            assert rows & (rows - 1) == columns & (columns - 1) == 0
+            assert rows * columns * number // 4 <= 32 * tile.warps * (64 if tile.resident else 32)
+        assert not tile.resident or tile.width == tile.depth == tile.block_k == tile.block_n == tile.head_k
+
+
+@pytest.mark.gpu
+class TestOnDevice:
+    @pytest.mark.parametrize("B", [1, 64])
+    @pytest.mark.parametrize(("H", "L"), [(32, 1), (128, 1), (256, 1), (512, 1), (200, 3)])
+    @pytest.mark.parametrize("sampled", [False, True])
+    def test_large_sizes(self, H, L, B, sampled):
+        decoder = Decoder(H, 90, L, B, P=20)
+        options = {"temperature": 0.7, "top_k": 30} if sampled else {}
+        ids, state = decoder.run(generate, 500, sampled, **options)
+        wanted, last = decoder.reference(500, sampled, **options)
+        assert torch.equal(ids, wanted)
+        torch.testing.assert_close(state, last, rtol=1e-9, atol=1e-9)
+        again = decoder.run(generate, 500, sampled, **options)
+        assert torch.equal(again[0], ids) and torch.equal(again[1], state)
+
+    @pytest.mark.parametrize("B", [1, 64])
+    @pytest.mark.parametrize("H", [32, 256, 512])
+    def test_fp32_follows_its_own_choices(self, H, B):
+        """A rounding may move a choice, so each id is held against the exact logits of the text before it."""
+        decoder = Decoder(H, 90, 1, B, P=20)
+        ids, _ = decoder.run(generate, 300, False, torch.float32)
+        walker = Decoder(H, 90, 1, B, P=20)
+        walker.prompt = torch.cat((decoder.prompt, ids[:, :-1]), 1)
+        state = decoder.state[0]
+        for step in range(walker.prompt.shape[1]):
+            state = torch.tanh(decoder.table[walker.prompt[:, step]] + state @ decoder.weight_hh[0].T)
+            if step >= 19:
+                logits = state @ decoder.head_weight.T + decoder.head_bias
+                chosen = logits.gather(1, ids[:, step - 19 : step - 18])
+                assert (logits.max(1, keepdim=True).values - chosen).max() < 1e-3
+
+    def test_frequencies_of_many_draws(self):
+        decoder = Decoder(32, 28, B=20_000)
+        decoder.prompt.fill_(3)
+        decoder.state[:] = decoder.state[:, :1].clone()
+        ids, _ = decoder.run(generate, 1, True, torch.float32)
+        logits = torch.tanh(decoder.table[3] + decoder.state[0, 0] @ decoder.weight_hh[0].T) @ decoder.head_weight.T
+        expected = torch.softmax(logits + decoder.head_bias, -1) * 20_000
+        counts = torch.bincount(ids.flatten(), minlength=28)
+        common = expected >= 5
+        statistic = float(((counts - expected) ** 2 / expected)[common].sum())
+        assert statistic < 55.5  # the 0.1 % point of chi square with 27 degrees of freedom, or of fewer
+
+    def test_the_host_does_not_wait(self):
+        decoder = Decoder(64, 28, B=2, P=3)
+        on_device = [decoder.prompt, decoder.table, *decoder.weight_hh, decoder.head_weight, decoder.uniforms[:, :50]]
+        prompt, table, weight_hh, head, uniforms = (t.to(DEVICE) for t in on_device)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            generate(prompt, 50, table, [None], [weight_hh], [None], head, uniforms=uniforms, top_k=4)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
