@@ -17,6 +17,7 @@ from charrnn_fast.errors import TrainingError
 from charrnn_fast.lm.capture import CudaGraphRecorder, RecordedSteps, Step, dependencies, why_not, why_not_optimizer
 from charrnn_fast.lm.data import Batch, Sampler
 from charrnn_fast.lm.model import CharRNN
+from charrnn_fast.ops.clip_grad_norm import clip_and_sgd_step_, steps_in_one_launch
 from charrnn_fast.reference import training as reference
 from charrnn_fast.reference.language_model import RNNLM
 
@@ -92,10 +93,24 @@ class TrainingStep:
             self.optimizer.zero_grad(set_to_none=True)
 
     def _descend(self) -> None:
-        """Clip the gradients and take the optimizer's step along them."""
+        """Clip the gradients and take the optimizer's step along them; plain SGD's on a GPU in the same launch."""
+        lr = _plain_sgd_lr(self.optimizer)
+        if lr is not None and self.model.cell == "fused" and steps_in_one_launch(self.parameters):
+            clip_and_sgd_step_(self.parameters, self.clip, lr)
+            return
         if self.clip is not None:
             self.model.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()
+
+
+def _plain_sgd_lr(optimizer: torch.optim.Optimizer) -> float | Tensor | None:
+    """The learning rate of an SGD that only subtracts lr * gradient and that nobody watches; None for all others."""
+    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    if type(optimizer) is not torch.optim.SGD or len(optimizer.param_groups) != 1 or any(hooks):
+        return None
+    (group,) = optimizer.param_groups
+    plain = not any(group[name] for name in ("momentum", "weight_decay", "maximize", "differentiable"))
+    return group["lr"] if plain else None
 
 
 def train_batches(

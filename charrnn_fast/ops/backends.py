@@ -222,7 +222,8 @@ def choose_loss(device: torch.device, dtype: torch.dtype) -> str:
 
 @functools.cache
 def _choose_loss(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    if name in ("auto", "triton") and (name == "triton" or device.type != "cpu") and triton_cannot_run_on(device) is None:
+    wanted = name == "triton" or (name == "auto" and device.type != "cpu")
+    if wanted and triton_cannot_run_on(device) is None:
         from charrnn_fast.kernels.triton import linear_cross_entropy as kernels
 
         if kernels.linear_cross_entropy_limits(dtype, device) is None:

@@ -87,6 +87,12 @@ def clip_and_sgd_step_(parameters: Tensor | Iterable[Tensor], max_norm: float | 
     return norm
 
 
+def steps_in_one_launch(parameters: Iterable[Tensor]) -> bool:
+    """Whether `clip_and_sgd_step_` has a kernel for these parameters and their gradients."""
+    pairs = [(p, p.grad) for p in parameters if p.grad is not None]
+    return bool(pairs) and _backend([g for _, g in pairs], [p for p, _ in pairs]) == "triton"
+
+
 def _backend(grads: Sequence[Tensor], params: Sequence[Tensor] | None = None) -> str:
     """What clips these gradients, or takes a step with params: triton, native (which takes no step) or torch."""
     wanted, device = backends.requested("auto"), grads[0].device

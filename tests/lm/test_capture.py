@@ -6,6 +6,7 @@ the tensors that were there when it was recorded, and recording runs nothing.
 """
 
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -238,11 +239,14 @@ def test_losses_stay_what_they_were():
 def test_triton_kernels_follow_the_reference(name, device, monkeypatch):
     """What a GPU runs (token recurrence, loss, clip, update; recorded), in fp64: interpreted where there is none."""
     monkeypatch.setenv("CHARRNN_BACKEND", "triton")
+    steps = Mock(wraps=training.clip_and_sgd_step_)
+    monkeypatch.setattr(training, "clip_and_sgd_step_", steps)
     sizes = {"batch_size": 1 if name == "santa" else 5, "num_steps": 4, "hidden_size": 6}
     recipe = replace(RECIPES[name], **sizes)
     text = TEXT[: {"scratch": 60, "ch8": 130, "santa": 30}[name]]
     losses, _, _, recorder = _train(recipe, Calling, dtype=torch.float64, text=text, epochs=1, device=device)
     assert recorder.replays > 0
+    assert steps.called == (recipe.optimizer == "sgd"), "clip and SGD's step are one launch"
     net = build_model(recipe, 28, seed=0, kind="reference", dtype=torch.float64)
     sampler = build_sampler(recipe, text, seed=0)
     updater = (reference.Adam if recipe.optimizer == "adam" else reference.SGD)(net.parameters(), recipe.lr)
