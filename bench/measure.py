@@ -244,7 +244,7 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-PACKAGES = ("torch", "triton", "jax", "onnxruntime", "flashrnn")
+PACKAGES = ("triton", "jax", "onnxruntime", "flashrnn")
 
 
 def machine(device: torch.device = CPU) -> dict[str, Any]:
@@ -256,6 +256,7 @@ def machine(device: torch.device = CPU) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
+        "torch": torch.__version__,  # with the build, which the package's metadata leaves out
     }
     for package in PACKAGES:
         try:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends
-from .elman_torch import TOKEN_TYPES, layer_by_tensor_operations, of_direction, tensor_operations_only
+from .elman_torch import TOKEN_TYPES, in_autocast, layer_by_tensor_operations, of_direction, tensor_operations_only
 
 
 def elman(
@@ -68,7 +68,7 @@ def elman(
 
 def autocast(device_type: str, operands: list[Any]) -> list[Any]:
     """As torch's autocast treats the operands of torch.nn.RNN: to the region's type, float64 excepted."""
-    if not (torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)):
+    if not in_autocast(device_type):
         return operands
     dtype = torch.get_autocast_dtype(device_type)
     return [x if x is None or not x.is_floating_point() or x.dtype == torch.float64 else x.to(dtype) for x in operands]

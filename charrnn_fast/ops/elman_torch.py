@@ -30,6 +30,16 @@ def tensor_operations_only() -> bool:
     return transforms_active() or torch._C._get_tracing_state() is not None
 
 
+@torch.compiler.assume_constant_result  # torch 2.11's compiler cannot look into the question
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+def in_autocast(device_type: str) -> bool:
+    """Is there an autocast region for devices of this type around the call?"""
+    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
+
+
 def torch_rnn(
     input: Tensor,
     hx: Tensor,

@@ -19,7 +19,7 @@ from charrnn_fast.kernels import native
 
 from . import backends
 from .elman import autocast
-from .elman_torch import tensor_operations_only
+from .elman_torch import in_autocast, tensor_operations_only
 
 REDUCTIONS = ("mean", "sum", "none")
 _16_BIT = (torch.bfloat16, torch.float16)
@@ -76,7 +76,7 @@ def _backend(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor)
         t is not None and t.device != device for t in (weight, bias, target)
     ):
         return "torch"
-    casts = _in_autocast(device.type)
+    casts = in_autocast(device.type)
     dtypes = {
         torch.get_autocast_dtype(device.type) if casts and t.dtype in (torch.float32, *_16_BIT) else t.dtype
         for t in (input, weight, bias)
@@ -88,10 +88,6 @@ def _backend(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor)
     if name == "native" and (casts or torch.compiler.is_compiling()):  # which need PyTorch's own operators
         return "torch"
     return name
-
-
-def _in_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def _by_tensor_operations(
@@ -164,7 +160,7 @@ def _by_triton(
     input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, reduction: str, ignore_index: int
 ) -> Tensor:
     loss_dtype = input.dtype
-    if _in_autocast(input.device.type):
+    if in_autocast(input.device.type):
         input, weight, bias = autocast(input.device.type, [input, weight, bias])
         loss_dtype = torch.promote_types(input.dtype, torch.float32)
     arguments = (input, weight, bias, target, reduction, ignore_index, loss_dtype)
