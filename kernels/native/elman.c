@@ -61,9 +61,12 @@ static void NAME(forward_step)(const NAME(forward_job) *job, int d, int64_t step
     for (int i = 0; i < rows; i++, x_at += p->x_b, token_at += s->tokens_b)
         x[i] = (const real *)p->x + (s->tokens ? s->tokens[token_at] * p->x_b : x_at) + d * s->H;
     const real *weight = job->packed + d * job->c.panels * job->c.panel_size;
-    for (int64_t panel = first; panel < last;) {
-        int count =
-            NAME(multiply)(rows, last - panel, s->H, now, weight + panel * job->c.panel_size, job->c.panel_size, tile);
+    int backwards = reads_backwards(s, step), count;
+    for (int64_t left = last - first; left > 0; left -= count) {
+        count = NAME(at_once)(rows, left);
+        int64_t panel = backwards ? first + left - count : last - left;
+        NAME(multiply_at)(rows, count, backwards, s->H, now, weight + panel * job->c.panel_size, job->c.panel_size,
+                          tile);
         for (int q = 0; q < count; q++, panel++)
             for (int v = 0; v < 2; v++) {
                 int64_t j = panel * PANEL + v * LANES;

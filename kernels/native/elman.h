@@ -13,6 +13,9 @@ static inline int64_t position(const elman_shape *s, int64_t t, int64_t b, int64
     return s->offsets ? (s->offsets[t] + b) * stride_b : t * stride_t + b * stride_b;
 }
 
+/* Whether a step reads W backwards: see simd.h. Depends on the batch alone, not on how it is cut. */
+static inline int reads_backwards(const elman_shape *s, int64_t step) { return s->B <= BACK_ROWS && step % 2; }
+
 /* Rows of b0 .. b0+rows-1 that step t has. */
 static inline int active_rows(const elman_shape *s, int64_t t, int64_t b0, int rows) {
     if (!s->batch_sizes)

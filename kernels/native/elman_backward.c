@@ -83,9 +83,12 @@ static void NAME(backward_step)(const NAME(backward_job) *job, int d, int64_t st
     real *grad_x = p->grad_x ? (real *)p->grad_x + position(s, t, b0, p->grad_x_t, p->grad_x_b) + d * s->H : 0;
     const real *grad_last = p->grad_h_n ? (const real *)p->grad_h_n + d * p->grad_h_n_d + b0 * p->grad_h_n_b : 0;
     const real *weight = job->packed + d * job->c.panels * job->c.panel_size;
-    for (int64_t panel = first; panel < last;) {
-        int count =
-            NAME(multiply)(rows, last - panel, s->H, now, weight + panel * job->c.panel_size, job->c.panel_size, tile);
+    int backwards = reads_backwards(s, step), count;
+    for (int64_t left = last - first; left > 0; left -= count) {
+        count = NAME(at_once)(rows, left);
+        int64_t panel = backwards ? first + left - count : last - left;
+        NAME(multiply_at)(rows, count, backwards, s->H, now, weight + panel * job->c.panel_size, job->c.panel_size,
+                          tile);
         for (int q = 0; q < count; q++, panel++)
             for (int v = 0; v < 2; v++) {
                 int64_t j = panel * PANEL + v * LANES;

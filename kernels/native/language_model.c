@@ -104,8 +104,11 @@ static void NAME(step_forward)(const NAME(step_job) *job, int64_t t, const NAME(
     for (int i = 0; i < m->rows; i++)
         x[i] = (const real *)p->table + p->tokens[t * p->tokens_t + (m->b0 + i) * p->tokens_b] * p->table_row;
     int64_t panels = CEIL_DIV(p->H, PANEL), size = p->H * PANEL;
-    for (int64_t panel = 0; panel < panels;) {
-        int count = NAME(multiply)(m->rows, panels - panel, p->H, now, job->weight + panel * size, size, m->tile);
+    int backwards = p->B <= BACK_ROWS && t % 2, count;
+    for (int64_t left = panels; left > 0; left -= count) {
+        count = NAME(at_once)(m->rows, left);
+        int64_t panel = backwards ? left - count : panels - left;
+        NAME(multiply_at)(m->rows, count, backwards, p->H, now, job->weight + panel * size, size, m->tile);
         for (int q = 0; q < count; q++, panel++)
             for (int64_t v = 0, j = panel * PANEL; v < PANEL && j < p->H; v += LANES, j += LANES) {
                 int width = (int)MIN(LANES, p->H - j);
@@ -292,8 +295,11 @@ static void NAME(step_backward)(const NAME(step_job) *job, int64_t t, const NAME
     const real *state = NAME(step_state)(job, m, t);
     const real *lifted = job->steps > 1 ? m->lifted + NAME(step_row)(job, m, t) : 0;
     int64_t panels = CEIL_DIV(p->H, PANEL), size = job->depth * PANEL, depth = lifted ? p->H : job->depth;
-    for (int64_t panel = 0; panel < panels;) {
-        int count = NAME(multiply)(m->rows, panels - panel, depth, grads, job->both + panel * size, size, m->tile);
+    int backwards = p->B <= BACK_ROWS && t % 2, count;
+    for (int64_t left = panels; left > 0; left -= count) {
+        count = NAME(at_once)(m->rows, left);
+        int64_t panel = backwards ? left - count : panels - left;
+        NAME(multiply_at)(m->rows, count, backwards, depth, grads, job->both + panel * size, size, m->tile);
         for (int q = 0; q < count; q++, panel++)
             for (int64_t v = 0, j = panel * PANEL; v < PANEL && j < p->H; v += LANES, j += LANES) {
                 const real *sums = m->tile + q * m->rows * PANEL + v;

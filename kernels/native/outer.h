@@ -65,7 +65,7 @@ static void NAME(outer_flush)(NAME(outer) *sum) {
         for (int64_t r = sum->first; r < sum->last; r++) {
             NAME(outer_fetch)(sum->target + r * OUTER_TILE * sum->H + p * PANEL,
                               MIN(OUTER_TILE, sum->G - r * OUTER_TILE), sum->H);
-            NAME(tile)(OUTER_TILE, 1, 1, OUTER_TILE, LANES * OUTER_TILE, sum->count,
+            NAME(tile)(OUTER_TILE, 1, 1, OUTER_TILE, LANES * OUTER_TILE, 0, sum->count,
                        sum->g + r * TILE_STRIDE, sum->h + p * PANEL_STRIDE, 0, sum->tile);
             NAME(outer_add)(sum->tile, sum->target + r * OUTER_TILE * sum->H + p * PANEL,
                             MIN(OUTER_TILE, sum->G - r * OUTER_TILE), sum->H, sum->H - p * PANEL);

@@ -2,8 +2,10 @@
  * Vectors of one instruction set and float type (included by way of targets.h), tanh and exp, and the one matrix
  * product that every kernel here is made of.
  *
- * C[i][j] = sum_k A[i][k] W[k][j], summed over k in increasing order by one chain of multiply-adds per element,
- * whatever the tile shape: so results do not depend on how rows and columns are split over tiles and threads. W is
+ * C[i][j] = sum_k A[i][k] W[k][j], summed over k in order by one chain of multiply-adds per element, whatever the tile
+ * shape: so results do not depend on how rows and columns are split over tiles and threads. The order is increasing,
+ * but where a product of few rows is made again and again, as long as the reading of W takes: then every other time W is
+ * read backwards (multiply_at), and its end is found in the nearest cache, where the time before has left it. W is
  * packed in panels: panel p holds columns p*PANEL .. p*PANEL+PANEL-1, k by k, zero beyond the last column; A is
  * blocked: LANES values of k at a time, MAX_ROWS rows each, so that every address is a constant from one pointer.
  */
@@ -22,6 +24,8 @@
 #else
 #define PIN(v) (void)(v)
 #endif
+/* A batch of so few rows reads W backwards at every other step. */
+enum { BACK_ROWS = 3 };
 #define PREFETCH(p, write) __builtin_prefetch(p, write)
 #define INLINE static inline __attribute__((always_inline, unused))
 /* Rounds up to whole multiples. */
@@ -322,12 +326,23 @@ INLINE void NAME(multiply_add)(const int rows, const int panels, const int row_s
 }
 
 INLINE void NAME(tile)(const int rows, const int panels, const int row_step, const int k_step, const int block,
-                       int64_t K, const real *a, const real *w, int64_t panel_size, real *c) {
+                       const int backwards, int64_t K, const real *a, const real *w, int64_t panel_size, real *c) {
     vec acc[12][8];
     for (int i = 0; i < rows; i++)
         for (int v = 0; v < 2 * panels; v++)
             acc[i][v] = (vec){0};
-    do {
+    if (backwards) {
+        int64_t at = (K - 1) / LANES * LANES, k = K - at;
+        a += at / LANES * block;
+        do {
+            do {
+                k--;
+                NAME(multiply_add)(rows, panels, row_step, a + k * k_step, w + (at + k) * PANEL, panel_size, acc);
+            } while (k);
+            a -= block;
+            k = LANES;
+        } while ((at -= LANES) >= 0);
+    } else do {
         const real *ak = a, *end = w + MIN(K, LANES) * PANEL;
         do {
             NAME(multiply_add)(rows, panels, row_step, ak, w, panel_size, acc);
@@ -346,7 +361,12 @@ typedef void (*NAME(tile_function))(int64_t K, const real *a, const real *w, int
 
 #define STATE_TILE(rows, panels)                                                                                       \
     static void NAME(tile_##rows##_##panels)(int64_t K, const real *a, const real *w, int64_t panel_size, real *c) {   \
-        NAME(tile)(rows, panels, LANES, 1, MAX_ROWS * LANES, K, a, w, panel_size, c);                                  \
+        NAME(tile)(rows, panels, LANES, 1, MAX_ROWS * LANES, 0, K, a, w, panel_size, c);                               \
+    }
+#define BACK_TILE(rows, panels)                                                                                        \
+    static void NAME(back_tile_##rows##_##panels)(int64_t K, const real *a, const real *w, int64_t panel_size,         \
+                                                  real *c) {                                                           \
+        NAME(tile)(rows, panels, LANES, 1, MAX_ROWS * LANES, 1, K, a, w, panel_size, c);                               \
     }
 
 STATE_TILE(1, 1)
@@ -372,7 +392,19 @@ STATE_TILE(12, 1)
 STATE_TILE(2, 2)
 STATE_TILE(3, 2)
 #endif
+BACK_TILE(1, 1)
+BACK_TILE(2, 1)
+BACK_TILE(3, 1)
+BACK_TILE(1, 4)
+#if MAX_ROWS == 12
+BACK_TILE(2, 4)
+BACK_TILE(3, 4)
+#else
+BACK_TILE(2, 2)
+BACK_TILE(3, 2)
+#endif
 #undef STATE_TILE
+#undef BACK_TILE
 
 #define T(rows, panels) NAME(tile_##rows##_##panels)
 static const NAME(tile_function) NAME(narrow_tiles)[] __attribute__((unused)) = {
@@ -389,16 +421,38 @@ static const NAME(tile_function) NAME(wide_tiles)[] __attribute__((unused)) = {
 #endif
 };
 #undef T
+#define T(rows, panels) NAME(back_tile_##rows##_##panels)
+/* By whether the panels are WIDE(rows) or one, and by rows up to BACK_ROWS. */
+static const NAME(tile_function) NAME(back_tiles)[2][BACK_ROWS + 1] __attribute__((unused)) = {
+    {0, T(1, 1), T(2, 1), T(3, 1)},
+#if MAX_ROWS == 12
+    {0, T(1, 4), T(2, 4), T(3, 4)},
+#else
+    {0, T(1, 4), T(2, 2), T(3, 2)},
+#endif
+};
+#undef T
+
+/* How many of the panels that are left are multiplied at once. */
+INLINE int NAME(at_once)(int rows, int64_t left) {
+    return WIDE(rows) > 1 && left >= WIDE(rows) ? WIDE(rows) : 1;
+}
+
+/* Multiplies `count` panels, as many as at_once says; backwards for at most BACK_ROWS rows. */
+INLINE void NAME(multiply_at)(int rows, int count, int backwards, int64_t K, const real *a, const real *w,
+                              int64_t panel_size, real *c) {
+    if (backwards)
+        NAME(back_tiles)[count > 1][rows](K, a, w, panel_size, c);
+    else
+        (count > 1 ? NAME(wide_tiles) : NAME(narrow_tiles))[rows](K, a, w, panel_size, c);
+}
 
 /* Multiplies up to `left` panels at once; returns how many. */
 INLINE int NAME(multiply)(int rows, int64_t left, int64_t K, const real *a, const real *w, int64_t panel_size,
                           real *c) {
-    if (WIDE(rows) > 1 && left >= WIDE(rows)) {
-        NAME(wide_tiles)[rows](K, a, w, panel_size, c);
-        return WIDE(rows);
-    }
-    NAME(narrow_tiles)[rows](K, a, w, panel_size, c);
-    return 1;
+    int count = NAME(at_once)(rows, left);
+    NAME(multiply_at)(rows, count, 0, K, a, w, panel_size, c);
+    return count;
 }
 
 /* Element (row, column) of a block of A; the elements of a block of `columns` columns; one row in and out. */
