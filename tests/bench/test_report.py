@@ -65,8 +65,7 @@ def test_a_text_is_held_to_its_json(content, tmp_path, capsys):
 
 def test_readme_is_what_its_json_says():
     page = README.read_text()
-    if not report.BLOCK.search(page):
-        pytest.skip("README has no '<!-- results: FILE -->' block yet")
+    assert report.BLOCK.search(page), "README has no '<!-- results: FILE -->' block"
     assert report.filled(page, README.parent) == page, "run python -m charrnn_fast.bench.report --readme README.md"
 
 
