@@ -106,31 +106,51 @@ class _LanguageModelLoss(torch.autograd.Function):
         head_weight: Tensor,
         head_bias: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        ctx.save_for_backward(tokens, targets, h0, weight_ih, weight_hh, bias, head_weight, head_bias)
+        operands = (tokens, targets, h0, weight_ih, weight_hh, bias, head_weight, head_bias)
+        ctx.save_for_backward(*operands)
         ctx.set_materialize_grads(False)
         ctx.nonlinearity = nonlinearity
-        table = token_table((weight_ih, weight_hh) if bias is None else (weight_ih, weight_hh, bias), 1)
-        loss, h_n, grad_table, grad_weight_hh, grad_head_weight, grad_head_bias, grad_h0 = native.language_model_loss(
-            tokens, targets, table, weight_hh, head_weight, head_bias, h0, nonlinearity=nonlinearity
-        )
-        grad_bias = None if bias is None else grad_table.sum(0)
-        ctx.gradients = (grad_h0, grad_table.t(), grad_weight_hh, grad_bias, grad_head_weight, grad_head_bias)
+        loss, h_n, ctx.gradients = _in_one_call(nonlinearity, *operands)
         return loss, h_n
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_loss, grad_h_n = grad_outputs
         needs_grad = ctx.needs_input_grad[3:]
-        gradients: Sequence[Tensor | None]
+        # Given away, so that autograd can keep them as they are in place of copies; a graph that is retained and walked
+        # again makes them anew, the same bits.
+        gradients: Sequence[Tensor | None] | None
+        gradients, ctx.gradients = ctx.gradients, None
         if grad_h_n is not None or torch.is_grad_enabled():
             gradients = _recomputed(ctx, grad_loss, grad_h_n)
         elif grad_loss is None:
             gradients = (None,) * len(needs_grad)
-        elif grad_loss.item() == 1.0:  # nearly always
-            gradients = ctx.gradients
         else:
-            gradients = [None if g is None else g * grad_loss for g in ctx.gradients]
+            if gradients is None:
+                gradients = _in_one_call(ctx.nonlinearity, *ctx.saved_tensors)[2]
+            if grad_loss.item() != 1.0:  # nearly never
+                gradients = [None if g is None else g * grad_loss for g in gradients]
         return (None, None, None, *(g if needs else None for g, needs in zip(gradients, needs_grad, strict=True)))
+
+
+def _in_one_call(
+    nonlinearity: str,
+    tokens: Tensor,
+    targets: Tensor,
+    h0: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias: Tensor | None,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+) -> tuple[Tensor, Tensor, Sequence[Tensor | None]]:
+    """Loss, last state, and the loss's gradients of all arguments from h0 on."""
+    table = token_table((weight_ih, weight_hh) if bias is None else (weight_ih, weight_hh, bias), 1)
+    loss, h_n, grad_table, grad_weight_hh, grad_head_weight, grad_head_bias, grad_h0 = native.language_model_loss(
+        tokens, targets, table, weight_hh, head_weight, head_bias, h0, nonlinearity=nonlinearity
+    )
+    grad_bias = None if bias is None else grad_table.sum(0)
+    return loss, h_n, (grad_h0, grad_table.t(), grad_weight_hh, grad_bias, grad_head_weight, grad_head_bias)
 
 
 def _recomputed(ctx: Any, grad_loss: Tensor | None, grad_h_n: Tensor | None) -> list[Tensor | None]:

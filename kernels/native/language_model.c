@@ -41,6 +41,7 @@ enum {
 typedef struct {
     const language_model_args *p;
     int64_t rows, blocks, chunks; /* rows of a block */
+    int64_t threads;              /* no more than there are chunks */
     int64_t steps, groups;        /* steps of a group; groups of h_0 .. h_T */
     int64_t depth;       /* rows of [W; U], where U begins at a whole vector */
     int64_t state_size;  /* elements of one block of h, or of g */
@@ -473,7 +474,7 @@ static void NAME(step_scratch)(NAME(step_job) *job, arena *memory) {
     job->bias = take(memory, classes, sizeof(real));
     NAME(step_memory_of)(job, 0, &job->thread_size);
     job->thread_size = CEIL_DIV(job->thread_size, 16) * 16;
-    job->thread_memory = take(memory, p->threads * job->thread_size, sizeof(real));
+    job->thread_memory = take(memory, job->threads * job->thread_size, sizeof(real));
     job->weight_sums = take(memory, (job->chunks - 1) * H * H, sizeof(real));
     job->head_sums = take(memory, (job->chunks - 1) * V * H, sizeof(real));
     job->table_sums = take(memory, (job->chunks - 1) * V * H, sizeof(real));
@@ -491,6 +492,7 @@ static int NAME(language_model)(const void *args) {
     for (job.chunks = 2; job.chunks < STEP_CHUNKS && 2 * job.chunks * p->H * (p->H + 2 * p->V) <= STEP_SUMS;)
         job.chunks *= 2; /* a power of two, so that two or four threads get equal shares */
     job.chunks = MIN(job.chunks, job.blocks);
+    job.threads = MIN(p->threads, job.chunks);
     job.steps = MAX(1, MIN(MAX_ROWS / job.rows, p->T));
     job.groups = NAME(step_group)(&job, p->T) + 1;
     job.depth = CEIL_DIV(p->H, LANES) * LANES + p->V;
@@ -502,7 +504,7 @@ static int NAME(language_model)(const void *args) {
     NAME(step_scratch)(&job, &memory);
     for (int64_t v = 0; v < CEIL_DIV(p->V, PANEL) * PANEL; v++)
         job.bias[v] = v >= p->V ? -(real)INFINITY : p->bias ? ((const real *)p->bias)[v] : 0;
-    team_run(p->threads, NAME(step_team), &job);
+    team_run(job.threads, NAME(step_team), &job);
     double loss = 0;
     for (int64_t chunk = 0; !job.bad && chunk < job.chunks; chunk++)
         loss += job.losses[chunk];
