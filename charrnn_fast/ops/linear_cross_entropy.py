@@ -31,17 +31,25 @@ def linear_cross_entropy(
     target: Tensor,
     *,
     linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
     reduction: str = "mean",
     ignore_index: int | None = -100,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
     """cross_entropy(linear(input, linear_weight, linear_bias), target), in nats: torch.nn.functional's contract.
 
     Args:
         input: (N, H), or (H,) with a scalar target.
-        linear_weight: (V, H). linear_bias: (V,) or None.
-        target: (N,) int64 class indices; anything else that torch's cross_entropy takes goes to torch.
+        linear_weight: (V, H), or (V, d_1, ..., d_K, H) for a K-dimensional loss. linear_bias: its shape without H, or
+            None.
+        target: (N,) int64 class indices; or what torch's cross_entropy takes beside them: class probabilities, and
+            (N, d_1, ..., d_K).
+        weight: (V,), a factor for each class, or None.
         reduction: "mean" over the rows that are not ignored, "sum", or "none" for (N,).
         ignore_index: rows with this target count neither in the loss nor in the gradients; None is -100.
+        label_smoothing: the share, 0 to 1, of the uniform distribution in each target's.
+
+    Kernels run for (N, H) rows with class indices, without weight and smoothing; all else is torch's operators.
 
     Returns: a scalar, or (N,) for "none", in the input's dtype.
 
@@ -53,11 +61,14 @@ def linear_cross_entropy(
     if reduction not in REDUCTIONS:
         raise ValueError(f"{reduction} is not a valid value for reduction")
     ignore_index = -100 if ignore_index is None else ignore_index
-    backend = _backend(input, linear_weight, linear_bias, target)
+    plain = weight is None and label_smoothing == 0.0
+    backend = _backend(input, linear_weight, linear_bias, target) if plain else "torch"
     if backend == "triton":
         return _by_triton(input, linear_weight, linear_bias, target, reduction, ignore_index)
     if backend == "torch":
-        return _by_tensor_operations(input, linear_weight, linear_bias, target, reduction, ignore_index)
+        return _by_tensor_operations(
+            input, linear_weight, linear_bias, target, reduction, ignore_index, weight, label_smoothing
+        )
     operands = (input, linear_weight, linear_bias)
     if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)):
         return native.linear_cross_entropy(*operands, target, ignore_index, reduction, need_grad=False)[0]
@@ -91,9 +102,28 @@ def _backend(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor)
 
 
 def _by_tensor_operations(
-    input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, reduction: str, ignore_index: int
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    reduction: str,
+    ignore_index: int,
+    class_weight: Tensor | None = None,
+    label_smoothing: float = 0.0,
 ) -> Tensor:
-    return F.cross_entropy(F.linear(input, weight, bias), target, reduction=reduction, ignore_index=ignore_index)
+    if weight.dim() > 2:  # (V, d_1, ..., d_K, H)
+        rows = F.linear(input, weight.flatten(0, -2), None if bias is None else bias.flatten())
+        logits = rows.unflatten(-1, weight.shape[:-1])
+    else:
+        logits = F.linear(input, weight, bias)
+    return F.cross_entropy(
+        logits,
+        target,
+        class_weight,
+        reduction=reduction,
+        ignore_index=ignore_index,
+        label_smoothing=label_smoothing,
+    )
 
 
 class _NativeLinearCrossEntropy(torch.autograd.Function):

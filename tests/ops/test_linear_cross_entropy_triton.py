@@ -214,6 +214,20 @@ def test_contract_of_torchs_function_of_this_name():
         targets = target.clamp(min=0) if options.get("ignore_index") else target
         results = [call(f, operands, targets, **options) for f in (linear_cross_entropy, F.linear_cross_entropy)]
         torch.testing.assert_close(*results)
+    x = operands[0]
+    head, bias, classes = torch.randn(3, 2, 7, x.shape[1]), torch.randn(3, 2, 7), torch.tensor([0.5, 1.0, 2.0])
+    several = torch.randint(3, (len(x), 2, 7))
+    for arguments, options in (
+        ((x, operands[1], target), {"weight": classes, "label_smoothing": 0.1}),
+        ((x, operands[1], target), {"label_smoothing": 0.3, "reduction": "none"}),
+        ((x, operands[1], torch.rand(len(x), 3)), {"linear_bias": bias[:, 0, 0]}),
+        ((x, head.to(x), several), {"linear_bias": bias.to(x)}),
+    ):
+        tensors = {k: v.to(x) if isinstance(v, torch.Tensor) else v for k, v in options.items()}
+        arguments = [a.to(x) if a.is_floating_point() else a.to(x.device) for a in arguments]
+        torch.testing.assert_close(
+            linear_cross_entropy(*arguments, **tensors), F.linear_cross_entropy(*arguments, **tensors)
+        )
     for wrong in (target[:3], target.int()):
         errors = []
         for function in (linear_cross_entropy, F.linear_cross_entropy):
