@@ -85,7 +85,6 @@ def measure(run: Run, folder: Path) -> dict:
         "value": figures[run.figure],
         "accepted": [run.low, run.high],
         **figures,
-        "tokens_per_s": sum(r["tokens"] for r in history) / sum(r["seconds"] for r in history),
         "text": text,
         "curve": curve,  # epoch, training loss in nats, validation perplexity
     }
