@@ -5,6 +5,7 @@ that the user can mend (one line, no traceback), 130 interrupted.
 """
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -23,6 +24,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (InputError, TrainingError) as error:
         print(f"charrnn-fast: error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # nobody reads on, as behind `| head`: not an error, and no traceback when Python flushes
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("charrnn-fast: interrupted", file=sys.stderr)
         return 130

@@ -263,6 +263,15 @@ def test_doctor_says_what_runs_and_why_the_others_do_not(capsys, monkeypatch):
     _fails(capsys, ["doctor", "--device", "abacus"], "--device abacus cannot be used here")
 
 
+def test_a_reader_that_stops_is_no_error():
+    command = [sys.executable, "-u", "-m", "charrnn_fast", "doctor"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    assert process.returncode == 0
+
+
 def test_no_detach_state_limits(book, capsys):
     train = ["train", "--text", book, "--epochs", "1"]
     _fails(capsys, [*train, "--no-detach-state", "2"], "needs a sampler that carries the state", "windows")
