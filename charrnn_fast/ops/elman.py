@@ -2,9 +2,8 @@
 
     h_t = f(x_t W_ih^T + b_ih + h_{t-1} W_hh^T + b_hh),   f = tanh or relu      (torch.nn.RNN's formula and layout)
 
-The input is projected straight into the output's memory and the kernel walks it in place, so nothing is kept but the
-input, the outputs and the weights: f' follows from the outputs (1 - h^2, or h > 0). Token ids need no projection:
-their input is a row of the table W_ih^T + b_ih + b_hh.
+Nothing is kept for backward but the input, the outputs and the weights: f' follows from the outputs (1 - h^2, or
+h > 0). elman_layer.py has the layer's two passes by a backend's kernels, elman_torch.py by tensor operations.
 """
 
 import itertools
@@ -12,11 +11,11 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends
-from .elman_torch import TOKEN_TYPES, in_autocast, layer_by_tensor_operations, of_direction, tensor_operations_only
+from .elman_layer import check_tokens, in_order, is_packed, is_tokens, layer_backward, layer_forward
+from .elman_torch import in_autocast, layer_by_tensor_operations, tensor_operations_only
 
 
 def elman(
@@ -95,197 +94,14 @@ def elman_layer(
         output (T, B, D*H) or (N, D*H), direction d in columns d*H:(d+1)*H, and h_n (D, B, H).
     """
     if backend == "torch" or tensor_operations_only():
-        if _is_tokens(input) and input.device.type == "cpu":
+        if is_tokens(input) and input.device.type == "cpu":
             check_tokens(input, weights[0].shape[1])
         return layer_by_tensor_operations(input, h0, weights, batch_sizes, nonlinearity, reverse)
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
         return _elman_layer_op(input, h0, batch_sizes, list(weights), backend, nonlinearity, list(reverse))
     if not torch.is_grad_enabled():
-        return _layer_forward(backend, input, h0, weights, batch_sizes, nonlinearity, reverse)
+        return layer_forward(backend, input, h0, weights, batch_sizes, nonlinearity, reverse)
     return _ElmanLayer.apply(backend, nonlinearity, reverse, batch_sizes, input, h0, *weights)
-
-
-_ROWS_IN_PLACE = 1024  # rows of a gradient that are replaced at a time: enough for a matrix product at full speed
-
-# ---- kernels ------------------------------------------------------------------------------------------------------
-
-
-def _layer_forward(
-    backend: str,
-    input: Tensor,
-    h0: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    nonlinearity: str,
-    reverse: Sequence[bool],
-) -> tuple[Tensor, Tensor]:
-    """Project into the output's memory and walk it there; or, for tokens, make the table and walk by it."""
-    directions, hidden = len(reverse), weights[1].shape[0]
-    # Callers have checked this, except where a compiler could not know the number of packed sequences.
-    if h0 is not None and batch_sizes is not None and len(batch_sizes) and h0.shape[1] != batch_sizes[0]:
-        expected = (directions, int(batch_sizes[0]), hidden)
-        raise RuntimeError(f"Expected hidden size {expected}, got {list(h0.shape)}")
-    if _is_tokens(input):
-        tokens, x = input, token_table(weights, directions)
-        if backend != "native":  # which looks at the ids itself, in a fraction of the time
-            check_tokens(tokens, x.shape[0])
-        out = _in_order(x.new_empty(tokens.numel(), x.shape[1]), tokens)
-    else:
-        tokens, x = None, _project(input, weights, directions)
-        out = x
-    forward, _ = backends.kernels_of(backend, x.device, x.dtype, hidden)
-    try:
-        return forward(
-            x,
-            _recurrent(weights, directions),
-            _unit_stride(h0),
-            tokens=tokens,
-            batch_sizes=batch_sizes,
-            nonlinearity=nonlinearity,
-            reverse=tuple(reverse),
-            out=out,
-        )
-    except IndexError:
-        check_tokens(input, x.shape[0])  # names the id
-        raise
-
-
-def _layer_backward(
-    backend: str,
-    grad_out: Tensor | None,
-    grad_h_n: Tensor | None,
-    out: Tensor,
-    input: Tensor,
-    h0: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    nonlinearity: str,
-    reverse: Sequence[bool],
-    needs_grad: Sequence[bool],
-) -> list[Tensor | None]:
-    """Gradients of (input, h0, *weights), None where ``needs_grad`` does not ask."""
-    directions, hidden = len(reverse), weights[1].shape[0]
-    each = len(weights) // directions
-    tokens = input if _is_tokens(input) else None
-    _, backward = backends.kernels_of(backend, out.device, out.dtype, hidden)
-    grad_x, grad_weight_hh, grad_h0 = backward(
-        _unit_stride(grad_out),
-        _unit_stride(grad_h_n),
-        out,
-        _recurrent(weights, directions),
-        _unit_stride(h0),
-        tokens=tokens,
-        num_tokens=None if tokens is None else weights[0].shape[1],
-        batch_sizes=batch_sizes,
-        nonlinearity=nonlinearity,
-        reverse=tuple(reverse),
-        need_weight_grad=any(needs_grad[3::each]),
-    )
-    rows = grad_x if tokens is not None else _rows(grad_x, input)
-    needs_ih, needs_bias = any(needs_grad[2::each]), each == 3 and any(needs_grad[4::each])
-    if needs_ih:  # (D*H, I); of the table with a row per token, it is the transpose
-        grad_weight_ih = rows.t() if tokens is not None else rows.t() @ _rows(input, input)
-    if needs_bias:
-        grad_bias = rows.sum(0)
-    grads = [
-        _grad_input(rows, input, weights, directions) if needs_grad[0] else None,
-        grad_h0 if needs_grad[1] else None,
-    ]
-    for direction in range(directions):
-        units = slice(direction * hidden, (direction + 1) * hidden)
-        grads.append(grad_weight_ih[units] if needs_ih else None)
-        grads.append(grad_weight_hh[direction] if grad_weight_hh is not None else None)
-        if each == 3:
-            grads.append(grad_bias[units] if needs_bias else None)
-    return [grad if needs else None for grad, needs in zip(grads, needs_grad, strict=True)]
-
-
-def token_table(weights: Sequence[Tensor], directions: int) -> Tensor:
-    """(V, D*H): row v is token v's input, W_ih[:, v] + b_ih + b_hh of each direction."""
-    hidden, vocab = weights[0].shape
-    table = weights[0].new_empty(vocab, directions * hidden)
-    for direction in range(directions):
-        weight_ih, _, bias = of_direction(weights, direction, directions)
-        columns = table[:, direction * hidden : (direction + 1) * hidden]
-        if bias is None:
-            columns.copy_(weight_ih.t())
-        else:
-            torch.add(weight_ih.t(), bias, out=columns)
-    return table
-
-
-def _project(input: Tensor, weights: Sequence[Tensor], directions: int) -> Tensor:
-    """input (T, B, I) or (N, I) -> input W_ih^T + b_ih + b_hh, (T, B, D*H) or (N, D*H), memory in the input's order."""
-    rows = _rows(input, input)
-    if directions == 1:
-        return _in_order(F.linear(rows, weights[0], weights[2] if len(weights) == 3 else None), input)
-    hidden = weights[0].shape[0]
-    projected = rows.new_empty(rows.shape[0], directions * hidden)
-    for direction in range(directions):
-        weight_ih, _, bias = of_direction(weights, direction, directions)
-        columns = projected[:, direction * hidden : (direction + 1) * hidden]
-        if bias is None:
-            torch.mm(rows, weight_ih.t(), out=columns)
-        else:
-            torch.addmm(bias, rows, weight_ih.t(), out=columns)
-    return _in_order(projected, input)
-
-
-def _grad_input(grad_rows: Tensor, input: Tensor, weights: Sequence[Tensor], directions: int) -> Tensor:
-    """grad_rows (R, D*H), rows in ``_rows``'s order -> gradient of the dense input, in the input's shape.
-
-    On a CPU, where the two have one size, it takes the place of ``grad_rows``, some rows at a time: the largest tensor
-    of a backward pass less, and no fresh pages to fetch.
-    """
-    hidden, features = weights[0].shape
-    if directions == 1 and features == hidden and grad_rows.is_contiguous() and grad_rows.device.type == "cpu":
-        for part in grad_rows.split(_ROWS_IN_PLACE):
-            part.copy_(part @ weights[0])
-        return _in_order(grad_rows, input)
-    rows = grad_rows[:, :hidden] @ weights[0]
-    if directions == 2:
-        rows.addmm_(grad_rows[:, hidden:], weights[len(weights) // 2])
-    return _in_order(rows, input)
-
-
-def _is_tokens(input: Tensor) -> bool:
-    return input.dtype in TOKEN_TYPES
-
-
-def _recurrent(weights: Sequence[Tensor], directions: int) -> list[Tensor]:
-    return [weights[1 + direction * (len(weights) // directions)].contiguous() for direction in range(directions)]
-
-
-def _unit_stride(tensor: Tensor | None) -> Tensor | None:
-    return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _is_batch_major(input: Tensor) -> bool:
-    """Does the memory of the (T, B, ...) view ``input`` run (B, T, ...), so that only that order merges for free?"""
-    steps, batch = input.shape[:2]
-    stride_t, stride_b = input.stride()[:2]
-    return stride_b == steps * stride_t and stride_t != batch * stride_b
-
-
-def _is_packed(input: Tensor) -> bool:
-    return input.dim() == (1 if _is_tokens(input) else 2)
-
-
-def _rows(x: Tensor, input: Tensor) -> Tensor:
-    """x (T, B, C) as (T*B, C) in the order of ``input``'s memory: free for both orders; other strides are copied."""
-    if _is_packed(input):
-        return x
-    return (x.transpose(0, 1) if _is_batch_major(input) else x).reshape(-1, x.shape[-1])
-
-
-def _in_order(rows: Tensor, input: Tensor) -> Tensor:
-    """The way back from :func:`_rows`: rows (T*B, C) in the order of ``input``'s memory as (T, B, C)."""
-    if _is_packed(input):
-        return rows
-    steps, batch = input.shape[:2]
-    if _is_batch_major(input):
-        return rows.view(batch, steps, rows.shape[1]).transpose(0, 1)
-    return rows.view(steps, batch, rows.shape[1])
 
 
 class _ElmanLayer(torch.autograd.Function):
@@ -306,7 +122,7 @@ class _ElmanLayer(torch.autograd.Function):
         h0: Tensor | None,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        out, h_n = _layer_forward(backend, input, h0, weights, batch_sizes, nonlinearity, reverse)
+        out, h_n = layer_forward(backend, input, h0, weights, batch_sizes, nonlinearity, reverse)
         ctx.backend, ctx.nonlinearity, ctx.reverse = backend, nonlinearity, reverse
         ctx.save_for_backward(out, batch_sizes, input, h0, *weights)
         ctx.set_materialize_grads(False)
@@ -322,7 +138,7 @@ class _ElmanLayer(torch.autograd.Function):
         if torch.is_grad_enabled():
             grads = _differentiable_backward(grad_out, grad_h_n, input, h0, weights, *arguments, needs_grad)
         else:
-            grads = _layer_backward(ctx.backend, grad_out, grad_h_n, out, input, h0, weights, *arguments, needs_grad)
+            grads = layer_backward(ctx.backend, grad_out, grad_h_n, out, input, h0, weights, *arguments, needs_grad)
         return (None, None, None, None, *grads)
 
 
@@ -337,7 +153,7 @@ def _differentiable_backward(
     reverse: Sequence[bool],
     needs_grad: Sequence[bool],
 ) -> list[Tensor | None]:
-    """As :func:`_layer_backward`, with a graph: the layer again by tensor operations, differentiated by autograd."""
+    """As :func:`layer_backward`, with a graph: the layer again by tensor operations, differentiated by autograd."""
     # Aliases, so that a tensor passed twice (one weight in both directions, say) gets each place's own gradient.
     input = input.view_as(input)
     h0 = None if h0 is None else h0.view_as(h0)
@@ -365,7 +181,7 @@ def _elman_layer_op(
     nonlinearity: str,
     reverse: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    return _layer_forward(backend, input, h0, weights, batch_sizes, nonlinearity, reverse)
+    return layer_forward(backend, input, h0, weights, batch_sizes, nonlinearity, reverse)
 
 
 @_elman_layer_op.register_fake
@@ -386,8 +202,8 @@ def _(
         batch = input.shape[1]
     else:
         batch = torch.library.get_ctx().new_dynamic_size()
-    count = input.shape[0] if _is_packed(input) else input.shape[0] * input.shape[1]
-    out = _in_order(weights[0].new_empty(count, directions * hidden), input)
+    count = input.shape[0] if is_packed(input) else input.shape[0] * input.shape[1]
+    out = in_order(weights[0].new_empty(count, directions * hidden), input)
     return out, out.new_empty(directions, batch, hidden)
 
 
@@ -405,7 +221,7 @@ def _elman_layer_backward_op(
     reverse: list[bool],
     needs_grad: list[bool],
 ) -> list[Tensor]:
-    grads = _layer_backward(
+    grads = layer_backward(
         backend, grad_out, grad_h_n, out, input, h0, weights, batch_sizes, nonlinearity, reverse, needs_grad
     )
     # An operator's results may share no memory, as gradients that are slices of one tensor do.
@@ -458,20 +274,6 @@ _elman_layer_op.register_autograd(_op_backward, setup_context=_setup_op_context)
 # ---- checks -------------------------------------------------------------------------------------------------------
 
 
-def check_tokens(tokens: Tensor, vocab: int) -> None:
-    """Report ids outside 0..V-1: IndexError on a CPU; on a GPU, without waiting for it, embedding's own assertion."""
-    if tokens.numel() == 0 or tensor_operations_only() or torch.compiler.is_compiling():
-        return  # the values may not be there to look at
-    if tokens.device.type == "cpu":
-        lowest, highest = (int(bound) for bound in tokens.aminmax())
-        if lowest < 0 or highest >= vocab:
-            raise IndexError(
-                f"index out of range in self: token id {lowest if lowest < 0 else highest} is not in 0..{vocab - 1}"
-            )
-    else:
-        torch.empty(vocab, 1, device=tokens.device, dtype=torch.uint8).index_select(0, tokens.flatten())
-
-
 def _check_arguments(
     input: Tensor,
     h0: Tensor | None,
@@ -487,7 +289,7 @@ def _check_arguments(
     if weight_ih.dim() != 2:
         raise ValueError(f"weight_ih must be (H, I), got {tuple(weight_ih.shape)}")
     hidden, features = weight_ih.shape
-    tokens = _is_tokens(input)
+    tokens = is_tokens(input)
     if not tokens and input.dtype != weight_ih.dtype:
         raise ValueError(
             f"input must be {weight_ih.dtype} as weight_ih is, or int64 or int32 token ids, got {input.dtype}"

@@ -16,7 +16,8 @@ from charrnn_fast.kernels import native
 from charrnn_fast.reference import generate as reference
 
 from . import backends
-from .elman import check_tokens, elman
+from .elman import elman
+from .elman_layer import check_tokens
 
 Layer = tuple[Tensor, Tensor, Tensor]
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from charrnn_fast.kernels import native
 
 from . import backends
-from .elman import elman, token_table
+from .elman import elman
+from .elman_layer import token_table
 from .elman_torch import tensor_operations_only
 from .linear_cross_entropy import linear_cross_entropy
 
