@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -244,38 +244,36 @@ def language_model(context: Context) -> None:
     prepare: Callable[[Case], Case] = _tiny if context.tiny else (lambda case: case)
     _measure(context, [prepare(case) for case in suite.LM[: 1 if context.tiny else None]], run)
     for case in suite.LM[: 1 if context.tiny else None]:
-        if not context.is_over:
-            _trainer(context, prepare(case).config)  # type: ignore[arg-type]
+        config = prepare(case).config
+        if isinstance(config, Config) and not context.is_over:
+            _trainer(context, config)
     if not context.is_over:
         _scratch_recipe(context)
     rest = [*suite.CLIPS[: 1 if context.tiny else None], *suite.GENERATION[: 1 if context.tiny else None]]
     _measure(context, [prepare(case) for case in rest], run)
 
 
-def registers(context: Context) -> None:
-    """What the driver says of the kernels that the launchers compile, beside the recorded figures."""
-    context.result["registers"] = []
-    for row in gate_tiles.registers(context.device):
+def _keep(context: Context, name: str, rows: Iterable[dict[str, Any]], fault: str) -> None:
+    """Keep row after row until the time is up; what a row has under `fault` is a finding."""
+    context.result[name] = []
+    for row in rows:
         print(row, flush=True)
-        context.result["registers"].append(row)
-        if row["finding"]:
-            context.find(f"registers {row['name']}: {row['finding']}")
+        context.result[name].append(row)
+        if row[fault]:
+            context.find(f"{name} {row['name']}: {row[fault]}")
         context.save()
         if context.is_over:
             break
+
+
+def registers(context: Context) -> None:
+    """What the driver says of the kernels that the launchers compile, beside the recorded figures."""
+    _keep(context, "registers", gate_tiles.registers(context.device), "finding")
 
 
 def tiles(context: Context) -> None:
     """The shipped tiles and their neighbours, timed by turns."""
-    context.result["tiles"] = []
-    for row in gate_tiles.neighbours(context.device):
-        print(row, flush=True)
-        context.result["tiles"].append(row)
-        if row["wrong"]:
-            context.find(f"tile {row['name']}: {row['wrong']}")
-        context.save()
-        if context.is_over:
-            break
+    _keep(context, "tiles", gate_tiles.neighbours(context.device), "wrong")
 
 
 STAGES: dict[str, Callable[[Context], None]] = {

@@ -113,10 +113,11 @@ class Run:
 
 def _problems(case: Case, run: Run) -> list[Any]:
     """The problem once for every set of inputs."""
-    dtype = grid.DTYPES[case.dtype]
-    kind = ClipProblem if isinstance(case.config, Gradients) else Problem
-    count = input_sets(case.bytes, run.device) if case.bytes else 1
-    return [kind(case.config, run.device, dtype, seed) for seed in range(1, count + 1)]  # type: ignore[arg-type]
+    config, device, dtype = case.config, run.device, grid.DTYPES[case.dtype]
+    seeds = range(1, 1 + (input_sets(case.bytes, device) if case.bytes else 1))
+    if isinstance(config, Gradients):
+        return [ClipProblem(config, device, dtype, seed) for seed in seeds]
+    return [Problem(config, device, dtype, seed) for seed in seeds]
 
 
 def sides(case: Case, run: Run) -> tuple[dict[str, Job], dict[str, str]]:
