@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .ops import backends
-from .ops.elman import autocast, elman_layer
-from .ops.elman_torch import TOKEN_TYPES, tensor_operations_only, torch_rnn, transforms_active
+from .ops.context import autocast, plain, tensor_operations_only, transforms_active
+from .ops.elman import elman_layer
+from .ops.elman_torch import TOKEN_TYPES, torch_rnn
 
 
 class FusedRNN(nn.RNNBase):
@@ -198,7 +199,9 @@ class FusedRNN(nn.RNNBase):
             if name == "torch":
                 return None
         numbers = operands[1 if tokens else 0 :]
-        return name if operands[0].size(0) > 0 and _alike(numbers, operands[0].device) else None
+        if operands[0].size(0) == 0 or not _alike(numbers, operands[0].device):
+            return None
+        return name if name == "torch" or plain(*operands) else None
 
     def _layers(
         self, backend: str, input: Tensor, hx: Tensor | None, weights: list[Tensor], batch_sizes: Tensor | None
@@ -266,14 +269,9 @@ class FusedRNN(nn.RNNBase):
 
 
 def _alike(tensors: list[Any], device: torch.device) -> bool:
-    """Plain tensors (or None) of one type on ``device``? If not, torch runs them or refuses them in its own words."""
-    dtype, compiling = tensors[-1].dtype, torch.compiler.is_compiling()
-    for x in tensors:
-        if x is None:
-            continue
-        if x.dtype != dtype or x.device != device or not (compiling or type(x) is Tensor or type(x) is nn.Parameter):
-            return False
-    return True
+    """Tensors (or None) of one type on ``device``? If not, torch runs them or refuses them in its own words."""
+    dtype = tensors[-1].dtype
+    return all(x is None or (x.dtype == dtype and x.device == device) for x in tensors)
 
 
 def replace_rnn(module: nn.Module) -> nn.Module:

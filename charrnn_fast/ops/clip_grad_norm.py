@@ -15,6 +15,7 @@ from torch.autograd.graph import increment_version
 from charrnn_fast.kernels import native
 
 from . import backends
+from .context import addressable
 
 
 def clip_grad_norm_(
@@ -96,8 +97,7 @@ def steps_in_one_launch(parameters: Iterable[Tensor]) -> bool:
 def _backend(grads: Sequence[Tensor], params: Sequence[Tensor] | None = None) -> str:
     """What clips these gradients, or takes a step with params: triton, native (which takes no step) or torch."""
     wanted, device = backends.requested("auto"), grads[0].device
-    # Compilation needs PyTorch's own operators, and subclasses of Tensor have a meaning of their own.
-    if torch.compiler.is_compiling() or any(type(g) is not Tensor for g in grads):
+    if not addressable(*grads, *(params or ())):
         return "torch"
     gpu = wanted == "triton" or (wanted == "auto" and device.type == "cuda")
     if gpu and backends.triton_cannot_run_on(device) is None:

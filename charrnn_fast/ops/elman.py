@@ -14,8 +14,10 @@ import torch
 from torch import Tensor
 
 from . import backends
+from .autograd import must_recompute, recomputed
+from .context import autocast, plain, registered_operators_only, tensor_operations_only
 from .elman_layer import check_tokens, in_order, is_packed, is_tokens, layer_backward, layer_forward
-from .elman_torch import in_autocast, layer_by_tensor_operations, tensor_operations_only
+from .elman_torch import layer_by_tensor_operations
 
 
 def elman(
@@ -65,14 +67,6 @@ def elman(
     return output, h_n[0]
 
 
-def autocast(device_type: str, operands: list[Any]) -> list[Any]:
-    """As torch's autocast treats the operands of torch.nn.RNN: to the region's type, float64 excepted."""
-    if not in_autocast(device_type):
-        return operands
-    dtype = torch.get_autocast_dtype(device_type)
-    return [x if x is None or not x.is_floating_point() or x.dtype == torch.float64 else x.to(dtype) for x in operands]
-
-
 def elman_layer(
     backend: str,
     input: Tensor,
@@ -93,11 +87,11 @@ def elman_layer(
     Returns:
         output (T, B, D*H) or (N, D*H), direction d in columns d*H:(d+1)*H, and h_n (D, B, H).
     """
-    if backend == "torch" or tensor_operations_only():
+    if backend == "torch" or tensor_operations_only() or not plain(input, h0, batch_sizes, *weights):
         if is_tokens(input) and input.device.type == "cpu":
             check_tokens(input, weights[0].shape[1])
         return layer_by_tensor_operations(input, h0, weights, batch_sizes, nonlinearity, reverse)
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if registered_operators_only():
         return _elman_layer_op(input, h0, batch_sizes, list(weights), backend, nonlinearity, list(reverse))
     if not torch.is_grad_enabled():
         return layer_forward(backend, input, h0, weights, batch_sizes, nonlinearity, reverse)
@@ -135,14 +129,15 @@ class _ElmanLayer(torch.autograd.Function):
         if grad_out is None and grad_h_n is None:
             return (None,) * (4 + len(needs_grad))
         arguments = (batch_sizes, ctx.nonlinearity, ctx.reverse)
-        if torch.is_grad_enabled():
-            grads = _differentiable_backward(grad_out, grad_h_n, input, h0, weights, *arguments, needs_grad)
+        tensors = (grad_out, grad_h_n, out, input, h0, *weights, batch_sizes)
+        if must_recompute(*tensors):
+            grads = _recomputed(grad_out, grad_h_n, input, h0, weights, *arguments, needs_grad)
         else:
-            grads = layer_backward(ctx.backend, grad_out, grad_h_n, out, input, h0, weights, *arguments, needs_grad)
+            grads = layer_backward(ctx.backend, *tensors[:5], weights, *arguments, needs_grad)
         return (None, None, None, None, *grads)
 
 
-def _differentiable_backward(
+def _recomputed(
     grad_out: Tensor | None,
     grad_h_n: Tensor | None,
     input: Tensor,
@@ -153,19 +148,12 @@ def _differentiable_backward(
     reverse: Sequence[bool],
     needs_grad: Sequence[bool],
 ) -> list[Tensor | None]:
-    """As :func:`layer_backward`, with a graph: the layer again by tensor operations, differentiated by autograd."""
-    # Aliases, so that a tensor passed twice (one weight in both directions, say) gets each place's own gradient.
-    input = input.view_as(input)
-    h0 = None if h0 is None else h0.view_as(h0)
-    weights = [weight.view_as(weight) for weight in weights]
-    result = layer_by_tensor_operations(input, h0, weights, batch_sizes, nonlinearity, reverse)
-    given = [(y, grad) for y, grad in zip(result, (grad_out, grad_h_n), strict=True) if grad is not None]
-    wanted = [x for x, needs in zip((input, h0, *weights), needs_grad, strict=True) if needs and x is not None]
-    found = torch.autograd.grad(
-        [y for y, _ in given], wanted, [grad for _, grad in given], create_graph=True, allow_unused=True
-    )
-    grads = iter(found)
-    return [next(grads) if needs else None for needs in needs_grad]
+    """As :func:`layer_backward`, by tensor operations: for second derivatives, and gradients that are no plain memory."""
+
+    def run(input: Tensor, h0: Tensor | None, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        return layer_by_tensor_operations(input, h0, weights, batch_sizes, nonlinearity, reverse)
+
+    return recomputed(run, (input, h0, *weights), needs_grad, (grad_out, grad_h_n))
 
 
 # ---- under torch.compile, torch.export and tracing modes: the same two functions as registered operators ---------
@@ -262,9 +250,14 @@ def _op_backward(ctx: Any, grad_out: Tensor | None, grad_h_n: Tensor | None) -> 
     out, input, h0, batch_sizes, *weights = ctx.saved_tensors
     needs_input, needs_h0, _, needs_weights, *_ = ctx.needs_input_grad
     needs_grad = [needs_input, needs_h0, *needs_weights]
-    arguments = (batch_sizes, weights, ctx.backend, ctx.nonlinearity, ctx.reverse, needs_grad)
-    grads = iter(_elman_layer_backward_op(grad_out, grad_h_n, out, input, h0, *arguments))
-    of_input, of_h0, *of_weights = [next(grads) if needs else None for needs in needs_grad]
+    if registered_operators_only() or not must_recompute(grad_out, grad_h_n, *ctx.saved_tensors):
+        arguments = (batch_sizes, weights, ctx.backend, ctx.nonlinearity, ctx.reverse, needs_grad)
+        found = iter(_elman_layer_backward_op(grad_out, grad_h_n, out, input, h0, *arguments))
+        grads = [next(found) if needs else None for needs in needs_grad]
+    else:
+        options = (batch_sizes, ctx.nonlinearity, ctx.reverse, needs_grad)
+        grads = _recomputed(grad_out, grad_h_n, input, h0, weights, *options)
+    of_input, of_h0, *of_weights = grads
     return of_input, of_h0, None, of_weights, None, None, None
 
 

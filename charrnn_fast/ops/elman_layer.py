@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends
-from .elman_torch import TOKEN_TYPES, of_direction, tensor_operations_only
+from .context import addressable
+from .elman_torch import TOKEN_TYPES, of_direction
 
 _ROWS_IN_PLACE = 1024  # rows of a gradient that are replaced at a time: enough for a matrix product at full speed
 
@@ -197,7 +198,7 @@ def in_order(rows: Tensor, input: Tensor) -> Tensor:
 
 def check_tokens(tokens: Tensor, vocab: int) -> None:
     """Report ids outside 0..V-1: IndexError on a CPU; on a GPU, without waiting for it, embedding's own assertion."""
-    if tokens.numel() == 0 or tensor_operations_only() or torch.compiler.is_compiling():
+    if not addressable(tokens) or tokens.numel() == 0:
         return  # the values may not be there to look at
     if tokens.device.type == "cpu":
         lowest, highest = (int(bound) for bound in tokens.aminmax())

@@ -18,28 +18,6 @@ from torch import _VF, Tensor
 TOKEN_TYPES = (torch.int64, torch.int32)
 
 
-def transforms_active() -> bool:
-    """Is the caller inside torch.func (vmap, grad, jvp, ...) or computing forward-mode derivatives?"""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-
-
-def tensor_operations_only() -> bool:
-    """Must eager code stay within PyTorch's own operators: in a transform, or under torch.jit.trace?"""
-    return transforms_active() or torch._C._get_tracing_state() is not None
-
-
-@torch.compiler.assume_constant_result  # torch 2.11's compiler cannot look into the question
-def _has_autocast(device_type: str) -> bool:
-    return torch.amp.is_autocast_available(device_type)
-
-
-def in_autocast(device_type: str) -> bool:
-    """Is there an autocast region for devices of this type around the call?"""
-    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
-
-
 def torch_rnn(
     input: Tensor,
     hx: Tensor,

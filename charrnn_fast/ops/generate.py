@@ -6,6 +6,7 @@
 The uniform numbers u come in as a tensor, so one seed gives one text on every backend.
 """
 
+import itertools
 from collections.abc import Callable, Sequence
 
 import torch
@@ -16,6 +17,7 @@ from charrnn_fast.kernels import native
 from charrnn_fast.reference import generate as reference
 
 from . import backends
+from .context import addressable
 from .elman import elman
 from .elman_layer import check_tokens
 
@@ -57,7 +59,8 @@ def generate(
     Raises: IndexError for an id outside 0..V-1 (on a GPU an assertion on the device, as from torch's embedding);
     RuntimeError if the backend asked for cannot run.
     """
-    chosen = _backend(backend, prompt.shape[0], layers, head_weight, num_tokens)
+    operands = (prompt, uniforms, state, head_weight, head_bias, *itertools.chain.from_iterable(layers))
+    chosen = _backend(backend, prompt.shape[0], layers, head_weight, num_tokens) if addressable(*operands) else "torch"
     if chosen != "torch":
         table = layers[0][0].t() + layers[0][2]  # (V, H)
         check_tokens(prompt, table.shape[0])

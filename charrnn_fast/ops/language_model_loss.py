@@ -15,9 +15,10 @@ from torch import Tensor
 from charrnn_fast.kernels import native
 
 from . import backends
+from .autograd import HandedOutOnce, must_recompute, recomputed
+from .context import addressable
 from .elman import elman
 from .elman_layer import token_table
-from .elman_torch import tensor_operations_only
 from .linear_cross_entropy import linear_cross_entropy
 
 
@@ -30,8 +31,8 @@ def why_not(
         tokens, targets, h0, backend: as in `language_model_loss`.
         weights: its weight_ih, weight_hh, bias, head_weight, head_bias, or in place of bias its terms.
     """
-    if tensor_operations_only() or torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
-        return "a transform or compilation needs PyTorch's own operators"
+    if not addressable(tokens, targets, h0, *weights):
+        return "a transform, a mode, a compiler or a tensor that is not plain memory needs PyTorch's own operators"
     weight_ih = weights[0]
     if weight_ih is None or weight_ih.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
         return "it runs on a CPU without autocast"
@@ -111,7 +112,8 @@ class _LanguageModelLoss(torch.autograd.Function):
         ctx.save_for_backward(*operands)
         ctx.set_materialize_grads(False)
         ctx.nonlinearity = nonlinearity
-        loss, h_n, ctx.gradients = _in_one_call(nonlinearity, *operands)
+        loss, h_n, gradients = _in_one_call(nonlinearity, *operands)
+        ctx.gradients = HandedOutOnce(gradients)
         return loss, h_n
 
     @staticmethod
@@ -120,9 +122,8 @@ class _LanguageModelLoss(torch.autograd.Function):
         needs_grad = ctx.needs_input_grad[3:]
         # Given away, so that autograd can keep them as they are in place of copies; a graph that is retained and walked
         # again makes them anew, the same bits.
-        gradients: Sequence[Tensor | None] | None
-        gradients, ctx.gradients = ctx.gradients, None
-        if grad_h_n is not None or torch.is_grad_enabled():
+        gradients = ctx.gradients.take()
+        if grad_h_n is not None or must_recompute(grad_loss, *ctx.saved_tensors):
             gradients = _recomputed(ctx, grad_loss, grad_h_n)
         elif grad_loss is None:
             gradients = (None,) * len(needs_grad)
@@ -130,7 +131,7 @@ class _LanguageModelLoss(torch.autograd.Function):
             if gradients is None:
                 gradients = _in_one_call(ctx.nonlinearity, *ctx.saved_tensors)[2]
             if grad_loss.item() != 1.0:  # nearly never
-                gradients = [None if g is None else g * grad_loss for g in gradients]
+                gradients = [None if g is None else g.mul_(grad_loss) for g in gradients]
         return (None, None, None, *(g if needs else None for g, needs in zip(gradients, needs_grad, strict=True)))
 
 
@@ -156,21 +157,18 @@ def _in_one_call(
 
 def _recomputed(ctx: Any, grad_loss: Tensor | None, grad_h_n: Tensor | None) -> list[Tensor | None]:
     """The gradients by the separate operations, differentiable where a graph is wanted."""
-    tokens, targets, *saved = ctx.saved_tensors
-    needs_grad = ctx.needs_input_grad[3:]
-    create_graph = torch.is_grad_enabled()
-    with torch.enable_grad():
-        # Aliases, so that a tensor passed twice gets each place's own gradient; cut off unless a graph is wanted.
-        inputs: list[Any] = [None if t is None else t.view_as(t) if create_graph else t.detach() for t in saved]
-        for tensor, needs in zip(inputs, needs_grad, strict=True):
-            if needs and not create_graph:
-                tensor.requires_grad_()
-        h0, weight_ih, weight_hh, bias, head_weight, head_bias = inputs
+    tokens, targets, *operands = ctx.saved_tensors
+
+    def run(
+        h0: Tensor | None,
+        weight_ih: Tensor,
+        weight_hh: Tensor,
+        bias: Tensor | None,
+        head_weight: Tensor,
+        head_bias: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
         states, h_n = elman(tokens, h0, weight_ih, weight_hh, bias, nonlinearity=ctx.nonlinearity, backend="native")
         rows = states.transpose(0, 1).flatten(0, 1)
-        loss = linear_cross_entropy(rows, head_weight, targets.t().flatten(), linear_bias=head_bias)
-    given = [(y, grad) for y, grad in ((loss, grad_loss), (h_n, grad_h_n)) if grad is not None]
-    outputs, grad_outputs = [y for y, _ in given], [grad for _, grad in given]
-    wanted = [tensor for tensor, needs in zip(inputs, needs_grad, strict=True) if needs]
-    found = iter(torch.autograd.grad(outputs, wanted, grad_outputs, create_graph=create_graph, allow_unused=True))
-    return [next(found) if needs else None for needs in needs_grad]
+        return linear_cross_entropy(rows, head_weight, targets.t().flatten(), linear_bias=head_bias), h_n
+
+    return recomputed(run, operands, ctx.needs_input_grad[3:], (grad_loss, grad_h_n))

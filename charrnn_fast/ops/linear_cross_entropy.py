@@ -18,8 +18,8 @@ from torch import Tensor
 from charrnn_fast.kernels import native
 
 from . import backends
-from .elman import autocast
-from .elman_torch import in_autocast, tensor_operations_only
+from .autograd import HandedOutOnce, must_recompute, recomputed
+from .context import addressable, autocast, in_autocast, plain, registered_operators_only, tensor_operations_only
 
 REDUCTIONS = ("mean", "sum", "none")
 _16_BIT = (torch.bfloat16, torch.float16)
@@ -76,8 +76,8 @@ def linear_cross_entropy(
 
 
 def _backend(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> str:
-    """The backend of this call: "torch" for shapes and types that the kernels do not take, and in transforms."""
-    if tensor_operations_only():
+    """The backend of this call: "torch" for shapes, types and kinds of tensors that the kernels do not take."""
+    if tensor_operations_only() or not plain(input, weight, bias, target):
         return "torch"
     shapes = input.dim() == 2 and weight.dim() == 2 and input.shape[1] == weight.shape[1] and weight.numel() > 0
     if not (shapes and target.dtype == torch.int64 and target.shape == input.shape[:1] and len(target) > 0):
@@ -96,7 +96,7 @@ def _backend(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor)
     if len(dtypes) > 1:
         return "torch"
     name = backends.choose_loss(device, dtypes.pop())
-    if name == "native" and (casts or torch.compiler.is_compiling()):  # which need PyTorch's own operators
+    if name == "native" and (casts or registered_operators_only()):  # which need PyTorch's own operators
         return "torch"
     return name
 
@@ -141,32 +141,36 @@ class _NativeLinearCrossEntropy(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(input, weight, bias, target)
         ctx.reduction, ctx.ignore_index = reduction, ignore_index
-        loss, *ctx.gradients = native.linear_cross_entropy(
+        loss, *gradients = native.linear_cross_entropy(
             input, weight, bias, target, ignore_index, reduction, need_grad=reduction != "none"
         )
+        ctx.gradients = HandedOutOnce(gradients)
         return loss
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_loss,) = grad_outputs
         input, weight, bias, target = ctx.saved_tensors
-        if torch.is_grad_enabled():  # a second derivative may follow
-            gradients = _differentiable_backward(
+        arguments = (input, weight, bias, target, ctx.ignore_index, ctx.reduction)
+        # The gradients made in forward are given away, so that nobody finds them changed, and a loss that is kept does
+        # not keep them. A graph that is retained and walked again makes them anew, the same bits.
+        gradients = ctx.gradients.take()
+        if must_recompute(grad_loss, *ctx.saved_tensors):
+            gradients = _recomputed(
                 grad_loss, input, weight, bias, target, ctx.reduction, ctx.ignore_index, ctx.needs_input_grad
             )
         elif ctx.reduction == "none":
-            _, *gradients = native.linear_cross_entropy(
-                input, weight, bias, target, ctx.ignore_index, "none", need_grad=True, grad_loss=grad_loss
-            )
-        elif grad_loss.item() == 1.0:  # nearly always, and scaling would be another pass over (N, H)
-            gradients = ctx.gradients
+            _, *gradients = native.linear_cross_entropy(*arguments, need_grad=True, grad_loss=grad_loss)
         else:
-            gradients = [None if g is None else g * grad_loss for g in ctx.gradients]
+            if gradients is None:
+                _, *gradients = native.linear_cross_entropy(*arguments, need_grad=True)
+            if grad_loss.item() != 1.0:  # nearly never, and scaling is another pass over (N, H)
+                gradients = [None if g is None else g.mul_(grad_loss) for g in gradients]
         wanted = [g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False)]
         return (*wanted, None, None, None)
 
 
-def _differentiable_backward(
+def _recomputed(
     grad_loss: Tensor,
     input: Tensor,
     weight: Tensor,
@@ -176,11 +180,12 @@ def _differentiable_backward(
     ignore_index: int,
     needs_grad: Sequence[bool],
 ) -> list[Tensor | None]:
-    """The gradients of input, weight and bias, where ``needs_grad`` asks, as differentiable functions of everything."""
-    loss = _by_tensor_operations(input, weight, bias, target, reduction, ignore_index)
-    wanted = [t for t, needs in zip((input, weight, bias), needs_grad, strict=False) if needs and t is not None]
-    found = iter(torch.autograd.grad(loss, wanted, grad_loss.to(loss.dtype), create_graph=True))
-    return [next(found) if needs else None for needs in needs_grad[:3]]
+    """The gradients of input, weight and bias, where ``needs_grad`` asks, by tensor operations."""
+
+    def run(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor]:
+        return (_by_tensor_operations(input, weight, bias, target, reduction, ignore_index).to(grad_loss.dtype),)
+
+    return recomputed(run, (input, weight, bias), needs_grad[:3], (grad_loss,))
 
 
 # ---- the Triton kernels -------------------------------------------------------------------------------------------
@@ -194,7 +199,7 @@ def _by_triton(
         input, weight, bias = autocast(input.device.type, [input, weight, bias])
         loss_dtype = torch.promote_types(input.dtype, torch.float32)
     arguments = (input, weight, bias, target, reduction, ignore_index, loss_dtype)
-    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0:
+    if registered_operators_only():
         return _loss_op(*arguments)[0]
     _check_target(target, weight.shape[0], ignore_index)
     if not torch.is_grad_enabled():
@@ -204,7 +209,7 @@ def _by_triton(
 
 def _check_target(target: Tensor, classes: int, ignore_index: int) -> None:
     """IndexError for a target that is no class, in torch's words, on a CPU; on a GPU the kernels assert it."""
-    if target.device.type == "cpu":
+    if target.device.type == "cpu" and addressable(target):
         outside = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
         if len(outside):
             raise IndexError(f"Target {int(outside[0])} is out of bounds.")
@@ -276,8 +281,8 @@ class _TritonLinearCrossEntropy(torch.autograd.Function):
         (grad_loss,) = grad_outputs
         input, weight, bias, target, lse, count = ctx.saved_tensors
         options = (ctx.reduction, ctx.ignore_index, ctx.needs_input_grad)
-        if torch.is_grad_enabled():  # a second derivative may follow
-            gradients = _differentiable_backward(grad_loss, input, weight, bias, target, *options)
+        if must_recompute(grad_loss, *ctx.saved_tensors):
+            gradients = _recomputed(grad_loss, input, weight, bias, target, *options)
         else:
             gradients = _triton_backward(grad_loss, input, weight, bias, target, lse, count, *options)
         return (*gradients, None, None, None, None)
@@ -353,8 +358,13 @@ def _setup_op_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
 
 def _op_backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
     needs_grad = list(ctx.needs_input_grad[:3])
-    found = iter(_loss_backward_op(grad_loss, *ctx.saved_tensors, ctx.reduction, ctx.ignore_index, needs_grad))
-    return (*(next(found) if needs else None for needs in needs_grad), None, None, None, None)
+    options = (ctx.reduction, ctx.ignore_index, needs_grad)
+    if registered_operators_only() or not must_recompute(grad_loss, *ctx.saved_tensors):
+        found = iter(_loss_backward_op(grad_loss, *ctx.saved_tensors, *options))
+        gradients = [next(found) if needs else None for needs in needs_grad]
+    else:
+        gradients = _recomputed(grad_loss, *ctx.saved_tensors[:4], *options)
+    return (*gradients, None, None, None, None)
 
 
 _loss_op.register_autograd(_op_backward, setup_context=_setup_op_context)

@@ -1,0 +1,59 @@
+"""What the operations' backward passes have in common: gradients by recomputation, and gradients kept until asked for."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from .context import addressable
+
+T = TypeVar("T")
+
+
+def must_recompute(*tensors: Tensor | None) -> bool:
+    """Must a backward pass be torch's operators: may a second derivative follow, or is a tensor not plain memory?"""
+    return torch.is_grad_enabled() or not addressable(*tensors)
+
+
+def recomputed(
+    run: Callable[..., Sequence[Tensor]],
+    operands: Sequence[Tensor | None],
+    needs_grad: Sequence[bool],
+    grad_outputs: Sequence[Tensor | None],
+) -> list[Tensor | None]:
+    """The gradients of the operands that need one, by running the operation again by what autograd can differentiate.
+
+    It takes whatever torch does for grad_outputs (batched, distributed, sparse, subclasses, ...), and where gradients
+    are enabled the result can be differentiated again.
+
+    Args:
+        run: the operation by torch's operators; takes the operands, returns the results that grad_outputs belong to.
+        grad_outputs: None for a result that nothing depends on.
+    """
+    create_graph = torch.is_grad_enabled()
+    with torch.enable_grad():
+        # Aliases, so that a tensor passed twice (one weight in both directions, say) gets each place's own gradient.
+        inputs = [None if x is None else x.view_as(x) for x in operands]
+        results = run(*inputs)
+    given = [(y, grad) for y, grad in zip(results, grad_outputs, strict=True) if grad is not None and y.requires_grad]
+    wanted = [x for x, needs in zip(inputs, needs_grad, strict=True) if needs and x is not None]
+    if not given or not wanted:
+        return [None] * len(inputs)
+    outputs, grads = [y for y, _ in given], [grad for _, grad in given]
+    found: Any = iter(torch.autograd.grad(outputs, wanted, grads, create_graph=create_graph, allow_unused=True))
+    return [next(found) if needs and x is not None else None for needs, x in zip(needs_grad, inputs, strict=True)]
+
+
+class HandedOutOnce(Generic[T]):
+    """Something that whoever asks first gets for good: nothing keeps it, so its new owner may change it."""
+
+    def __init__(self, value: T):
+        self._held = [value]
+
+    def take(self) -> T | None:
+        """The value; None if it is gone."""
+        try:
+            return self._held.pop()  # at once, so that of two threads one gets it
+        except IndexError:
+            return None

@@ -1,0 +1,90 @@
+"""What surrounds a call, asked once a call: who follows its operations, and whether its tensors are plain memory.
+
+A kernel reads addresses. So it may run only on tensors that are nothing but strided memory, and only where nobody wants
+to see PyTorch's operators go by: `addressable` says both. Everywhere else PyTorch's own operators run, with its results
+and its errors; or the kernels as registered operators, where a compiler or a dispatch mode can see those.
+"""
+
+import functools
+import operator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+# What torch's dispatcher knows of a plain tensor of a device with kernels: no more than these. Others say that it is
+# sparse, nested, a subclass in Python, a negative view, ...
+_PLAIN_KEYS = ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA", "ADInplaceOrView")
+_OTHER_KEYS = ~functools.reduce(
+    operator.or_, (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)).raw_repr() for key in _PLAIN_KEYS)
+)
+
+
+def addressable(*tensors: Tensor | None) -> bool:
+    """May a kernel be given the addresses of these tensors, here and now? Every operation asks before it takes one."""
+    return not (tensor_operations_only() or registered_operators_only()) and plain(*tensors)
+
+
+def plain(*tensors: Tensor | None) -> bool:
+    """Is every tensor that is there nothing but strided memory: exactly a Tensor or a Parameter, its bytes as they are?
+
+    It is not if it is a subclass (fake and distributed tensors are), sparse, nested, quantized, a wrapper of torch.func,
+    a negative or conjugate view, or without memory (its storage freed, as FSDP does between uses, or known to be zeros).
+    Elements may overlap. To a compiler, whose tensors are stand-ins for such memory, all are plain.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    keys_of = torch._C._dispatch_keys
+    for x in tensors:
+        if x is None:
+            continue
+        kind = type(x)
+        if (kind is not Tensor and kind is not nn.Parameter) or keys_of(x).raw_repr() & _OTHER_KEYS:
+            return False
+        if x.data_ptr() == 0 and x.numel() > 0:
+            return False
+    return True
+
+
+def tensor_operations_only() -> bool:
+    """Must eager code stay within PyTorch's own operators: in a transform, under torch.jit.trace, in function modes?"""
+    return transforms_active() or torch._C._get_tracing_state() is not None or _function_modes()
+
+
+def registered_operators_only() -> bool:
+    """Must all that runs be registered operators: under a compiler, or in a dispatch mode (fake tensors, make_fx)?"""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def transforms_active() -> bool:
+    """Is the caller inside torch.func (vmap, grad, jvp, ...) or computing forward-mode derivatives?"""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
+def _function_modes() -> bool:
+    """Is there a mode that sees the calls of torch's functions and is not torch's own (default device, make_fx)?"""
+    depth = torch._C._len_torch_function_stack()
+    if depth == 0 or torch.compiler.is_compiling():
+        return False
+    modes = (torch._C._get_function_stack_at(level) for level in range(depth))
+    return any(not type(mode).__module__.startswith("torch.") for mode in modes)
+
+
+@torch.compiler.assume_constant_result  # torch 2.11's compiler cannot look into the question
+def _has_autocast(device_type: str) -> bool:
+    return torch.amp.is_autocast_available(device_type)
+
+
+def in_autocast(device_type: str) -> bool:
+    """Is there an autocast region for devices of this type around the call?"""
+    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def autocast(device_type: str, operands: list[Any]) -> list[Any]:
+    """As torch's autocast treats the operands of torch.nn.RNN: to the region's type, float64 excepted."""
+    if not in_autocast(device_type):
+        return operands
+    dtype = torch.get_autocast_dtype(device_type)
+    return [x if x is None or not x.is_floating_point() or x.dtype == torch.float64 else x.to(dtype) for x in operands]
