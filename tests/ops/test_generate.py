@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from charrnn_fast.kernels.triton.generate import INTERPRETED
+from charrnn_fast.kernels.triton.launch import INTERPRETED
 from charrnn_fast.lm.model import CharRNN
 from charrnn_fast.ops.generate import generate
 from charrnn_fast.reference import generate as reference
