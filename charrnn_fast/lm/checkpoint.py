@@ -73,6 +73,10 @@ def save(
     model = trainer.model
     if isinstance(model, RNNLM):
         model = _as_char_rnn(model)
+    try:
+        model.require_as_built("a checkpoint is of")
+    except ValueError as error:
+        raise InputError(str(error)) from None
     content = {
         "format": FORMAT,
         "version": VERSION,

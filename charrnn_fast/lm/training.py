@@ -77,7 +77,7 @@ class TrainingStep:
         self._losses.append(loss)
         if len(self._losses) == self.graph_batches:
             self.update()
-            state = state.detach()
+            state = _cut_off(state)
         return loss.detach(), state
 
     def update(self) -> None:
@@ -101,6 +101,11 @@ class TrainingStep:
         if self.clip is not None:
             self.model.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()
+
+
+def _cut_off(state: Any) -> Any:
+    """The state without its graph: a tensor, or a tuple of them as an LSTM has it."""
+    return state.detach() if isinstance(state, Tensor) else tuple(_cut_off(part) for part in state)
 
 
 def _plain_sgd_lr(optimizer: torch.optim.Optimizer) -> float | Tensor | None:
