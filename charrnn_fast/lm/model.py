@@ -305,7 +305,8 @@ def generate(
         else:
             generator.manual_seed(seed)
         uniforms = torch.rand(1, num_chars, generator=generator, dtype=torch.float64).to(device)
-    sampling: dict[str, Any] = {"temperature": temperature or 1.0, "alpha": alpha, "top_k": top_k}
+    sampling: dict[str, Any] = {"temperature": temperature or 1.0, "alpha": alpha}
+    sampling["top_k"] = None if top_k is None else min(top_k, len(vocab))
     if isinstance(model, CharRNN):
         new, _ = model.generate_ids(ids, num_chars, uniforms=uniforms, **sampling)
     else:

@@ -87,10 +87,10 @@ def _table(grads: Sequence[Tensor], params: Sequence[Tensor] | None, firsts: Seq
         [g.element_size() for g in grads],
         firsts,
     )
-    rows = torch.tensor(columns, dtype=torch.int64)  # (6, N)
+    rows = torch.tensor(columns, dtype=torch.int64, device="cpu")  # (6, N)
     chunks = -(-rows[2] // BLOCK)
     rows = rows.repeat_interleave(chunks, 1)  # (6, chunks)
-    start = (torch.arange(rows.shape[1]) - rows[5]) * BLOCK
+    start = (torch.arange(rows.shape[1], dtype=torch.int64, device="cpu") - rows[5]) * BLOCK
     param = rows[1] if params is None else rows[1] + start * rows[4]
     count = (rows[2] - start).clamp(max=BLOCK)
     return torch.stack((rows[0] + start * rows[4], param, count, rows[3]), 1)
