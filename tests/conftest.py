@@ -1,9 +1,15 @@
 """For all tests: without a GPU the Triton kernels are interpreted, and what needs a GPU is skipped."""
 
 import os
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).parent))  # malformed.py is shared by test files in different folders
+import malformed
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
@@ -34,3 +40,23 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     """Where the Triton kernels run here, a GPU or else the CPU; for another ``backend`` the CPU."""
     plain = "backend" in request.fixturenames and request.getfixturevalue("backend") != "triton"
     return torch.device("cuda" if torch.cuda.is_available() and not plain else "cpu")
+
+
+def pytest_sessionfinish(session: pytest.Session) -> None:
+    """A worker of pytest-xdist hands its counts to the process that prints them."""
+    output = getattr(session.config, "workeroutput", None)
+    if output is not None:
+        output["malformed"] = dict(malformed.counts)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    malformed.counts.update(getattr(node, "workeroutput", {}).get("malformed", {}))
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    if malformed.counts:
+        terminalreporter.section("malformed inputs tried")
+        for kind, n in sorted(malformed.counts.items()):
+            terminalreporter.write_line(f"{n:>10,} {kind}")
+        terminalreporter.write_line(f"{sum(malformed.counts.values()):>10,} in all")

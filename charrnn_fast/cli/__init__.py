@@ -5,6 +5,7 @@ that the user can mend (one line, no traceback), 130 interrupted.
 """
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -18,18 +19,31 @@ from charrnn_fast.errors import InputError, TrainingError
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line on `arguments` (sys.argv by default); returns the exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a letter that the terminal lacks is written as its number
+            stream.reconfigure(errors="backslashreplace")
     options = _parser().parse_args(arguments)
     try:
         return options.run(options)
-    except (InputError, TrainingError) as error:
-        print(f"charrnn-fast: error: {error}", file=sys.stderr)
-        return 2
     except BrokenPipeError:  # nobody reads on, as behind `| head`: not an error, and no traceback when Python flushes
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         print("charrnn-fast: interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        if options.debug:
+            raise
+        print(f"charrnn-fast: error: {_one_line(error)}", file=sys.stderr)
+        return 2
+
+
+def _one_line(error: Exception) -> str:
+    """What an error says, on one line; one that was not written for the user with its type, and how to see more."""
+    lines = str(error).splitlines()
+    if isinstance(error, InputError | TrainingError):
+        return " ".join(lines)
+    return f"{type(error).__name__}: {lines[0] if lines else 'without a word'} (--debug shows where)"
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -43,4 +57,6 @@ def _parser() -> argparse.ArgumentParser:
     decode.add_evaluate_parser(commands)
     bench.add_parser(commands)
     doctor.add_parser(commands)
+    for command in commands.choices.values():
+        command.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser

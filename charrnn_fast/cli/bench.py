@@ -54,8 +54,8 @@ def _bench(options: argparse.Namespace) -> int:
     content = _measure(options, device)
     from charrnn_fast.bench import report
 
-    print(report.text(content))
     report.write(content, options.out / f"{device.type}.json")
+    print(report.text(content))
     print(f"results: {options.out / f'{device.type}.json'}")
     for path in _pictures(content, options.out):
         print(f"picture: {path}")

@@ -5,7 +5,7 @@ import json
 import math
 import sys
 
-from charrnn_fast.cli.options import add_text, at_least, find_device, positive
+from charrnn_fast.cli.options import CHARACTERS, SEED, add_text, at_least, find_device, positive
 from charrnn_fast.lm import checkpoint, corpora, data
 from charrnn_fast.lm.model import generate
 from charrnn_fast.lm.training import validate
@@ -19,13 +19,19 @@ def add_generate_parser(commands) -> None:
     )
     p.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint file, or the --out folder of a run")
     p.add_argument("--prompt", required=True, metavar="P", help="the text to continue")
-    p.add_argument("--num-chars", type=at_least(0), default=50, metavar="N", help="characters to append (default: 50)")
+    p.add_argument(
+        "--num-chars", type=at_least(0, CHARACTERS), default=50, metavar="N", help="characters to append (default: 50)"
+    )
     p.add_argument(
         "--temperature", type=positive, metavar="T", help="sample at this temperature (default: decode greedily)"
     )
-    p.add_argument("--top-k", type=at_least(1), metavar="K", help="sample among the K most probable characters")
+    p.add_argument(
+        "--top-k", type=at_least(1, 2**31 - 1), metavar="K", help="sample among the K most probable characters"
+    )
     p.add_argument("--alpha", type=positive, default=1.0, metavar="A", help="sample from q ~ p^A (default: 1)")
-    p.add_argument("--seed", type=int, metavar="S", help="seed of the sampling (default: another text each time)")
+    p.add_argument(
+        "--seed", type=at_least(*SEED), metavar="S", help="seed of the sampling (default: another text each time)"
+    )
     p.add_argument("--device", default="cpu", metavar="D", help="cpu (default), cuda, ...")
     p.set_defaults(run=_generate)
 

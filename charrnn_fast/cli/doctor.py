@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 import torch
 
 from charrnn_fast import __version__
-from charrnn_fast.cli.options import at_least, find_device
+from charrnn_fast.cli.options import WIDTH, at_least, find_device
 from charrnn_fast.errors import InputError
 from charrnn_fast.kernels import native
 from charrnn_fast.lm import capture
@@ -26,7 +26,7 @@ def add_parser(commands) -> None:
     )
     p.add_argument("--device", metavar="D", help="cpu, cuda, ... (default: the CPU and every GPU)")
     p.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the parameters (default: float32)")
-    p.add_argument("--hidden-size", type=at_least(1), metavar="H", nargs="+", default=SIZES, help="hidden sizes")
+    p.add_argument("--hidden-size", type=at_least(1, WIDTH), metavar="H", nargs="+", default=SIZES, help="hidden sizes")
     p.set_defaults(run=_doctor)
 
 

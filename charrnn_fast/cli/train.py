@@ -11,10 +11,22 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from charrnn_fast.cli.options import add_text, at_least, clip_norm, embedding_kind, find_device, positive
+from charrnn_fast.cli.options import (
+    LAYERS,
+    SEED,
+    WIDTH,
+    add_text,
+    at_least,
+    clip_norm,
+    embedding_kind,
+    find_device,
+    positive,
+    require_memory,
+)
 from charrnn_fast.errors import InputError, TrainingError
 from charrnn_fast.lm import checkpoint, corpora, data
 from charrnn_fast.lm.corpora import Corpus
+from charrnn_fast.lm.files import write_whole
 from charrnn_fast.lm.model import CharRNN, generate
 from charrnn_fast.lm.recipes import RECIPES, Prompt, Recipe, build_model, build_sampler, prepare_text
 from charrnn_fast.lm.training import MAX_GRAPH_BATCHES, EpochRecord, Trainer, perplexity
@@ -45,7 +57,11 @@ def add_parser(commands) -> None:
         help="epochs (santa: iterations) in all, default the recipe's",
     )
     p.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="seed of the parameters and of the batches (default: 0)"
+        "--seed",
+        type=at_least(*SEED),
+        default=0,
+        metavar="S",
+        help="seed of the parameters and of the batches (default: 0)",
     )
     p.add_argument("--device", default="cpu", metavar="D", help="cpu (default), cuda, cuda:1, ...")
     p.add_argument(
@@ -67,8 +83,8 @@ def add_parser(commands) -> None:
     p.add_argument(
         "--sampler", choices=("windows", "sequential", "random", "pieces"), help="how batches are drawn from the text"
     )
-    p.add_argument("--hidden-size", type=at_least(1), metavar="H", help="hidden units")
-    p.add_argument("--layers", type=at_least(1), metavar="L", help="stacked cells")
+    p.add_argument("--hidden-size", type=at_least(1, WIDTH), metavar="H", help="hidden units")
+    p.add_argument("--layers", type=at_least(1, LAYERS), metavar="L", help="stacked cells")
     p.add_argument("--nonlinearity", choices=("tanh", "relu"), help="the cell's activation")
     p.add_argument("--embedding", type=embedding_kind, metavar="E", help="onehot, or the width of a learned embedding")
     p.add_argument("--lr", type=positive, metavar="X", help="learning rate")
@@ -94,9 +110,10 @@ def _train(options: argparse.Namespace) -> int:
     vocab, tokens = prepare_text(recipe, corpus.text)
     sampler = build_sampler(recipe, tokens.to(device), options.seed)
     backend = _backend(options, recipe, device)
+    require_memory(_numbers(recipe, len(vocab)), "parameters, gradients and an optimiser's state", device)
     model = build_model(recipe, len(vocab), options.seed, kind=options.model, backend=options.backend, device=device)
     trainer = _trainer(recipe, model, CAPTURE[options.capture])
-    run = _Run(options, recipe, trainer, sampler, vocab, corpus.source)
+    run = _Run(options, recipe, trainer, sampler, vocab, corpus)
     if options.resume:
         run.resume()
     _print_header(options.model, backend, recipe, trainer, corpus, vocab, tokens, sampler)
@@ -136,12 +153,21 @@ def _vary(recipe: Recipe, options: argparse.Namespace) -> Recipe:
     return recipe
 
 
+def _numbers(recipe: Recipe, vocab_size: int) -> int:
+    """How many numbers a training step keeps at least: three for each parameter."""
+    H, V = recipe.hidden_size, vocab_size
+    width = V if recipe.embedding == "onehot" else int(recipe.embedding)
+    embedded = 0 if recipe.embedding == "onehot" else V * width
+    return 3 * (embedded + H * (width + H + 2) + (recipe.num_layers - 1) * 2 * H * (H + 1) + V * (H + 1))
+
+
 def _prepare_folder(folder: Path, resume: bool) -> None:
     """Make a run's folder; never write over another run's checkpoints."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise InputError(f"cannot make the folder {folder}: {error.strerror or error}") from None
+        if not resume:
+            folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise InputError(f"cannot make the folder {folder}: {getattr(error, 'strerror', None) or error}") from None
     existing = [name for name in (checkpoint.LAST, checkpoint.BEST) if (folder / name).exists()]
     if existing and not resume:
         raise InputError(
@@ -219,20 +245,33 @@ class _Run:
         trainer: Trainer,
         sampler: data.Sampler,
         vocab: data.Vocabulary,
-        source: str,
+        corpus: Corpus,
     ):
         self.out: Path | None = options.out
         self.kind, self.seed = options.model, options.seed
-        self.recipe, self.trainer, self.sampler, self.vocab, self.source = recipe, trainer, sampler, vocab, source
+        self.recipe, self.trainer, self.sampler, self.vocab = recipe, trainer, sampler, vocab
+        self.source, self.text_sha256 = corpus.source, corpus.sha256
         self.capture_reason = trainer.capture_reason  # as the header says
 
     def resume(self) -> None:
         assert self.out is not None
         written = checkpoint.load(self.out / checkpoint.LAST)
-        if (written.kind, written.seed, written.source) != (self.kind, self.seed, self.source):
+        if (written.kind, written.seed) != (self.kind, self.seed):
             raise InputError(
-                f"{written.path} was written by --model {written.kind} --seed {written.seed} on {written.source}; "
-                f"got --model {self.kind} --seed {self.seed} on {self.source}"
+                f"{written.path} was written by --model {written.kind} --seed {written.seed}; "
+                f"got --model {self.kind} --seed {self.seed}"
+            )
+        if (written.vocab.symbols, written.vocab.letters) != (self.vocab.symbols, self.vocab.letters):
+            raise InputError(f"{written.path} has another vocabulary: it was trained on {written.source}, not on this")
+        if written.text_sha256 is None:
+            print(
+                f"charrnn-fast: {written.path} keeps no hash of its text: only the vocabulary was compared",
+                file=sys.stderr,
+            )
+        elif written.text_sha256 != self.text_sha256:
+            raise InputError(
+                f"{written.path} was trained on another text, {written.source} with SHA-256 {written.text_sha256}; "
+                f"got {self.source} with {self.text_sha256}"
             )
         checkpoint.resume(written, self.trainer, self.sampler, self.recipe)
         if written.epoch >= self.recipe.epochs:
@@ -262,6 +301,7 @@ class _Run:
         bar.update()
         if record.epoch % self.recipe.report_every and record.epoch not in (1, self.recipe.epochs):
             return
+        self.write()  # before anything is printed, which may fail
         recent = self.trainer.history[-self.recipe.report_every :]
         speed = sum(r.tokens for r in recent) / sum(r.seconds for r in recent)
         width = len(str(self.recipe.epochs))
@@ -284,7 +324,6 @@ class _Run:
                 self.capture_reason = self.trainer.capture_reason
                 print(f"charrnn-fast: steps are not captured: {self.capture_reason}", file=sys.stderr)
             print(line, flush=True)
-        self.write()
 
     def write(self) -> None:
         if self.out is None:
@@ -294,7 +333,8 @@ class _Run:
         scores = [r.train_ppl if r.val_ppl is None else r.val_ppl for r in history]
         if min(scores[-self.recipe.report_every :]) <= min(scores):
             self._save(checkpoint.BEST)
-        (self.out / "history.json").write_text(json.dumps([asdict(r) for r in history], indent=1) + "\n")
+        lines = json.dumps([asdict(r) for r in history], indent=1) + "\n"
+        write_whole(self.out / "history.json", lambda file: file.write(lines.encode()), "the history")
         if len(history) == self.recipe.epochs:
             self._plot()
 
@@ -309,6 +349,7 @@ class _Run:
             kind=self.kind,
             seed=self.seed,
             source=self.source,
+            text_sha256=self.text_sha256,
         )
 
     def _plot(self) -> None:

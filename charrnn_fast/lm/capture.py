@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from charrnn_fast.errors import TrainingError
+from charrnn_fast.lm.as_built import why_called
 from charrnn_fast.lm.model import CharRNN
 from charrnn_fast.reference.language_model import RNNLM
 
@@ -40,7 +41,12 @@ def why_not(model: CharRNN | RNNLM, graph_batches: int = 1) -> str | None:
         return "the reference model is trained by its own loop"
     if graph_batches > 1:
         return f"the graph is kept across {graph_batches} batches, and a captured step is one batch"
-    return why_not_on(model.head.weight.device)
+    if (why := why_called(model)) is not None:
+        return f"a replay would not call its modules, and {why}"
+    for name, p in model.named_parameters():
+        if p._backward_hooks or p._post_accumulate_grad_hooks:
+            return f"a replay would not call the hook of {name}"
+    return why_not_on(model.device)
 
 
 def why_not_optimizer(optimizer: torch.optim.Optimizer) -> str | None:

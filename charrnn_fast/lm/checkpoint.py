@@ -2,7 +2,7 @@
 move.
 """
 
-import os
+import hashlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,14 +11,15 @@ from typing import Any
 import torch
 
 from charrnn_fast.errors import InputError
-from charrnn_fast.lm.data import Sampler, Vocabulary
+from charrnn_fast.lm.data import UNKNOWN, Sampler, Vocabulary
+from charrnn_fast.lm.files import write_whole
 from charrnn_fast.lm.model import CharRNN
 from charrnn_fast.lm.recipes import Recipe
 from charrnn_fast.lm.training import Trainer
 from charrnn_fast.reference.language_model import RNNLM
 
 FORMAT = "charrnn_fast checkpoint"
-VERSION = 1
+VERSION = 2  # 1 had neither a checksum nor the text's hash
 LAST, BEST = "last.ckpt", "best.ckpt"
 
 
@@ -36,6 +37,7 @@ class Checkpoint:
     source: str  # where the training text came from
     trainer: dict[str, Any]
     generator: torch.Tensor  # state of the sampler's generator
+    text_sha256: str | None = None  # of the training text; None in a file of version 1
 
     @property
     def epoch(self) -> int:
@@ -43,7 +45,10 @@ class Checkpoint:
 
     def build(self, device: torch.device | str = "cpu") -> CharRNN:
         """The model, ready to decode or to evaluate."""
-        model = CharRNN(**self.config, dtype=self.parameters["head.weight"].dtype)
+        try:
+            model = CharRNN(**self.config, dtype=self.parameters["head.weight"].dtype)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise InputError(f"{self.path} does not describe a model: {str(error).splitlines()[0]}") from None
         self.restore(model)
         return model.to(device).eval()
 
@@ -66,6 +71,7 @@ def save(
     kind: str,
     seed: int,
     source: str,
+    text_sha256: str | None = None,
 ) -> None:
     """Write a checkpoint. The file is complete or absent at every moment: it is written beside its place and moved
     there.
@@ -73,6 +79,10 @@ def save(
     model = trainer.model
     if isinstance(model, RNNLM):
         model = _as_char_rnn(model)
+    try:
+        model.require_as_built("a checkpoint is of")
+    except ValueError as error:
+        raise InputError(str(error)) from None
     content = {
         "format": FORMAT,
         "version": VERSION,
@@ -85,17 +95,35 @@ def save(
         "source": source,
         "trainer": trainer.state_dict(),
         "generator": sampler.generator.get_state(),
+        "text_sha256": text_sha256,
     }
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise InputError(f"cannot write the checkpoint {path}: {error.strerror or error}") from None
+    content["checksum"] = digest(content)
+    write_whole(path, lambda file: torch.save(content, file), "the checkpoint")
+
+
+def digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of everything in a checkpoint but its field "checksum"."""
+    sha256 = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            add(f"{value.dtype} {tuple(value.shape)}")
+            sha256.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        elif isinstance(value, Mapping):
+            add(f"{len(value)} entries")
+            for key, item in value.items():
+                add(key)
+                add(item)
+        elif isinstance(value, list | tuple):
+            add(f"{len(value)} items")
+            for item in value:
+                add(item)
+        else:
+            text = repr(value).encode("utf-8", "surrogatepass")
+            sha256.update(f"{type(value).__name__} {len(text)} ".encode() + text)
+
+    add({key: value for key, value in content.items() if key != "checksum"})
+    return sha256.hexdigest()
 
 
 def find(path: str | Path) -> Path:
@@ -125,13 +153,96 @@ def load(path: str | Path) -> Checkpoint:
         raise InputError(
             f"{path} is not a charrnn_fast checkpoint: expected a file that `charrnn-fast train --out` wrote"
         )
-    if content["version"] != VERSION:
-        raise InputError(
-            f"{path} has checkpoint version {content['version']}: this charrnn_fast reads version {VERSION}"
-        )
+    version = content.get("version")
+    if version not in (1, VERSION):
+        raise InputError(f"{path} has checkpoint version {version}: this charrnn_fast reads versions 1 and {VERSION}")
+    try:
+        whole = "checksum" not in content if version == 1 else content.get("checksum") == digest(content)
+    except Exception:  # tensors that are no plain memory, keys of strange types
+        whole = False
+    if not whole:
+        raise InputError(f"{path} is damaged: its content does not have the checksum that was written with it")
+    if (wrong := _why_malformed(content)) is not None:
+        raise InputError(f"{path} is a checkpoint of another model: {wrong}")
     vocab = Vocabulary(content["vocab"]["symbols"], content["vocab"]["letters"])
     names = ("kind", "seed", "config", "parameters", "recipe", "source", "trainer", "generator")
-    return Checkpoint(path, vocab=vocab, **{name: content[name] for name in names})
+    return Checkpoint(
+        path, vocab=vocab, text_sha256=content.get("text_sha256"), **{name: content[name] for name in names}
+    )
+
+
+_FIELDS: dict[str, type | tuple[type, ...]] = {
+    "kind": str,
+    "seed": int,
+    "config": Mapping,
+    "parameters": Mapping,
+    "vocab": Mapping,
+    "recipe": Mapping,
+    "source": str,
+    "trainer": Mapping,
+    "generator": torch.Tensor,
+}
+_CONFIG: dict[str, type | tuple[type, ...]] = {
+    "vocab_size": int,
+    "hidden_size": int,
+    "num_layers": int,
+    "nonlinearity": str,
+    "embedding": (str, int),
+    "second_bias": bool,
+}
+
+
+def _why_malformed(content: Mapping[str, Any]) -> str | None:
+    """None if every field is there, of its type, and the parameters are those of the model that is described."""
+    wrong = _why_not_fields(content, _FIELDS, "it") or _why_not_fields(content["config"], _CONFIG, "its config")
+    if wrong is not None:
+        return wrong
+    config, vocab, history = content["config"], content["vocab"], content["trainer"].get("history")
+    symbols = vocab.get("symbols")
+    if not isinstance(symbols, list) or not all(isinstance(c, str) for c in symbols) or "letters" not in vocab:
+        return "its vocab has no list of symbols, or does not say whether they are letters"
+    if len(symbols) != config["vocab_size"] or len(set(symbols)) != len(symbols):
+        return f"its vocab has {len(set(symbols))} symbols, and its model {config['vocab_size']}"
+    if vocab["letters"] and UNKNOWN not in symbols:
+        return f"its vocab of letters has no {UNKNOWN}"
+    if not isinstance(history, list) or "optimizer" not in content["trainer"]:
+        return "its trainer has no history or no optimizer"
+    if set(config) != set(_CONFIG):
+        return f"its config has {sorted(map(str, set(config) ^ set(_CONFIG)))} too many or too few"
+    return _why_not_its_parameters(config, content["parameters"])
+
+
+def _why_not_fields(values: Mapping[str, Any], fields: Mapping[str, type | tuple[type, ...]], owner: str) -> str | None:
+    for name, kind in fields.items():
+        if name not in values:
+            return f"{owner} has no {name}"
+        if not isinstance(values[name], kind):
+            return f"{owner} has a {type(values[name]).__name__} as {name}"
+    return None
+
+
+def _why_not_its_parameters(config: Mapping[str, Any], parameters: Mapping[str, Any]) -> str | None:
+    """The parameters' shapes against the sizes that are described, before anything of these sizes is allocated."""
+    V, H, L, width = (config[name] for name in ("vocab_size", "hidden_size", "num_layers", "embedding"))
+    if not 1 <= L <= len(parameters):
+        return f"{L} layers of {len(parameters)} parameters"
+    expected: dict[str, tuple[int, ...]] = {} if width == "onehot" else {"embed.weight": (V, width)}
+    for layer in range(L):
+        inputs = H if layer else V if width == "onehot" else width
+        expected |= {f"rnn.weight_ih_l{layer}": (H, inputs), f"rnn.weight_hh_l{layer}": (H, H)}
+        expected |= {f"rnn.bias_ih_l{layer}": (H,), f"rnn.bias_hh_l{layer}": (H,)}
+    expected |= {"head.weight": (V, H), "head.bias": (V,)}
+    if set(parameters) != set(expected):
+        return f"parameters {sorted(map(str, set(parameters) ^ set(expected)))[:4]} are missing or too many"
+    dtype = getattr(parameters["head.weight"], "dtype", None)
+    for name, shape in expected.items():
+        value = parameters[name]
+        plain = isinstance(value, torch.Tensor) and value.is_floating_point() and value.layout == torch.strided
+        if not plain or value.dtype != dtype:
+            return f"{name} is not a tensor of floating-point numbers, or of another dtype than head.weight"
+        if tuple(value.shape) != shape:
+            return f"size mismatch for {name}: {tuple(value.shape)} there, expected {shape}"
+    return None
 
 
 def resume(checkpoint: Checkpoint, trainer: Trainer, sampler: Sampler, recipe: Recipe) -> None:
@@ -150,8 +261,13 @@ def resume(checkpoint: Checkpoint, trainer: Trainer, sampler: Sampler, recipe: R
             "a run of --model reference cannot be resumed: its optimisers keep no checkpoint; start it anew"
         )
     checkpoint.restore(trainer.model)
-    trainer.load_state_dict(checkpoint.trainer)
-    sampler.generator.set_state(checkpoint.generator)
+    try:
+        trainer.load_state_dict(checkpoint.trainer)
+        sampler.generator.set_state(checkpoint.generator)
+    except Exception as error:  # whatever an optimiser says to a state that is none of its
+        raise InputError(
+            f"{checkpoint.path} cannot be resumed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        ) from None
 
 
 def _as_char_rnn(net: RNNLM) -> CharRNN:

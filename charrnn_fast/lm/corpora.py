@@ -50,6 +50,11 @@ class Corpus:
     source: str
     notice: str = ""
 
+    @property
+    def sha256(self) -> str:
+        """Of the text's characters, wherever and in whatever encoding they lie."""
+        return hashlib.sha256(self.text.encode("utf-8", "surrogatepass")).hexdigest()
+
 
 def decode(data: bytes, name: str, encoding: str = "utf-8", errors: str = "strict") -> Corpus:
     """Decode a file's bytes. A bad byte is an InputError that names its offset, unless errors="replace" or "ignore"."""
@@ -59,9 +64,11 @@ def decode(data: bytes, name: str, encoding: str = "utf-8", errors: str = "stric
         raise InputError(f"{name}: {error}; expected a Python codec and one of strict, replace, ignore") from None
     except UnicodeDecodeError as error:
         raise InputError(
-            f"{name}: byte 0x{data[error.start]:02x} at offset {error.start} is not {encoding}; "
+            f"{name}: byte 0x{error.object[error.start]:02x} at offset {error.start} is not {encoding}; "
             "name the file's encoding with --encoding, or pass --errors replace"
         ) from None
+    except Exception as error:  # Python's rarer codecs raise whatever they like
+        raise InputError(f"{name} cannot be read as {encoding!r}: {error or type(error).__name__}") from None
     text = text.removeprefix("\ufeff")
     replaced = text.count("\ufffd") if errors == "replace" else 0
     notice = f"{name}: {replaced} undecodable places were read as U+FFFD" if replaced else ""
@@ -72,8 +79,8 @@ def read_text(path: str | Path, encoding: str = "utf-8", errors: str = "strict")
     """A user's file. Raises InputError if it is missing, a folder, unreadable, or not in the encoding."""
     try:
         data = Path(path).read_bytes()
-    except OSError as error:
-        raise InputError(f"cannot read the text {path}: {error.strerror or error}") from None
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        raise InputError(f"cannot read the text {path}: {getattr(error, 'strerror', None) or error}") from None
     return decode(data, str(path), encoding, errors)
 
 

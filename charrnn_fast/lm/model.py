@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from charrnn_fast.errors import InputError
+from charrnn_fast.lm.as_built import PARTS, why_called, why_changed
 from charrnn_fast.lm.data import Vocabulary
 from charrnn_fast.ops import generate as decoder
 from charrnn_fast.ops import language_model_loss as one_call
@@ -33,7 +34,9 @@ class CharRNN(nn.Module):
             PyTorch's own loss and clip.
         backend: FusedRNN's backend; see charrnn_fast.ops.backends.
 
-    Attributes: rnn (FusedRNN or torch.nn.RNN), head (nn.Linear), embed (nn.Embedding or None).
+    Attributes: rnn (FusedRNN or torch.nn.RNN), head (nn.Linear), embed (nn.Embedding or None). They may be hooked,
+    pruned, parametrized, wrapped or replaced: the model is then what calling them gives, and a little slower. rnn takes
+    (B, T, I), or time first where it is an nn.RNNBase that says so, and a state, and returns outputs and a state.
     """
 
     def __init__(
@@ -77,19 +80,26 @@ class CharRNN(nn.Module):
         names = ("vocab_size", "hidden_size", "num_layers", "nonlinearity", "embedding", "second_bias")
         return {name: getattr(self, name) for name in names}
 
+    @property
+    def device(self) -> torch.device:
+        """Where the model's parameters are."""
+        return self._a_weight().device
+
     def zero_state(self, batch_size: int) -> Tensor:
         """The state (L, B, H) that a text starts from."""
-        return self.head.weight.new_zeros(self.num_layers, batch_size, self.hidden_size)
+        return self._a_weight().new_zeros(self.num_layers, batch_size, self.hidden_size)
 
     def hidden(self, tokens: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The last layer's states (B, T, H) and the final states (L, B, H), from token ids (B, T) and h_0 (L, B, H) or
         None.
         """
         if self.embed is not None:
-            return self.rnn(self.embed(tokens), state)
-        if isinstance(self.rnn, FusedRNN):
-            return self.rnn.forward_tokens(tokens, state)
-        return self.rnn(F.one_hot(tokens, self.vocab_size).to(self.head.weight.dtype), state)
+            return self._call_rnn(self.embed(tokens), state)
+        rnn = self.rnn
+        if isinstance(rnn, FusedRNN) and why_called(self, ("rnn",)) is None:
+            return rnn.forward_tokens(tokens, state)
+        ids = tokens.long() if tokens.dtype == torch.int32 else tokens
+        return self._call_rnn(F.one_hot(ids, self.vocab_size).to(self._a_weight().dtype), state)
 
     def forward(self, tokens: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits (B, T, V) and the final states (L, B, H), from token ids (B, T) int64 and h_0 (L, B, H), zero if
@@ -100,10 +110,15 @@ class CharRNN(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The mean loss in nats over targets (B, T) int64, and the final states (L, B, H)."""
+        if not self._is_own("forward"):
+            logits, state = self.forward(tokens, state)
+            return F.cross_entropy(logits.flatten(0, 1), targets.flatten()), state
         in_one_call = self._loss_in_one_call(tokens, targets, state)
         if in_one_call is not None:
             return in_one_call
         outputs, state = self.hidden(tokens, state)
+        if why_called(self, ("head",)) is not None:
+            return F.cross_entropy(self.head(outputs).flatten(0, 1), targets.flatten()), state
         # Loss rows in the outputs' own memory order, whichever of (B, T) and (T, B) it is: no copy of (B*T, H).
         if not outputs.is_contiguous():
             outputs, targets = outputs.transpose(0, 1), targets.T
@@ -122,6 +137,8 @@ class CharRNN(nn.Module):
     def _loss_in_one_call(self, tokens: Tensor, targets: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """`loss` by the kernel that computes it together with all gradients, or None where that does not apply."""
         if not isinstance(self.rnn, FusedRNN) or self.embed is not None or self.num_layers > 1:
+            return None
+        if not self._is_own("hidden") or why_called(self) is not None:
             return None
         if state is not None and state.shape[0] != 1:
             return None
@@ -155,7 +172,8 @@ class CharRNN(nn.Module):
         charrnn_fast.ops.generate.
         """
         sampling: dict[str, Any] = {"uniforms": uniforms, "temperature": temperature, "alpha": alpha, "top_k": top_k}
-        if not isinstance(self.rnn, FusedRNN):
+        as_built = self._is_own("forward") and self._is_own("hidden") and why_called(self) is None
+        if not isinstance(self.rnn, FusedRNN) or not as_built:
             return reference_generate.generate(self, prompt, num_tokens, state=state, **sampling)
         layers = []
         for layer in range(self.num_layers):
@@ -178,8 +196,10 @@ class CharRNN(nn.Module):
 
     def to_reference(self) -> RNNLM:
         """The same model from scratch, in tensor operations only: a copy of the parameters under their textbook
-        names.
+        names. Raises ValueError if hooks, parametrizations or other modules make it another model than it was built as.
         """
+        if (why := why_called(self)) is not None:
+            raise ValueError(f"the reference form is made of a model as it was built, but {why}")
 
         def copy(p: Tensor) -> Tensor:
             return p.detach().clone().contiguous()
@@ -198,7 +218,10 @@ class CharRNN(nn.Module):
 
     @torch.no_grad()
     def load_reference(self, net: RNNLM) -> "CharRNN":
-        """Take over the parameters of a reference model of the same sizes; returns self."""
+        """Take over the parameters of a reference model of the same sizes; returns self. Raises ValueError if its own
+        modules are not those that it was built with.
+        """
+        self.require_as_built("parameters are taken over by")
         for layer, cell in enumerate(net.cells):
             self._cell_parameter("weight_ih", layer).copy_(cell.W_xh.T)
             self._cell_parameter("weight_hh", layer).copy_(cell.W_hh.T)
@@ -210,6 +233,31 @@ class CharRNN(nn.Module):
         if self.embed is not None and net.W_embed is not None:
             self.embed.weight.copy_(net.W_embed)
         return self
+
+    def require_as_built(self, what: str) -> None:
+        """ValueError if the modules are not those that `config` describes: "<what> a model as it was built"."""
+        for name in PARTS:
+            if (why := why_changed(self, name)) is not None:
+                raise ValueError(f"{what} a model as it was built, but {name} {why}")
+
+    def _is_own(self, method: str) -> bool:
+        """Whether a method is the one of this class, not a subclass's or an instance's."""
+        return getattr(type(self), method) is getattr(CharRNN, method) and method not in self.__dict__
+
+    def _a_weight(self) -> Tensor:
+        """A floating-point tensor of the model, whose dtype and device are those of its inputs and states."""
+        for module in (self.rnn, self):
+            for p in (*module.parameters(), *module.buffers()):
+                if p.is_floating_point():
+                    return p
+        raise ValueError("the model has no floating-point parameter")
+
+    def _call_rnn(self, input: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor]:
+        """rnn on rows (B, T, I), called as a module."""
+        if isinstance(self.rnn, nn.RNNBase) and not self.rnn.batch_first:
+            outputs, state = self.rnn(input.transpose(0, 1), state)
+            return outputs.transpose(0, 1), state
+        return self.rnn(input, state)
 
     def _cell_parameter(self, kind: str, layer: int) -> nn.Parameter:
         return getattr(self.rnn, f"{kind}_l{layer}")
@@ -247,7 +295,7 @@ def generate(
         raise InputError(f"top_k must be at least 1, got {top_k}")
     if temperature is None and (top_k is not None or alpha != 1.0 or seed is not None):
         raise InputError("top_k, alpha and seed apply to sampling: pass a temperature with them")
-    device = (model.head.weight if isinstance(model, CharRNN) else model.W_hq).device
+    device = model.device if isinstance(model, CharRNN) else model.W_hq.device
     ids = vocab.encode(prompt).to(device).unsqueeze(0)  # (1, P)
     uniforms = None
     if temperature is not None:
@@ -257,7 +305,8 @@ def generate(
         else:
             generator.manual_seed(seed)
         uniforms = torch.rand(1, num_chars, generator=generator, dtype=torch.float64).to(device)
-    sampling: dict[str, Any] = {"temperature": temperature or 1.0, "alpha": alpha, "top_k": top_k}
+    sampling: dict[str, Any] = {"temperature": temperature or 1.0, "alpha": alpha}
+    sampling["top_k"] = None if top_k is None else min(top_k, len(vocab))
     if isinstance(model, CharRNN):
         new, _ = model.generate_ids(ids, num_chars, uniforms=uniforms, **sampling)
     else:

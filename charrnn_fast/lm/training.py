@@ -77,7 +77,7 @@ class TrainingStep:
         self._losses.append(loss)
         if len(self._losses) == self.graph_batches:
             self.update()
-            state = state.detach()
+            state = _cut_off(state)
         return loss.detach(), state
 
     def update(self) -> None:
@@ -91,6 +91,7 @@ class TrainingStep:
             self._descend()
         finally:  # also when a recording fails, whose gradients are memory that was never written
             self.optimizer.zero_grad(set_to_none=True)
+            self.model.zero_grad(set_to_none=True)  # of what the optimizer does not hold
 
     def _descend(self) -> None:
         """Clip the gradients and take the optimizer's step along them; plain SGD's on a GPU in the same launch."""
@@ -101,6 +102,11 @@ class TrainingStep:
         if self.clip is not None:
             self.model.clip_grad_norm_(self.parameters, self.clip)
         self.optimizer.step()
+
+
+def _cut_off(state: Any) -> Any:
+    """The state without its graph: a tensor, or a tuple of them as an LSTM has it."""
+    return state.detach() if isinstance(state, Tensor) else tuple(_cut_off(part) for part in state)
 
 
 def _plain_sgd_lr(optimizer: torch.optim.Optimizer) -> float | Tensor | None:
@@ -139,6 +145,18 @@ def train_batches(
     plain.update()
 
 
+class _Updater:
+    """An optimizer of torch with the manners of the reference's: it leaves no gradients behind."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.params = [p for group in optimizer.param_groups for p in group["params"]]
+        self._optimizer = optimizer
+
+    def step(self) -> None:
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+
+
 def validate(
     model: CharRNN | RNNLM, batches: Iterable[Batch], *, carry_state: bool = False
 ) -> tuple[float, float] | None:
@@ -156,9 +174,11 @@ class Trainer:
 
     Args:
         model: a CharRNN, or charrnn_fast.reference.language_model.RNNLM.
-        optimizer: "sgd", "adam", or a torch.optim.Optimizer over the model's parameters (for a CharRNN).
+        optimizer: "sgd", "adam", or a torch.optim.Optimizer over parameters of the model, all or some of them: the
+            others stay as they are. The reference model takes its own optimisers too. One over anything else is a
+            ValueError.
         lr: learning rate, for an optimizer given by name.
-        clip: largest global gradient norm; None trains without clipping.
+        clip: largest norm of the gradients of all that the optimizer holds; None trains without clipping.
         epochs: how many epochs `fit` brings the model to.
         graph_batches: with a sampler that carries the state, the number of batches k (1..16) that the graph is kept
             across; one update is made for every k batches.
@@ -189,6 +209,7 @@ class Trainer:
         self.model, self.clip, self.epochs, self.graph_batches = model, clip, epochs, graph_batches
         self.capture = capture
         self.optimizer = self._make_optimizer(optimizer, lr) if isinstance(optimizer, str) else optimizer
+        self._check_optimizer()
         self.history: list[EpochRecord] = []
         self._recorded: RecordedSteps | None = None
         self._recorded_for: tuple = ()  # whether the state is carried, the optimizer and the clip
@@ -222,11 +243,34 @@ class Trainer:
         if not lr > 0:
             raise ValueError(f"lr must be above 0, got {lr}")
         parameters = [p for p in self.model.parameters() if p.requires_grad]
+        if not parameters:
+            raise ValueError("the model has no parameter that requires a gradient: nothing would be trained")
         options: dict[str, Any] = {}
         if name == "adam" and not is_reference and parameters[0].device.type == "cuda":
             # One launch instead of some fifteen, with the step count on the device; captured or not, the same numbers.
             options = {"fused": True, "capturable": self._why_not_model() is None}
         return kinds[name](parameters, lr, **options)
+
+    def _check_optimizer(self) -> None:
+        """Raise unless the optimizer is one for this model: of a kind that its loop knows, over its parameters."""
+        optimizer = self.optimizer
+        is_reference = isinstance(self.model, RNNLM)
+        if isinstance(optimizer, torch.optim.Optimizer):
+            held = [p for group in optimizer.param_groups for p in group["params"]]
+            if isinstance(optimizer, torch.optim.LBFGS):
+                raise ValueError("LBFGS evaluates the loss several times a step, which this trainer does not")
+        elif is_reference and isinstance(optimizer, reference.SGD | reference.Adam):
+            held = list(optimizer.params)
+        else:
+            kinds = "a torch.optim.Optimizer" + (" or a reference optimizer" if is_reference else "")
+            raise TypeError(f"optimizer must be 'sgd', 'adam' or {kinds} for this model, got {type(optimizer)}")
+        own = {id(p) for p in self.model.parameters()}
+        foreign = sum(id(p) not in own for p in held)
+        if foreign or not held:
+            raise ValueError(
+                f"the optimizer holds {len(held)} parameters, of which {foreign} are not the model's: make it of "
+                "model.parameters(), after the last change to the model's modules"
+            )
 
     def fit(self, data: Sampler, *, on_epoch: Callable[[EpochRecord], None] | None = None) -> list[EpochRecord]:
         """Train until `epochs` epochs are in the history, and call on_epoch after each.
@@ -235,6 +279,7 @@ class Trainer:
         validation perplexity is not finite (that epoch is not recorded), and with capture=True when a step cannot be
         captured.
         """
+        self._check_optimizer()
         self._require_capture()
         data.to(next(iter(self.model.parameters())).device)
         for epoch in range(len(self.history) + 1, self.epochs + 1):
@@ -274,7 +319,10 @@ class Trainer:
             "graph_batches": self.graph_batches if carry_state else 1,
         }
         if isinstance(self.model, RNNLM):
-            return reference.train_batches(self.model, batches, self.optimizer, self.clip, **options)
+            updater: Any = self.optimizer
+            if isinstance(updater, torch.optim.Optimizer):
+                updater = _Updater(updater)
+            return reference.train_batches(self.model, batches, updater, self.clip, **options)
         options["recorded"] = self._recorded_steps(carry_state)
         return train_batches(self.model, batches, self.optimizer, self.clip, **options)
 
@@ -288,7 +336,7 @@ class Trainer:
             self._recorded_for = (carry_state, optimizer, self.clip)
             self._recorded = RecordedSteps(
                 TrainingStep(model, optimizer, self.clip),
-                CudaGraphRecorder(model.head.weight.device),
+                CudaGraphRecorder(model.device),
                 lambda: dependencies(model, optimizer),
                 model.zero_state if carry_state else None,
                 required=self.capture is True,
@@ -300,7 +348,7 @@ class Trainer:
         """Optimiser and history, as plain values and tensors: with the model and the sampler's generator, all that a
         resumed run needs.
         """
-        if isinstance(self.model, RNNLM):
+        if not isinstance(self.optimizer, torch.optim.Optimizer):
             return {"optimizer": None, "history": [asdict(record) for record in self.history]}
         return {"optimizer": self.optimizer.state_dict(), "history": [asdict(record) for record in self.history]}
 

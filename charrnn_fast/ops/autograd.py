@@ -1,4 +1,4 @@
-"""What the operations' backward passes have in common: gradients by recomputation, and gradients kept until asked for."""
+"""What the operations' backward passes share: gradients by recomputation, and gradients kept until asked for."""
 
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar

@@ -26,10 +26,10 @@ def addressable(*tensors: Tensor | None) -> bool:
 
 
 def plain(*tensors: Tensor | None) -> bool:
-    """Is every tensor that is there nothing but strided memory: exactly a Tensor or a Parameter, its bytes as they are?
+    """Is every tensor that is there nothing but strided memory: exactly a Tensor or a Parameter, bytes as they are?
 
-    It is not if it is a subclass (fake and distributed tensors are), sparse, nested, quantized, a wrapper of torch.func,
-    a negative or conjugate view, or without memory (its storage freed, as FSDP does between uses, or known to be zeros).
+    It is not if it is a subclass (fake and distributed tensors are), sparse, nested, quantized, a torch.func wrapper,
+    a negative or conjugate view, or without memory (storage freed, as FSDP does between uses, or known zeros).
     Elements may overlap. To a compiler, whose tensors are stand-ins for such memory, all are plain.
     """
     if torch.compiler.is_compiling():

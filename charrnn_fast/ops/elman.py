@@ -148,7 +148,7 @@ def _recomputed(
     reverse: Sequence[bool],
     needs_grad: Sequence[bool],
 ) -> list[Tensor | None]:
-    """As :func:`layer_backward`, by tensor operations: for second derivatives, and gradients that are no plain memory."""
+    """As :func:`layer_backward`, by tensor operations: for second derivatives and unusual gradients."""
 
     def run(input: Tensor, h0: Tensor | None, *weights: Tensor) -> tuple[Tensor, Tensor]:
         return layer_by_tensor_operations(input, h0, weights, batch_sizes, nonlinearity, reverse)

@@ -223,6 +223,7 @@ def test_checkpoint_of_another_model(run, book, capsys):
     """A file whose parameters are not those that its own description says."""
     content = torch.load(run / "last.ckpt")
     content["config"]["hidden_size"] = 9
+    content["checksum"] = checkpoint.digest(content)
     torch.save(content, run / "other.ckpt")
     _fails(
         capsys, ["generate", run / "other.ckpt", "--prompt", "it"], "is a checkpoint of another model", "size mismatch"
@@ -234,6 +235,7 @@ def test_checkpoint_of_another_model(run, book, capsys):
 def test_loss_that_is_not_finite_keeps_what_was_written(run, book, capsys):
     content = torch.load(run / "last.ckpt")
     content["parameters"]["head.weight"][0, 0] = torch.inf
+    content["checksum"] = checkpoint.digest(content)
     torch.save(content, run / "last.ckpt")
     before = (run / "last.ckpt").read_bytes()
     arguments = ["train", "--text", book, "--out", run, "--resume", "--epochs", "9", "--hidden-size", "8"]
@@ -335,3 +337,47 @@ def test_module_and_script_run_the_same(book):
         check=False,
     )
     assert wrong.returncode == 2 and "Traceback" not in wrong.stderr and len(wrong.stderr.splitlines()) == 1
+
+
+def test_resume_compares_the_text_not_its_path(run, book, tmp_path, capsys):
+    """Another text of as many symbols is refused before anything is written; the same one elsewhere goes on."""
+    train = ["train", "--out", str(run), "--hidden-size", "8", "--epochs", "3", "--resume", "--text"]
+    before = {p.name: p.read_bytes() for p in run.iterdir()}
+    (tmp_path / "other.txt").write_text(TEXT[::-1])
+    _fails(capsys, [*train, tmp_path / "other.txt"], "was trained on another text", "SHA-256")
+    (tmp_path / "letters.txt").write_text("raw text: " * 400)
+    assert main(["train", "--recipe", "santa", "--text", str(book), "--out", str(tmp_path / "raw"), *SMALL]) == 0
+    raw = ["train", "--recipe", "santa", "--out", tmp_path / "raw", "--hidden-size", "8", "--epochs", "3", "--resume"]
+    capsys.readouterr()
+    _fails(capsys, [*raw, "--text", tmp_path / "letters.txt"], "has another vocabulary")
+    assert {p.name: p.read_bytes() for p in run.iterdir()} == before
+    (tmp_path / "same.txt").write_bytes(book.read_bytes())
+    assert main([*train, str(tmp_path / "same.txt")]) == 0
+    _fails(capsys, ["train", "--text", book, "--out", tmp_path / "nowhere", "--resume"], "there is no checkpoint")
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_resume_of_a_checkpoint_without_a_hash_says_so(run, book, capsys):
+    content = torch.load(run / "last.ckpt")
+    del content["checksum"], content["text_sha256"]
+    torch.save({**content, "version": 1}, run / "last.ckpt")
+    train = ["train", "--text", str(book), "--out", str(run), "--hidden-size", "8", "--epochs", "3", "--resume"]
+    assert main(train) == 0
+    assert "keeps no hash of its text: only the vocabulary was compared" in capsys.readouterr().err
+
+
+def test_a_terminal_that_lacks_the_letters_does_not_lose_the_run(tmp_path):
+    (tmp_path / "zh.txt").write_text("\u9053\u53ef\u9053\u975e\u5e38\u9053\u3002" * 40, encoding="utf-8")
+    command = [sys.executable, "-m", "charrnn_fast", "train", "--recipe", "santa", "--text", str(tmp_path / "zh.txt")]
+    command += ["--out", str(tmp_path / "run"), "--hidden-size", "8", "--epochs", "2"]
+    environment = {**os.environ, "PYTHONIOENCODING": "cp1252"}
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert done.returncode == 0 and b"Traceback" not in done.stderr, done.stderr
+    assert b"\\u" in done.stdout and checkpoint.load(tmp_path / "run").epoch == 2
+
+
+def test_debug_shows_the_traceback(book):
+    from charrnn_fast.errors import InputError
+
+    with pytest.raises(InputError):
+        main(["train", "--text", str(book) + "x", "--debug"])

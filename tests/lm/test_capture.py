@@ -385,7 +385,8 @@ def test_optimizers_that_can_be_captured(kind, options, reason, monkeypatch):
     optimizer = getattr(torch.optim, kind)(model.parameters(), 0.1, **options)
     assert capture.why_not_optimizer(optimizer) == reason
     monkeypatch.setattr(capture, "why_not_on", lambda device: None)
-    assert Trainer(model, optimizer=optimizer).capture_reason == reason
+    if kind != "LBFGS":  # which Trainer refuses
+        assert Trainer(model, optimizer=optimizer).capture_reason == reason
 
 
 @pytest.mark.parametrize("name", ["scratch", "santa"])
