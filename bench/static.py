@@ -114,7 +114,6 @@ def elman_case(step: str, kind: str, width: int, tile, full: bool, target: str) 
         "PACKED": full,
         "PRECISION": kind if value == "*fp32" else "ieee",
         "WIDE": False,
-        "INTERPRETED": False,
     }
     tokens = full or width <= 32
     if step == "forward":
@@ -180,7 +179,6 @@ def linear_cross_entropy_case(step: str, kind: str, tile, target: str) -> Case:
         "BLOCK_H": tile.block_h,
         "HAS_BIAS": True,
         "PRECISION": kind if value == "*fp32" else "ieee",
-        "INTERPRETED": False,
     }
     if step == "loss":
         module, kernel = "linear_cross_entropy_kernels", "loss_kernel"
@@ -250,10 +248,9 @@ def clip_case(kernel: str, name: str, target: str, numels: tuple[int, ...], bloc
         "CLIP": True,
         "STEP": step,
         "DOUBLE": 0 in kinds,
-        "INTERPRETED": False,
     }
     title = f"clip {kernel.removesuffix('_kernel')} {name}"
-    options = kernels.launch_options(warps)
+    options = load("targets").launch_options(warps, target, all_registers=False)
     return Case(title, target, "clip_grad_norm_kernels", kernel, types, constants, False, options, False, 48 * 1024)
 
 
@@ -289,7 +286,7 @@ def generate_case(target: str, kind: str, H: int, V: int, L: int, sampled: bool)
     types |= {"uniforms_ptr": "*fp64", "logits_ptr": number} if sampled else {}
     constants = tile.constants() | {"TANH": True, "STACKED": L > 1, "SAMPLE": sampled, "TOP_K": sampled}
     name = f"generate {kind} H{H} V{V} L{L} warps{tile.warps} {'sampled' if sampled else 'greedy'}"
-    options = tile.launch_options(amd=target == "gfx942")
+    options = tile.launch_options(target)
     return Case(name, target, "generate_kernels", "generate_kernel", types, constants, False, options, False, 48 * 1024)
 
 

@@ -9,6 +9,10 @@ The uniform numbers u come in as a tensor, so one seed gives one text whatever c
 import torch
 from torch import Tensor
 
+# Beyond it the choice is the largest logit's in every float type; infinity, which a small temperature gives, is no
+# number to multiply with.
+MAX_SHARPNESS = 1e30
+
 
 def next_token(
     logits: Tensor,  # (B, V)
@@ -24,7 +28,8 @@ def next_token(
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]  # (B, 1)
         logits = logits.masked_fill(logits < kth, -torch.inf)
-    q = torch.softmax(logits.double() * (alpha / temperature), -1)  # (B, V): p^alpha, normalised
+    sharpness = min(alpha / temperature, MAX_SHARPNESS)
+    q = torch.softmax(logits.double() * sharpness, -1)  # (B, V): p^alpha, normalised
     cumulated = q.cumsum(-1)
     # Scaling u by the total, a rounding away from 1, keeps the choice inside the last id of nonzero probability.
     return (cumulated <= uniform.double().unsqueeze(-1) * cumulated[..., -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)

@@ -56,9 +56,9 @@ class Vocabulary:
         prepared = self.prepare(text)
         if self.letters:
             unknown = self._ids[UNKNOWN]
-            return torch.tensor([self._ids.get(c, unknown) for c in prepared], dtype=torch.int64)
+            return torch.tensor([self._ids.get(c, unknown) for c in prepared], dtype=torch.int64, device="cpu")
         try:
-            return torch.tensor([self._ids[c] for c in prepared], dtype=torch.int64)
+            return torch.tensor([self._ids[c] for c in prepared], dtype=torch.int64, device="cpu")
         except KeyError:
             strange = sorted(set(prepared) - self._ids.keys())
             shown = " ".join(repr(c) for c in strange[:8])
@@ -153,7 +153,7 @@ class Windows(Sampler):
         yield from self._windows(order, self.batch_size, self.num_steps)
 
     def validation(self) -> Iterator[Batch]:
-        order = torch.arange(self.num_train, self.num_train + self.num_val)
+        order = torch.arange(self.num_train, self.num_train + self.num_val, dtype=torch.int64, device="cpu")
         yield from self._windows(order, self.batch_size, self.num_steps)
 
 

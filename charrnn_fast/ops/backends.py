@@ -32,10 +32,10 @@ def triton_cannot_run_on(device: torch.device) -> str | None:
     if device.type == "cuda" and torch.version.hip is None and torch.cuda.get_device_capability(device) < (8, 0):
         return "it needs a GPU of compute capability 8.0 or newer"
     try:
-        from charrnn_fast.kernels.triton import elman as kernels
+        from charrnn_fast.kernels.triton import elman, launch  # noqa: F401
     except ImportError as error:
         return f"its kernels cannot be imported: {error}"
-    if device.type == "cpu" and not kernels.INTERPRETED:  # the variable was set after the import
+    if device.type == "cpu" and not launch.INTERPRETED:  # the variable was set after the import
         return needs_gpu
     return None
 

@@ -7,6 +7,7 @@ Source: R. Pascanu, T. Mikolov, Y. Bengio, "On the difficulty of training recurr
 """
 
 from collections.abc import Iterable, Sequence
+from types import GeneratorType
 
 import torch
 from torch import Tensor
@@ -37,7 +38,9 @@ def clip_grad_norm_(
 
     Raises: RuntimeError if error_if_nonfinite is set and the norm is not finite; the gradients are then as they were.
     """
-    parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    given, parameters = parameters, [parameters] if isinstance(parameters, Tensor) else list(parameters)
+    if not parameters and isinstance(given, GeneratorType):
+        parameters = given  # of which torch warns: it may have been used up before
     grads = [p.grad for p in parameters if p.grad is not None]
     if grads and float(norm_type) == 2.0 and not error_if_nonfinite and foreach is None:
         backend = _backend(grads)
@@ -71,7 +74,7 @@ def clip_and_sgd_step_(parameters: Tensor | Iterable[Tensor], max_norm: float | 
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
     pairs = [(p, p.grad) for p in parameters if p.grad is not None]
     if not pairs:
-        return torch.tensor(0.0)
+        return torch.tensor(0.0, dtype=torch.float32, device="cpu")
     params, grads = [p for p, _ in pairs], [g for _, g in pairs]
     if isinstance(lr, Tensor) and lr.device.type == "cpu" and grads[0].device.type != "cpu":
         lr = float(lr)
@@ -103,8 +106,18 @@ def _backend(grads: Sequence[Tensor], params: Sequence[Tensor] | None = None) ->
     if gpu and backends.triton_cannot_run_on(device) is None:
         from charrnn_fast.kernels.triton import clip_grad_norm as kernels
 
-        if kernels.clip_limits(grads, params) is None:
+        if kernels.clip_limits(grads, params) is None and not _overlap(grads):
             return "triton"
-    if wanted in ("auto", "native") and params is None and native.clip_limits(grads) is None:
+    if wanted in ("auto", "native") and params is None and native.clip_limits(grads) is None and not _overlap(grads):
         return "native"
     return "torch"
+
+
+def _overlap(grads: Sequence[Tensor]) -> bool:
+    """Do two of the gradients share memory, as those of a parameter that is listed twice do? Torch scales it twice."""
+    end = 0
+    for start, size in sorted((g.data_ptr(), g.nbytes) for g in grads):
+        if start < end:
+            return True
+        end = start + size
+    return False

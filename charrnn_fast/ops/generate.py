@@ -18,6 +18,7 @@ from charrnn_fast.reference import generate as reference
 from . import backends
 from .elman import elman
 from .elman_layer import check_tokens
+from .elman_torch import TOKEN_TYPES
 
 Layer = tuple[Tensor, Tensor, Tensor]
 
@@ -55,8 +56,11 @@ def generate(
     one before the last returned (None if nothing was read and none was given).
 
     Raises: IndexError for an id outside 0..V-1 (on a GPU an assertion on the device, as from torch's embedding);
-    RuntimeError if the backend asked for cannot run.
+    RuntimeError if the backend asked for cannot run; ValueError for shapes, types, devices and options that do not fit.
     """
+    _check(prompt, num_tokens, layers, head_weight, head_bias, state, uniforms, temperature, alpha, top_k)
+    alpha, temperature = min(alpha / temperature, reference.MAX_SHARPNESS), 1.0
+    top_k = None if top_k is None else min(top_k, head_weight.shape[0])
     chosen = _backend(backend, prompt.shape[0], layers, head_weight, num_tokens)
     if chosen != "torch":
         table = layers[0][0].t() + layers[0][2]  # (V, H)
@@ -89,6 +93,51 @@ def generate(
     return reference.generate(
         step, prompt, num_tokens, uniforms=uniforms, temperature=temperature, alpha=alpha, top_k=top_k, state=state
     )
+
+
+def _check(
+    prompt: Tensor,
+    num_tokens: int,
+    layers: Sequence[Layer],
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    state: Tensor | None,
+    uniforms: Tensor | None,
+    temperature: float,
+    alpha: float,
+    top_k: int | None,
+) -> None:
+    """ValueError for what does not fit together, whichever backend would run."""
+    if prompt.dim() != 2 or prompt.dtype not in TOKEN_TYPES:
+        raise ValueError(f"prompt: expected (B, P) token ids of int64, got {tuple(prompt.shape)} of {prompt.dtype}")
+    if num_tokens < 0:
+        raise ValueError(f"num_tokens: expected at least 0, got {num_tokens}")
+    if num_tokens and prompt.shape[1] < 1:
+        raise ValueError("prompt: expected at least one id, got none")
+    if not (temperature > 0 and alpha >= 0 and (top_k is None or top_k >= 1)):
+        raise ValueError(
+            "expected temperature > 0, alpha >= 0 and top_k >= 1, got "
+            f"temperature {temperature}, alpha {alpha}, top_k {top_k}"
+        )
+    (vocab, hidden), batch = head_weight.shape, prompt.shape[0]
+    expected: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
+        ("head_bias", head_bias, (vocab,)),
+        ("state", state, (len(layers), batch, hidden)),
+        ("uniforms", uniforms, (batch, num_tokens)),
+    ]
+    for index, (weight_ih, weight_hh, bias) in enumerate(layers):
+        expected += [
+            (f"weight_ih of layer {index}", weight_ih, (hidden, hidden if index else vocab)),
+            (f"weight_hh of layer {index}", weight_hh, (hidden, hidden)),
+            (f"bias of layer {index}", bias, (hidden,)),
+        ]
+    for name, tensor, shape in expected:
+        if tensor is None:
+            continue
+        if tensor.shape != shape or not tensor.is_floating_point():
+            raise ValueError(f"{name}: expected floats {shape}, got {tuple(tensor.shape)} of {tensor.dtype}")
+        if tensor.device != prompt.device:
+            raise ValueError(f"{name}: expected a tensor on {prompt.device}, where the prompt is, got {tensor.device}")
 
 
 # A program reads its weights once for each id: beyond this many bytes, at the 100 GB/s or so that one multiprocessor

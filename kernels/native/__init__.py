@@ -5,6 +5,7 @@ float32. The instruction set (AVX-512, AVX2 with FMA, baseline) is chosen when t
 Threads follow torch.get_num_threads() at every call; the results do not depend on it.
 """
 
+import functools
 import os
 from array import array
 from collections.abc import Sequence
@@ -83,6 +84,8 @@ def _computed(tensor: Tensor | None) -> Tensor | None:
     """The tensor in the type that the kernels compute in, its last stride 1."""
     if tensor is None:
         return None
+    if tensor.is_neg():  # a view whose memory holds the numbers of the other sign
+        tensor = tensor.resolve_neg()
     if tensor.dtype not in _COMPUTE:
         tensor = tensor.float()
     return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
@@ -140,7 +143,7 @@ class _Walk:
         return self.T == 0 or self.B == 0
 
     def states(self, batch: int) -> Tensor:
-        return torch.empty((self.D, batch, self.H), dtype=self.dtype)
+        return torch.empty((self.D, batch, self.H), dtype=self.dtype, device="cpu")
 
     def record(self, out: Tensor, num_tokens: int, threads: int, columns: int) -> tuple[int, ...]:
         """The fields of elman_shape in kernels.h."""
@@ -201,9 +204,9 @@ def elman_forward(
     elif tokens is None:
         result = torch.empty_like(source)
     else:
-        result = torch.empty(walk.shape, dtype=walk.dtype)
+        result = torch.empty(walk.shape, dtype=walk.dtype, device="cpu")
     if walk.empty:
-        h_n = h0.clone() if h0 is not None else torch.zeros((walk.D, walk.B, walk.H), dtype=x.dtype)
+        h_n = h0.clone() if h0 is not None else torch.zeros((walk.D, walk.B, walk.H), dtype=x.dtype, device="cpu")
         return (result if out is None else out).to(x.dtype), h_n
     h_n = walk.states(walk.B)
     threads, columns = _plan(walk.B, walk.H, walk.D, walk.T)
@@ -239,8 +242,9 @@ def elman_backward(
     grad_out, grad_h_n = _computed(grad_out), _computed(grad_h_n)
     batch = walk.B if h0 is None else h0.shape[1]
     grad_h0 = walk.states(batch)
-    table = None if tokens is None else torch.empty((num_tokens, walk.D * walk.H), dtype=walk.dtype)
-    weights = tuple(torch.empty((walk.H, walk.H), dtype=walk.dtype) for _ in weight_hh) if need_weight_grad else None
+    new: Any = functools.partial(torch.empty, dtype=walk.dtype, device="cpu")
+    table = None if tokens is None else new((num_tokens, walk.D * walk.H))
+    weights = tuple(new((walk.H, walk.H)) for _ in weight_hh) if need_weight_grad else None
     threads, columns = _plan(walk.B, walk.H, walk.D, walk.T)
     fused = int(_fused(walk.B, walk.H, num_tokens or 0))
     grad_x = None if fused and tokens is not None else torch.empty_like(states)
@@ -285,7 +289,8 @@ def linear_cross_entropy(
 
     The loss is a scalar ("mean" over the rows that are not ignored, or "sum") or (N) ("none"). The gradients are those
     for an upstream gradient of 1, to be scaled by the real one; for "none", pass the upstream gradient as grad_loss.
-    They are None without need_grad; grad_bias also without bias. No (N, V) tensor is kept. A target outside 0..V-1 is
+    They are None without need_grad; grad_bias also without bias. For 16-bit tensors they are float32: rounded before
+    they are scaled, small ones would be lost. No (N, V) tensor is kept. A target outside 0..V-1 is
     an IndexError.
     """
     if reduction not in ("mean", "sum", "none"):
@@ -313,7 +318,7 @@ def linear_cross_entropy(
         bad = target[(target != ignore_index) & ((target < 0) | (target >= V))][0]
         raise IndexError(f"Target {int(bad)} is out of bounds.") from None
     value = rows if reduction == "none" else hidden.new_tensor(loss[0])
-    return (value.to(dtype), *(None if g is None else g.to(dtype) for g in grads))
+    return (value.to(dtype), *grads)
 
 
 _MAX_FUSED_CLASSES = 1024
@@ -330,11 +335,12 @@ def _chunked_cross_entropy(hidden, weight, bias, target, ignore_index, reduction
         raise IndexError(f"Target {int(target[outside][0])} is out of bounds.")
     factor = valid.to(compute) if grad_loss is None else valid * grad_loss.to(compute)
     if reduction == "mean":
-        factor = factor / valid.sum()
-    rows = torch.zeros(N, dtype=compute)
-    grad_hidden = torch.empty_like(hidden) if need_grad else None
-    grad_weight = torch.zeros(weight.shape, dtype=compute) if need_grad else None
-    grad_bias = torch.zeros(V, dtype=compute) if need_grad and bias is not None else None
+        factor = factor / valid.sum().clamp(min=1)
+    rows = hidden.new_zeros(N, dtype=compute)
+    grad_hidden = hidden.new_empty(hidden.shape, dtype=compute) if need_grad else None
+    grad_weight = weight.new_zeros(weight.shape, dtype=compute) if need_grad else None
+    grad_bias = hidden.new_zeros(V, dtype=compute) if need_grad and bias is not None else None
+    wide = weight.to(compute) if need_grad else weight
     step = max(1, _CHUNK_LOGITS // V)
     for chunk in (slice(n, n + step) for n in range(0, N, step)):
         logits = torch.nn.functional.linear(hidden[chunk], weight, bias).to(compute)
@@ -346,13 +352,12 @@ def _chunked_cross_entropy(hidden, weight, bias, target, ignore_index, reduction
         probabilities = logits.exp_()
         probabilities.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=compute))
         probabilities *= factor[chunk].unsqueeze(1)
-        grad_hidden[chunk] = probabilities.to(weight.dtype) @ weight
+        torch.mm(probabilities, wide, out=grad_hidden[chunk])
         grad_weight.addmm_(probabilities.t(), hidden[chunk].to(compute))
         if grad_bias is not None:
             grad_bias += probabilities.sum(0)
     loss = rows if reduction == "none" else rows.sum() / (valid.sum() if reduction == "mean" else 1)
-    dtype = hidden.dtype
-    return (loss.to(dtype), grad_hidden, *(None if g is None else g.to(dtype) for g in (grad_weight, grad_bias)))
+    return loss.to(hidden.dtype), grad_hidden, grad_weight, grad_bias
 
 
 def language_model_limits(batch: int, hidden_size: int, vocab: int, dtype: torch.dtype) -> str | None:
@@ -469,7 +474,7 @@ def generate(
     result = table.new_zeros(L, B, H)
     if state is not None:
         result.copy_(state)
-    ids = torch.empty((B, num_chars), dtype=torch.int64)
+    ids = torch.empty((B, num_chars), dtype=torch.int64, device="cpu")
     if B == 0 or num_chars == 0:
         return ids, result.to(head_weight.dtype)
     addresses = [_address(t) for t in kept]
@@ -508,7 +513,7 @@ def clip_grad_norm_(grads: Sequence[Tensor], max_norm: float) -> Tensor:
     The tensors must satisfy clip_limits.
     """
     if not grads:
-        return torch.tensor(0.0)
+        return torch.tensor(0.0, dtype=torch.float32, device="cpu")
     addresses = array("q", [g.data_ptr() for g in grads])
     sizes = array("q", [g.numel() for g in grads])
     norms = array("d", [max_norm, 0.0])
@@ -518,4 +523,4 @@ def clip_grad_norm_(grads: Sequence[Tensor], max_norm: float) -> Tensor:
         *(_isa(), _COMPUTE[dtype], len(grads), torch.get_num_threads()),
         *(addresses.buffer_info()[0], sizes.buffer_info()[0], at, at + norms.itemsize),
     )
-    return torch.tensor(norms[1], dtype=dtype)
+    return torch.tensor(norms[1], dtype=dtype, device="cpu")

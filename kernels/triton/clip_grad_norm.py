@@ -23,13 +23,13 @@ from .clip_grad_norm_kernels import (
     MAX_PROGRAMS,
     WARPS,
     clip_small_kernel,
-    launch_options,
     norm_kernel,
     scale_kernel,
     small_tile,
 )
+from .launch import target_of
+from .targets import launch_options
 
-INTERPRETED = not isinstance(norm_kernel, triton.JITFunction)
 _KIND = dict(zip((torch.float64, torch.float32, torch.float16, torch.bfloat16), range(len(KINDS)), strict=True))
 
 # Elements that one program takes: two walks over 128 KB that the first brings into its cache. Beyond, a second launch
@@ -87,10 +87,10 @@ def _table(grads: Sequence[Tensor], params: Sequence[Tensor] | None, firsts: Seq
         [g.element_size() for g in grads],
         firsts,
     )
-    rows = torch.tensor(columns, dtype=torch.int64)  # (6, N)
+    rows = torch.tensor(columns, dtype=torch.int64, device="cpu")  # (6, N)
     chunks = -(-rows[2] // BLOCK)
     rows = rows.repeat_interleave(chunks, 1)  # (6, chunks)
-    start = (torch.arange(rows.shape[1]) - rows[5]) * BLOCK
+    start = (torch.arange(rows.shape[1], dtype=torch.int64, device="cpu") - rows[5]) * BLOCK
     param = rows[1] if params is None else rows[1] + start * rows[4]
     count = (rows[2] - start).clamp(max=BLOCK)
     return torch.stack((rows[0] + start * rows[4], param, count, rows[3]), 1)
@@ -117,7 +117,8 @@ def _launch(
     numels = tuple(g.numel() for g in grads)
     scalars = (_bits(math.inf if max_norm is None else float(max_norm)), _bits(0.0 if isinstance(lr, Tensor) else lr))
     lr_ptr = lr if isinstance(lr, Tensor) else None
-    constants = {"CLIP": max_norm is not None, "STEP": params is not None, "INTERPRETED": INTERPRETED}
+    constants = {"CLIP": max_norm is not None, "STEP": params is not None}
+    target, _ = target_of(device)
     double = any(g.dtype == torch.float64 for g in grads)
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
         if sum(numels) <= SMALL and len(grads) <= MAX_ARGUMENTS:
@@ -132,7 +133,7 @@ def _launch(
                 BLOCK=block,
                 DOUBLE=double,
                 **constants,
-                **launch_options(warps),
+                **launch_options(warps, target, all_registers=False),
             )
             return norm
         *firsts, chunks = itertools.accumulate((triton.cdiv(n, BLOCK) for n in numels), initial=0)
@@ -140,6 +141,7 @@ def _launch(
         partial = torch.empty(programs, dtype=torch.float64, device=device)
         plain = len(grads) <= MAX_ARGUMENTS
         table = None if plain else _to_device(_table(grads, params, firsts), device)
+        options = launch_options(WARPS, target, all_registers=False)
         written = grads if params is None else (*grads, *params)
         layout = {
             "NUMELS": numels if plain else (),
@@ -150,7 +152,13 @@ def _launch(
             "ALIGNED": all(t.data_ptr() % 16 == 0 for t in written),
         }
         norm_kernel[(programs,)](
-            grads if plain else (), table, partial, chunks, **layout, DOUBLE=double, **launch_options(WARPS)
+            grads if plain else (),
+            table,
+            partial,
+            chunks,
+            **layout,
+            DOUBLE=double,
+            **options,
         )
         scale_kernel[(programs,)](
             grads if plain else (),
@@ -164,7 +172,7 @@ def _launch(
             **layout,
             BLOCK_P=triton.next_power_of_2(programs),
             **constants,
-            **launch_options(WARPS),
+            **options,
         )
     return norm
 

@@ -34,27 +34,23 @@ def small_tile(elements: int) -> tuple[int, int]:
     return (1024, 8) if elements <= 8192 else (4096, 16)
 
 
-def launch_options(warps: int) -> dict[str, object]:
-    return {"num_warps": warps, "num_stages": 1, "enable_fp_fusion": True}
-
-
 @triton.jit
 def _double(bits):
     return tl.cast(bits, tl.int64).to(tl.float64, bitcast=True)
 
 
 @triton.jit
-def _store(ptr, x, mask, INTERPRETED: tl.constexpr):
-    tl.store(ptr, cast(x, ptr.dtype.element_ty, INTERPRETED), mask=mask)
+def _store(ptr, x, mask):
+    tl.store(ptr, cast(x, ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _scale_of(sum_squares, norm_ptr, max_norm_bits, writes, CLIP: tl.constexpr, INTERPRETED: tl.constexpr):
+def _scale_of(sum_squares, norm_ptr, max_norm_bits, writes, CLIP: tl.constexpr):
     """The scale in fp64 from the sum of squares; the norm is stored if `writes`. NaN stays NaN, as in torch.clamp."""
     norm = tl.sqrt(sum_squares)
     dtype: tl.constexpr = norm_ptr.dtype.element_ty
     if dtype != tl.float64:
-        norm = cast(norm.to(tl.float32), dtype, INTERPRETED)
+        norm = cast(norm.to(tl.float32), dtype)
     tl.store(norm_ptr, norm, mask=writes)
     scale = _double(max_norm_bits) / (norm.to(tl.float64) + 1e-6)
     return tl.where(scale > 1.0, 1.0, scale) if CLIP else tl.full((), 1.0, tl.float64)
@@ -80,27 +76,25 @@ def _square(ptr, offs, count, acc_type: tl.constexpr, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _update_masked(grad_ptr, param_ptr, mask, scale, lr, STEP: tl.constexpr, INTERPRETED: tl.constexpr):
+def _update_masked(grad_ptr, param_ptr, mask, scale, lr, STEP: tl.constexpr):
     grad = tl.load(grad_ptr, mask=mask)
     acc_type: tl.constexpr = tl.float64 if grad.dtype == tl.float64 else tl.float32
     clipped = grad.to(acc_type) * scale.to(acc_type)
     if STEP:
         param = tl.load(param_ptr, mask=mask).to(acc_type)
-        _store(param_ptr, param - lr.to(acc_type) * clipped, mask, INTERPRETED)
+        _store(param_ptr, param - lr.to(acc_type) * clipped, mask)
     else:
-        _store(grad_ptr, clipped, mask, INTERPRETED)
+        _store(grad_ptr, clipped, mask)
 
 
 @triton.jit
-def _update(
-    grad_ptr, param_ptr, offs, count, scale, lr, STEP: tl.constexpr, BLOCK: tl.constexpr, INTERPRETED: tl.constexpr
-):
+def _update(grad_ptr, param_ptr, offs, count, scale, lr, STEP: tl.constexpr, BLOCK: tl.constexpr):
     """g <- scale g, or with STEP p <- p - lr (scale g), for one chunk."""
     param_at = param_ptr + offs if STEP else None
     if count >= BLOCK:
-        _update_masked(grad_ptr + offs, param_at, None, scale, lr, STEP, INTERPRETED)
+        _update_masked(grad_ptr + offs, param_at, None, scale, lr, STEP)
     else:
-        _update_masked(grad_ptr + offs, param_at, offs < count, scale, lr, STEP, INTERPRETED)
+        _update_masked(grad_ptr + offs, param_at, offs < count, scale, lr, STEP)
 
 
 @triton.jit
@@ -121,12 +115,11 @@ def _update_tensor(
     NUMEL: tl.constexpr,
     STEP: tl.constexpr,
     BLOCK: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     """_update for all chunks of one tensor."""
     for start in tl.static_range(0, NUMEL, BLOCK):
         param_at = param_ptr + start if STEP else None
-        _update(grad_ptr + start, param_at, offs, NUMEL - start, scale, lr, STEP, BLOCK, INTERPRETED)
+        _update(grad_ptr + start, param_at, offs, NUMEL - start, scale, lr, STEP, BLOCK)
 
 
 @triton.jit(do_not_specialize=["max_norm_bits", "lr_bits"])
@@ -145,7 +138,6 @@ def clip_small_kernel(
     CLIP: tl.constexpr,  # False: the norm alone is wanted, and the scale is 1
     STEP: tl.constexpr,
     DOUBLE: tl.constexpr,  # sum in fp64
-    INTERPRETED: tl.constexpr,
 ):
     acc_type: tl.constexpr = tl.float64 if DOUBLE else tl.float32
     offs = tl.arange(0, BLOCK)
@@ -153,12 +145,12 @@ def clip_small_kernel(
     for i in tl.static_range(len(NUMELS)):
         squares = _add_squares(squares, grad_ptrs[i], offs, NUMELS[i], BLOCK)
     sum_squares = tl.sum(squares.to(tl.float64))
-    scale = _scale_of(sum_squares, norm_ptr, max_norm_bits, True, CLIP, INTERPRETED)
+    scale = _scale_of(sum_squares, norm_ptr, max_norm_bits, True, CLIP)
     lr = _learning_rate(lr_ptr, lr_bits) if STEP else 0.0
     if (scale != 1.0) | STEP:
         for i in tl.static_range(len(NUMELS)):
             param_ptr = param_ptrs[i] if STEP else None
-            _update_tensor(grad_ptrs[i], param_ptr, offs, scale, lr, NUMELS[i], STEP, BLOCK, INTERPRETED)
+            _update_tensor(grad_ptrs[i], param_ptr, offs, scale, lr, NUMELS[i], STEP, BLOCK)
 
 
 @triton.jit
@@ -254,12 +246,11 @@ def scale_kernel(
     ALIGNED: tl.constexpr,
     CLIP: tl.constexpr,
     STEP: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     pid, programs = tl.program_id(0), tl.num_programs(0)
     offs_p, offs = tl.arange(0, BLOCK_P), tl.arange(0, BLOCK)
     sum_squares = tl.sum(tl.load(partial_ptr + offs_p, mask=offs_p < programs, other=0.0))
-    scale = _scale_of(sum_squares, norm_ptr, max_norm_bits, pid == 0, CLIP, INTERPRETED)
+    scale = _scale_of(sum_squares, norm_ptr, max_norm_bits, pid == 0, CLIP)
     lr = _learning_rate(lr_ptr, lr_bits) if STEP else 0.0
     if (scale != 1.0) | STEP:
         for c in range(pid, chunks, programs):
@@ -270,4 +261,4 @@ def scale_kernel(
                 if kind == PRESENT[i]:
                     grad_ptr = _pointer(grad_at, PRESENT[i], ALIGNED)
                     param_ptr = _pointer(param_at, PRESENT[i], ALIGNED) if STEP else None
-                    _update(grad_ptr, param_ptr, offs, count, scale, lr, STEP, BLOCK, INTERPRETED)
+                    _update(grad_ptr, param_ptr, offs, count, scale, lr, STEP, BLOCK)

@@ -23,7 +23,7 @@ from .elman_tiles import (
     find_tile,
     next_power_of_2,
 )
-from .launch import INTERPRETED, KINDS, on_device, precision_of, target_of
+from .launch import KINDS, on_device, precision_of, target_of
 
 
 def _find_tile(tiles: dict, hidden_size: int, dtype: torch.dtype, precision: str, device: torch.device) -> Tile | None:
@@ -172,7 +172,6 @@ def elman_forward(
             PACKED=packed,
             PRECISION=precision_of(x.dtype, precision, x.device),
             WIDE=wide,
-            INTERPRETED=INTERPRETED,
             **options,
         )
     return out, h_n
@@ -278,7 +277,6 @@ def elman_backward(
             GRAD_TABLE=sum_table,
             PRECISION=precision_of(dtype, precision, device),
             WIDE=wide,
-            INTERPRETED=INTERPRETED,
             **options,
         )
     grad_weight = None

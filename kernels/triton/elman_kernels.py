@@ -11,7 +11,7 @@ dot.
 Row b of step t lies at p_t * stride_t + b * stride_b. p_t is t itself and B rows are active, or, with PACKED, p_t is
 steps_ptr[t], the packed rows before step t, and steps_ptr[T + t] are active. A row that is not active keeps its state.
 Where a program's rows and steps begin is computed in int64; inside a tile int32 is enough and costs half the registers,
-unless the launcher finds rows so far apart that it sets WIDE. INTERPRETED asks for what only the interpreter needs.
+unless the launcher finds rows so far apart that it sets WIDE.
 """
 
 import triton
@@ -127,7 +127,6 @@ def elman_forward_kernel(
     PACKED: tl.constexpr,
     PRECISION: tl.constexpr,  # of the dot: "ieee", "tf32x3" or "tf32"
     WIDE: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     pid_d = tl.program_id(1)
     first_row = tl.program_id(0) * BLOCK_B
@@ -167,23 +166,18 @@ def elman_forward_kernel(
         position_after, active_after = _step(steps_ptr, t, T, B, first_row, PACKED)
         ids = _load_ids(tokens_ptr, position_after, offs_tokens, rows < active_after, stride_tokens_t, TOKENS)
 
-        operand = cast(h, operand_type, INTERPRETED)
-        if W_LEFT:
-            pre = dot(w, operand, x.to(acc_type), PRECISION, INTERPRETED)
-        else:
-            pre = dot(operand, w, x.to(acc_type), PRECISION, INTERPRETED)
+        operand = cast(h, operand_type)
+        pre = dot(w, operand, x.to(acc_type), PRECISION) if W_LEFT else dot(operand, w, x.to(acc_type), PRECISION)
         new = activation(pre, TANH)
         h = tl.where(rows < active, new, h) if PACKED else new
         mask = (rows < active) & (cols < H)
-        tl.store(
-            out_ptr + position * stride_out_t + offs_out, cast(h, out_ptr.dtype.element_ty, INTERPRETED), mask=mask
-        )
+        tl.store(out_ptr + position * stride_out_t + offs_out, cast(h, out_ptr.dtype.element_ty), mask=mask)
         x = x_next
         position, active = position_next, active_next
         position_next, active_next = position_after, active_after
 
     h_n_ptr += (pid_d.to(tl.int64) * B + first_row) * H
-    tl.store(h_n_ptr + rows * H + cols, cast(h, h_n_ptr.dtype.element_ty, INTERPRETED), mask=state_mask)
+    tl.store(h_n_ptr + rows * H + cols, cast(h, h_n_ptr.dtype.element_ty), mask=state_mask)
 
 
 @triton.jit(do_not_specialize=["T", "B", "V", "reverse"])
@@ -237,7 +231,6 @@ def elman_backward_kernel(
     GRAD_TABLE: tl.constexpr,
     PRECISION: tl.constexpr,  # of the dots: "ieee", "tf32x3" or "tf32"
     WIDE: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     pid_d = tl.program_id(1)
     first_row = tl.program_id(0) * BLOCK_B
@@ -313,32 +306,30 @@ def elman_backward_kernel(
         if GRAD_X:
             tl.store(
                 grad_x_ptr + position * stride_grad_x_t + offs_grad_x,
-                cast(d, grad_x_ptr.dtype.element_ty, INTERPRETED),
+                cast(d, grad_x_ptr.dtype.element_ty),
                 mask=mask,
             )
         if SAVE_H_PREV:
             tl.store(h_prev_ptr + position * stride_grad_x_t + offs_grad_x, h_prev, mask=mask)
-        operand = cast(d, operand_type, INTERPRETED)
-        new = (
-            dot(w, operand, zeros, PRECISION, INTERPRETED) if W_LEFT else dot(operand, w, zeros, PRECISION, INTERPRETED)
-        )
+        operand = cast(d, operand_type)
+        new = dot(w, operand, zeros, PRECISION) if W_LEFT else dot(operand, w, zeros, PRECISION)
         carry = tl.where(rows < active, new, carry) if PACKED else new
         if GRAD_WEIGHT:
             if W_LEFT:
-                grad_w = dot(operand, tl.trans(h_prev), grad_w, PRECISION, INTERPRETED)
+                grad_w = dot(operand, tl.trans(h_prev), grad_w, PRECISION)
             else:
-                grad_w = dot(tl.trans(operand), h_prev, grad_w, PRECISION, INTERPRETED)
+                grad_w = dot(tl.trans(operand), h_prev, grad_w, PRECISION)
         if GRAD_TABLE:
             one_hot = (ids == offs_v).to(tl.float32).to(operand_type)
             if W_LEFT:
-                grad_table = dot(operand, one_hot, grad_table, PRECISION, INTERPRETED)
+                grad_table = dot(operand, one_hot, grad_table, PRECISION)
             else:
-                grad_table = dot(one_hot, operand, grad_table, PRECISION, INTERPRETED)
+                grad_table = dot(one_hot, operand, grad_table, PRECISION)
         h, grad, ids = h_prev, grad_prev, ids_prev
         position, active = position_prev, active_prev
 
     grad_h0_ptr += (pid_d.to(tl.int64) * B + first_row) * H
-    tl.store(grad_h0_ptr + rows * H + cols, cast(carry, grad_h0_ptr.dtype.element_ty, INTERPRETED), mask=state_mask)
+    tl.store(grad_h0_ptr + rows * H + cols, cast(carry, grad_h0_ptr.dtype.element_ty), mask=state_mask)
     offs_n = tl.arange(0, BLOCK_H)[:, None]
     offs_k = tl.arange(0, BLOCK_H)[None, :]
     program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + pid_d

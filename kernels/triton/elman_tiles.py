@@ -7,10 +7,7 @@ says what else was tried.
 
 from dataclasses import dataclass
 
-NVIDIA = ("sm_80", "sm_90", "sm_100")
-AMPERE_HOPPER = ("sm_80", "sm_90")
-BLACKWELL = ("sm_100",)
-AMD = ("gfx942",)
+from .targets import AMD, AMPERE_HOPPER, BLACKWELL, NVIDIA, launch_options
 
 
 @dataclass(frozen=True)
@@ -28,9 +25,7 @@ class Tile:
         return self.side == "left"
 
     def launch_options(self, target: str) -> dict[str, object]:
-        """Compiler options. All registers are allowed: left alone, ptxas spills 8 bytes to reach a rounder number."""
-        options = {"num_warps": self.warps, "num_stages": 1, "enable_fp_fusion": True}
-        return options if target in AMD else options | {"maxnreg": 255}
+        return launch_options(self.warps, target)
 
 
 # (kind, width of the state tile): tiles of the forward and the backward kernel, one for each target. Kind is the dot's:

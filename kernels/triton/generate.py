@@ -12,13 +12,12 @@ import struct
 from collections.abc import Sequence
 
 import torch
-import triton
 from torch import Tensor
 
 from .generate_kernels import generate_kernel
 from .generate_tiles import MAX_VOCAB, GenerateTile, generate_tile
+from .launch import target_of
 
-INTERPRETED = not isinstance(generate_kernel, triton.JITFunction)
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
 
@@ -113,7 +112,7 @@ def generate(
             STACKED=L > 1,
             SAMPLE=uniforms is not None,
             TOP_K=k is not None,
-            **tile.launch_options(amd=torch.version.hip is not None),
+            **tile.launch_options(target_of(device)[0]),
         )
     last = states[:, (P + num_tokens - 1) % 2, :, :H]
     return ids, last.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format)

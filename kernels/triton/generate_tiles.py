@@ -7,6 +7,7 @@ per warp and step: bench/results/static.json has them (bench/static.py measures,
 from dataclasses import dataclass
 
 from .elman_tiles import next_power_of_2
+from .targets import launch_options
 
 MAX_VOCAB = 1024  # the logits are one tile
 MAX_RESIDENT = {4: 128, 8: 64}  # widest square matrix kept in registers, by the size of a number in bytes: 64 KB, 32 KB
@@ -38,10 +39,8 @@ class GenerateTile:
             "RESIDENT": self.resident,
         }
 
-    def launch_options(self, amd: bool) -> dict[str, object]:
-        """Compiler options. All registers are allowed, as in elman_tiles.py; AMD's compiler knows no such option."""
-        options = {"num_warps": self.warps, "num_stages": 1, "enable_fp_fusion": True}
-        return options if amd else options | {"maxnreg": 255}
+    def launch_options(self, target: str) -> dict[str, object]:
+        return launch_options(self.warps, target)
 
 
 def _whole(size: int, block: int) -> int:

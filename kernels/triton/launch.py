@@ -4,12 +4,11 @@ import contextlib
 import functools
 
 import torch
-import triton
 
-from .elman_tiles import AMD
-from .numerics import cast
+from . import numerics
+from .targets import AMD
 
-INTERPRETED = not isinstance(cast, triton.JITFunction)
+INTERPRETED: bool = numerics.INTERPRETED.value
 # Rows of the tile tables by dtype; float32 has one for each precision of its products.
 KINDS = {torch.float64: "fp64", torch.float16: "16bit", torch.bfloat16: "16bit"}
 

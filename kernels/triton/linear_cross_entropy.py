@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from .launch import INTERPRETED, KINDS, on_device, precision_of, target_of
+from .launch import KINDS, on_device, precision_of, target_of
 from .linear_cross_entropy_grad_kernels import (
     grad_by_classes_kernel,
     grad_by_rows_kernel,
@@ -24,7 +24,8 @@ from .linear_cross_entropy_grad_kernels import (
     sum_partials_kernel,
 )
 from .linear_cross_entropy_kernels import loss_kernel, loss_of_splits_kernel, total_kernel
-from .linear_cross_entropy_tiles import AMD, Tile, find_tile
+from .linear_cross_entropy_tiles import Tile, find_tile
+from .targets import AMD, launch_options
 
 # GEMMs are efficient from some hundred rows on, and 2^22 logits in float32 stay in the level 2 cache.
 MIN_ROWS = 512
@@ -136,7 +137,7 @@ def linear_cross_entropy_forward(
                 problem.target.stride(0),
                 BLOCK_N=tile.block_n,
                 LOSS_ROWS=rows,
-                INTERPRETED=INTERPRETED,
+                **launch_options(4, problem.target_name, all_registers=False),
             )
         total_kernel[(1,)](
             totals,
@@ -146,7 +147,7 @@ def linear_cross_entropy_forward(
             BLOCK=1024,
             LOSS=not rows,
             MEAN=problem.mean,
-            INTERPRETED=INTERPRETED,
+            **launch_options(4, problem.target_name, all_registers=False),
             **ASSERTIONS if problem.target_name not in AMD else {},
         )
     return loss, lse, count
@@ -244,7 +245,6 @@ class _Problem:
             "BLOCK_H": tile.block_h,
             "HAS_BIAS": self.bias is not None,
             "PRECISION": self.precision,
-            "INTERPRETED": INTERPRETED,
             **tile.launch_options(self.target_name),
         }
 
@@ -318,7 +318,7 @@ def _grad_by_classes(
             BLOCK_P=SUM_PROGRAMS,
             BLOCK=SUM_COLUMNS,
             HAS_BIAS=p.bias is not None,
-            INTERPRETED=INTERPRETED,
+            **launch_options(4, p.target_name, all_registers=False),
         )
     return grad_hidden, grad_weight, grad_bias
 

@@ -76,7 +76,6 @@ def grad_by_classes_kernel(
     GRAD_HIDDEN: tl.constexpr,  # only where BLOCK_V is at least V
     PARTIAL: tl.constexpr,
     PRECISION: tl.constexpr,  # of the dots: "ieee", "tf32x3" or "tf32"
-    INTERPRETED: tl.constexpr,
 ):
     """A program owns BLOCK_V classes and walks every num_programs(1)-th tile of rows."""
     operand_type = weight_ptr.dtype.element_ty
@@ -93,7 +92,7 @@ def grad_by_classes_kernel(
         first_row = tl.cast(tile, tl.int64) * BLOCK_N
         rows_left = N - first_row
         h = load_tile(hidden_ptr + first_row * stride_hidden_n, rows_left, stride_hidden_n, 0, H, BLOCK_N, BLOCK_H)
-        products = dot(h, tl.trans(w), tl.zeros((BLOCK_N, BLOCK_V), acc_type), PRECISION, INTERPRETED)
+        products = dot(h, tl.trans(w), tl.zeros((BLOCK_N, BLOCK_V), acc_type), PRECISION)
         g = _grad_logits(
             add_bias(products, bias_ptr, classes_left, BLOCK_V, HAS_BIAS),
             lse_ptr + first_row,
@@ -110,17 +109,17 @@ def grad_by_classes_kernel(
             BLOCK_V,
             MEAN,
         )
-        operand = cast(g, operand_type, INTERPRETED)
-        grad_weight = dot(tl.trans(operand), h, grad_weight, PRECISION, INTERPRETED)
+        operand = cast(g, operand_type)
+        grad_weight = dot(tl.trans(operand), h, grad_weight, PRECISION)
         if HAS_BIAS:
             grad_bias += tl.sum(g, 0)
         if GRAD_HIDDEN:
-            grad_h = dot(operand, w, tl.zeros((BLOCK_N, BLOCK_H), acc_type), PRECISION, INTERPRETED)
+            grad_h = dot(operand, w, tl.zeros((BLOCK_N, BLOCK_H), acc_type), PRECISION)
             offs_n = tl.arange(0, BLOCK_N)[:, None]
             offs_h = tl.arange(0, BLOCK_H)[None, :]
             tl.store(
                 grad_hidden_ptr + first_row * H + offs_n * H + offs_h,
-                cast(grad_h, operand_type, INTERPRETED),
+                cast(grad_h, operand_type),
                 mask=(offs_n < rows_left) & (offs_h < H),
             )
     offs_v = tl.arange(0, BLOCK_V)
@@ -131,13 +130,11 @@ def grad_by_classes_kernel(
     out_type = grad_weight_ptr.dtype.element_ty
     tl.store(
         grad_weight_ptr + first_class * H + offs_v[:, None] * H + offs_h,
-        cast(grad_weight, out_type, INTERPRETED),
+        cast(grad_weight, out_type),
         mask=(offs_v[:, None] < classes_left) & (offs_h < H),
     )
     if HAS_BIAS:
-        tl.store(
-            grad_bias_ptr + first_class + offs_v, cast(grad_bias, out_type, INTERPRETED), mask=offs_v < classes_left
-        )
+        tl.store(grad_bias_ptr + first_class + offs_v, cast(grad_bias, out_type), mask=offs_v < classes_left)
 
 
 @triton.jit(do_not_specialize=["programs"])
@@ -154,7 +151,6 @@ def sum_partials_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     columns = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     offs_p = tl.arange(0, BLOCK_P)
@@ -163,7 +159,7 @@ def sum_partials_kernel(
         rows = (start + offs_p)[:, None]
         mask = (rows < programs) & (columns < V * H + V)[None, :]
         total += tl.sum(tl.load(partial_ptr + rows * (V * H + V) + columns[None, :], mask=mask, other=0.0), 0)
-    result = cast(total, grad_weight_ptr.dtype.element_ty, INTERPRETED)
+    result = cast(total, grad_weight_ptr.dtype.element_ty)
     tl.store(grad_weight_ptr + columns, result, mask=columns < V * H)
     if HAS_BIAS:
         tl.store(grad_bias_ptr + columns - V * H, result, mask=(columns >= V * H) & (columns < V * H + V))
@@ -199,7 +195,6 @@ def grad_by_rows_kernel(
     MEAN: tl.constexpr,
     SPLIT: tl.constexpr,
     PRECISION: tl.constexpr,  # of the dots: "ieee", "tf32x3" or "tf32"
-    INTERPRETED: tl.constexpr,
 ):
     """A program owns BLOCK_N rows and walks the classes, all of them or, with SPLIT, a part."""
     operand_type = weight_ptr.dtype.element_ty
@@ -218,7 +213,7 @@ def grad_by_rows_kernel(
         w = load_tile(
             weight_ptr + first_class * stride_weight_v, V - first_class, stride_weight_v, 0, H, BLOCK_V, BLOCK_H
         )
-        products = dot(h, tl.trans(w), tl.zeros((BLOCK_N, BLOCK_V), acc_type), PRECISION, INTERPRETED)
+        products = dot(h, tl.trans(w), tl.zeros((BLOCK_N, BLOCK_V), acc_type), PRECISION)
         g = _grad_logits(
             add_bias(products, bias_ptr + first_class if HAS_BIAS else bias_ptr, V - first_class, BLOCK_V, HAS_BIAS),
             lse_ptr,
@@ -235,14 +230,14 @@ def grad_by_rows_kernel(
             BLOCK_V,
             MEAN,
         )
-        grad_h = dot(cast(g, operand_type, INTERPRETED), w, grad_h, PRECISION, INTERPRETED)
+        grad_h = dot(cast(g, operand_type), w, grad_h, PRECISION)
     if SPLIT:
         grad_hidden_ptr += tl.program_id(1).to(tl.int64) * N * H
     offs_n = tl.arange(0, BLOCK_N)[:, None]
     offs_h = tl.arange(0, BLOCK_H)[None, :]
     tl.store(
         grad_hidden_ptr + first_row * H + offs_n * H + offs_h,
-        cast(grad_h, grad_hidden_ptr.dtype.element_ty, INTERPRETED),
+        cast(grad_h, grad_hidden_ptr.dtype.element_ty),
         mask=(offs_n < rows_left) & (offs_h < H),
     )
 
@@ -275,7 +270,6 @@ def grad_logits_kernel(
     HAS_BIAS: tl.constexpr,
     MEAN: tl.constexpr,
     PRECISION: tl.constexpr,  # of the dot: "ieee", "tf32x3" or "tf32"
-    INTERPRETED: tl.constexpr,
 ):
     """g of a few rows, for a GEMM: a program has one tile of it. Programs beside each other share their classes."""
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_N
@@ -296,7 +290,6 @@ def grad_logits_kernel(
         BLOCK_H,
         HAS_BIAS,
         PRECISION,
-        INTERPRETED,
     )
     g = _grad_logits(
         logits,
@@ -318,6 +311,6 @@ def grad_logits_kernel(
     offs_v = tl.arange(0, BLOCK_V)[None, :]
     tl.store(
         grad_logits_ptr + first_row * V + first_class + offs_n * V + offs_v,
-        cast(g, grad_logits_ptr.dtype.element_ty, INTERPRETED),
+        cast(g, grad_logits_ptr.dtype.element_ty),
         mask=(offs_n < rows_left) & (offs_v < classes_left),
     )

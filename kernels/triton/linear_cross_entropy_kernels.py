@@ -54,7 +54,6 @@ def logits_of(
     BLOCK_H: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     """Logits (BLOCK_N, BLOCK_V) of the rows and classes that the pointers stand at, BLOCK_H of H at a time."""
     acc_type = tl.float64 if hidden_ptr.dtype.element_ty == tl.float64 else tl.float32
@@ -62,7 +61,7 @@ def logits_of(
     for first_col in range(0, H, BLOCK_H):
         h = load_tile(hidden_ptr, rows_left, stride_hidden_n, first_col, H, BLOCK_N, BLOCK_H)
         w = load_tile(weight_ptr, classes_left, stride_weight_v, first_col, H, BLOCK_V, BLOCK_H)
-        products = dot(h, tl.trans(w), products, PRECISION, INTERPRETED)
+        products = dot(h, tl.trans(w), products, PRECISION)
     return add_bias(products, bias_ptr, classes_left, BLOCK_V, HAS_BIAS)
 
 
@@ -96,14 +95,13 @@ def _store_losses(
     V,
     BLOCK_N: tl.constexpr,
     LOSS_ROWS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     offs_n = tl.arange(0, BLOCK_N)
     outside = counted & ((target < 0) | (target >= V))
     loss = tl.where(counted, tl.where(outside, float("nan"), lse - chosen), 0.0)
     tl.store(lse_ptr + offs_n, lse, mask=offs_n < rows_left)
     if LOSS_ROWS:
-        tl.store(loss_ptr + offs_n, cast(loss, loss_ptr.dtype.element_ty, INTERPRETED), mask=offs_n < rows_left)
+        tl.store(loss_ptr + offs_n, cast(loss, loss_ptr.dtype.element_ty), mask=offs_n < rows_left)
     programs = tl.num_programs(0)
     totals_ptr += tl.program_id(0)
     tl.store(totals_ptr, tl.sum(loss))
@@ -140,7 +138,6 @@ def loss_kernel(
     SPLIT: tl.constexpr,
     LOSS_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,  # of the dot: "ieee", "tf32x3" or "tf32"
-    INTERPRETED: tl.constexpr,
 ):
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_N
     rows_left = N - first_row
@@ -170,7 +167,6 @@ def loss_kernel(
             BLOCK_H,
             HAS_BIAS,
             PRECISION,
-            INTERPRETED,
         )
         highest, total = _add_exponentials(highest, total, logits)
         is_target = (target - first_class)[:, None] == tl.arange(0, BLOCK_V)[None, :]
@@ -185,9 +181,7 @@ def loss_kernel(
         lse_ptr += first_row
         if LOSS_ROWS:
             loss_ptr += first_row
-        _store_losses(
-            lse_ptr, loss_ptr, totals_ptr, lse, chosen, target, counted, rows_left, V, BLOCK_N, LOSS_ROWS, INTERPRETED
-        )
+        _store_losses(lse_ptr, loss_ptr, totals_ptr, lse, chosen, target, counted, rows_left, V, BLOCK_N, LOSS_ROWS)
 
 
 @triton.jit(do_not_specialize=["N", "ignore_index", "splits"])
@@ -209,7 +203,6 @@ def loss_of_splits_kernel(
     # meta-parameters
     BLOCK_N: tl.constexpr,
     LOSS_ROWS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     first_row = tl.program_id(0).to(tl.int64) * BLOCK_N
     rows_left = N - first_row
@@ -230,9 +223,7 @@ def loss_of_splits_kernel(
     if LOSS_ROWS:
         loss_ptr += first_row
     lse = highest + tl.log(total)
-    _store_losses(
-        lse_ptr, loss_ptr, totals_ptr, lse, chosen, target, counted, rows_left, V, BLOCK_N, LOSS_ROWS, INTERPRETED
-    )
+    _store_losses(lse_ptr, loss_ptr, totals_ptr, lse, chosen, target, counted, rows_left, V, BLOCK_N, LOSS_ROWS)
 
 
 @triton.jit(do_not_specialize=["programs"])
@@ -247,7 +238,6 @@ def total_kernel(
     BLOCK: tl.constexpr,
     LOSS: tl.constexpr,
     MEAN: tl.constexpr,
-    INTERPRETED: tl.constexpr,
 ):
     """One program adds up what those of the loss left; here and not there, so that the assertion costs them nothing."""
     acc_type = totals_ptr.dtype.element_ty
@@ -267,4 +257,4 @@ def total_kernel(
         result = tl.sum(loss)
         if MEAN:
             result = result / rows
-        tl.store(loss_ptr, cast(result, loss_ptr.dtype.element_ty, INTERPRETED))
+        tl.store(loss_ptr, cast(result, loss_ptr.dtype.element_ty))

@@ -6,7 +6,7 @@ compiles without spills and which instructions it has; none of it has been timed
 
 from dataclasses import dataclass
 
-from .elman_tiles import AMD, AMPERE_HOPPER, NVIDIA
+from .targets import AMD, AMPERE_HOPPER, NVIDIA, launch_options
 
 AMPERE = ("sm_80",)
 HOPPER_BLACKWELL = ("sm_90", "sm_100")
@@ -32,9 +32,7 @@ class Tile:
         return hidden_size <= self.max_h and classes <= self.max_v and hidden_size % self.multiple == 0
 
     def launch_options(self, target: str) -> dict[str, object]:
-        """Compiler options. All registers are allowed: left alone, ptxas spills to reach a rounder number."""
-        options = {"num_warps": self.warps, "num_stages": self.stages}
-        return options if target in AMD else options | {"maxnreg": 255}
+        return launch_options(self.warps, target, self.stages)
 
     @property
     def programs_per_core(self) -> int:

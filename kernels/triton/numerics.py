@@ -20,6 +20,9 @@ both branches, and the upper one with e and the quotient moved by 2 ulp: 2.6 ulp
 import triton
 import triton.language as tl
 
+# Whether TRITON_INTERPRET had the kernels interpreted when they were imported; `cast` and `dot` ask.
+INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+
 
 @triton.jit
 def _tanh_small_fp32(a):
@@ -97,7 +100,7 @@ def activation_backward(grad, h, TANH: tl.constexpr):
 
 
 @triton.jit
-def cast(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
+def cast(x, dtype: tl.constexpr):
     """x in another float type, to nearest even; the interpreter cuts fp32 to bf16, so there its bits are rounded."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.float32).to(tl.int32, bitcast=True)
@@ -107,7 +110,7 @@ def cast(x, dtype: tl.constexpr, INTERPRETED: tl.constexpr):
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr, INTERPRETED: tl.constexpr):
+def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b. The interpreter multiplies the raw bits of bf16, so there the operands are widened."""
     if INTERPRETED:
         a = a.to(acc.dtype)

@@ -93,9 +93,9 @@ def test_without_the_package_triton(monkeypatch):
 
 
 def test_compiled_kernels_do_not_run_on_a_cpu(monkeypatch):
-    from charrnn_fast.kernels.triton import elman as kernels
+    from charrnn_fast.kernels.triton import launch
 
-    monkeypatch.setattr(kernels, "INTERPRETED", False)
+    monkeypatch.setattr(launch, "INTERPRETED", False)
     assert backends.choose("auto", CPU, torch.float32, 32) == ON_CPU
     assert "TRITON_INTERPRET=1" in backends.explain(32).why_not["triton"]
 

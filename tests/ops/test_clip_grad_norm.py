@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch import nn
 
 from charrnn_fast import clip_grad_norm_
 from charrnn_fast.ops.clip_grad_norm import _backend, clip_and_sgd_step_
@@ -156,3 +157,42 @@ def test_step_of_what_the_kernel_does_not_take():
     assert (single - start).norm() == pytest.approx(1.0, rel=1e-5)
     single.grad[3] = torch.nan
     assert clip_and_sgd_step_(single, 1.0, 1.0).isnan() and single.isnan().all()
+
+
+@pytest.mark.parametrize("size", [10, 200_000])
+def test_a_parameter_listed_twice_is_clipped_as_torch_clips_it(size):
+    torch.manual_seed(0)
+    grad = torch.randn(size)
+    found, expected = (nn.Parameter(torch.zeros(size)) for _ in range(2))
+    for _ in range(10):  # two threads that scale one gradient lose some of the products, now and then
+        found.grad, expected.grad = grad.clone(), grad.clone()
+        norm = clip_grad_norm_([found, found], 1.0)
+        torch.testing.assert_close(norm, nn.utils.clip_grad_norm_([expected, expected], 1.0))
+        torch.testing.assert_close(found.grad, expected.grad, rtol=1e-5, atol=0)
+
+
+def test_gradients_that_overlap_are_clipped_as_torch_clips_them():
+    memory = torch.randn(100_001)
+    results = []
+    for clip in (clip_grad_norm_, nn.utils.clip_grad_norm_):
+        own = memory.clone()
+        parameters = [nn.Parameter(torch.zeros(100_000)) for _ in range(2)]
+        for i, parameter in enumerate(parameters):
+            parameter.grad = own[i : i + 100_000]
+        results.append((clip(parameters, 1.0), own))
+    torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=1e-7)
+
+
+def test_a_generator_that_was_used_up_is_warned_of():
+    used = (p for p in [nn.Parameter(torch.zeros(3))])
+    list(used)
+    with pytest.warns(UserWarning, match="empty generator"):
+        assert clip_grad_norm_(used, 1.0) == 0
+
+
+def test_the_norm_is_on_the_gradients_device_whatever_the_default():
+    parameter = nn.Parameter(torch.zeros(4))
+    parameter.grad = torch.ones(4)
+    with torch.device("meta"):
+        norm = clip_grad_norm_([parameter], 1.0)
+    assert norm.device.type == "cpu" and norm == 2

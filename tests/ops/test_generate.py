@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from charrnn_fast.kernels.triton.generate import INTERPRETED
+from charrnn_fast.kernels.triton.launch import INTERPRETED
 from charrnn_fast.lm.model import CharRNN
 from charrnn_fast.ops.generate import generate
 from charrnn_fast.reference import generate as reference
@@ -131,3 +131,76 @@ def test_the_kernel_is_chosen_where_it_can_and_should(monkeypatch):
     assert chosen("auto", 2048, device="meta") == chosen("auto", 512, B=1024, device="meta") == "torch"
     assert chosen("torch", device="meta") == "torch"
     assert "interpreted" in op._triton_should_not(1, [(torch.empty(2, 2),) * 3], torch.empty(2, 2))
+
+
+def _small_model(layers: int = 1) -> tuple[list[tuple[torch.Tensor, ...]], torch.Tensor, torch.Tensor]:
+    V, H = 11, 8
+    rows = [
+        (torch.randn(H, V if layer == 0 else H), torch.randn(H, H) * 0.3, torch.randn(H)) for layer in range(layers)
+    ]
+    return rows, torch.randn(V, H), torch.randn(V)
+
+
+MISFITS = {
+    "too few uniforms": dict(uniforms=torch.rand(1, 3)),
+    "uniforms of another batch": dict(uniforms=torch.rand(2, 40)),
+    "whole uniforms": dict(uniforms=torch.zeros(1, 40, dtype=torch.int64)),
+    "uniforms of one dimension": dict(uniforms=torch.rand(40)),
+    "a state of another batch": dict(state=torch.zeros(1, 2, 8)),
+    "a state of another size": dict(state=torch.zeros(1, 1, 9)),
+    "a state of more layers": dict(state=torch.zeros(2, 1, 8)),
+    "a state of integers": dict(state=torch.zeros(1, 1, 8, dtype=torch.int64)),
+    "a float prompt": dict(prompt=torch.zeros(1, 4)),
+    "a flat prompt": dict(prompt=torch.zeros(4, dtype=torch.int64)),
+    "an empty prompt": dict(prompt=torch.zeros(1, 0, dtype=torch.int64)),
+    "fewer than no tokens": dict(num_tokens=-1),
+    "a temperature of 0": dict(temperature=0.0),
+    "a temperature that is no number": dict(temperature=float("nan")),
+    "a top_k of 0": dict(top_k=0),
+    "a head of another size": dict(head_weight=torch.zeros(11, 7)),
+    "a head with another bias": dict(head_bias=torch.zeros(12)),
+    "a prompt on another device": dict(prompt=torch.zeros(1, 4, dtype=torch.int64, device="meta")),
+}
+
+
+@pytest.mark.parametrize("misfit", MISFITS)
+def test_what_does_not_fit_together_is_refused_on_every_backend(backend, misfit):
+    layers, head_weight, head_bias = _small_model()
+    arguments = dict(
+        prompt=torch.zeros(1, 4, dtype=torch.int64),
+        num_tokens=40,
+        layers=layers,
+        head_weight=head_weight,
+        head_bias=head_bias,
+        uniforms=torch.rand(1, 40),
+    )
+    with pytest.raises(ValueError, match="expected"):
+        generate(**(arguments | MISFITS[misfit]), backend=backend)
+
+
+@pytest.mark.parametrize(
+    "sharp",
+    [dict(temperature=1e-310), dict(alpha=1e308), dict(temperature=1e-300, alpha=1e300), dict(temperature=1e-30)],
+)
+def test_the_sharpest_sampling_is_greedy(backend, device, sharp):
+    torch.manual_seed(2)
+    layers, head_weight, head_bias = _small_model(2)
+    prompt = torch.tensor([[3, 1], [2, 10]])
+    operands = [t.to(device) for t in (prompt, head_weight, head_bias)]
+    layers = [tuple(t.to(device) for t in layer) for layer in layers]
+    call = (operands[0], 9, layers, *operands[1:])
+    greedy, _ = generate(*call, backend=backend)
+    sampled, _ = generate(*call, uniforms=torch.rand(2, 9, device=device), **sharp, backend=backend)
+    assert sampled.tolist() == greedy.tolist()
+    limited, _ = generate(*call, uniforms=torch.rand(2, 9, device=device), top_k=10**9, **sharp, backend=backend)
+    assert limited.tolist() == greedy.tolist()
+
+
+def test_the_flattest_sampling_is_uniform(backend, device):
+    torch.manual_seed(3)
+    layers, head_weight, head_bias = _small_model()
+    operands = [t.to(device) for t in (torch.tensor([[3, 1]]), head_weight, head_bias)]
+    layers = [tuple(t.to(device) for t in layer) for layer in layers]
+    uniforms = torch.rand(1, 9, device=device)
+    ids, _ = generate(operands[0], 9, layers, *operands[1:], uniforms=uniforms, temperature=1e308, backend=backend)
+    assert ids.tolist() == (uniforms.double() * 11).long().tolist()

@@ -129,3 +129,29 @@ def test_backend_torch_is_respected(monkeypatch):
     monkeypatch.setattr(native, "linear_cross_entropy", None)
     operands, target = _operands(4, 3, 2)
     assert _call(linear_cross_entropy, operands, target).isfinite()
+
+
+@pytest.mark.parametrize("vocab", [30, 1500])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_rows_that_are_all_ignored_give_no_gradient(vocab, reduction):
+    input = torch.randn(6, 4, requires_grad=True)
+    weight = torch.randn(vocab, 4, requires_grad=True)
+    loss = linear_cross_entropy(input, weight, torch.full((6,), -100), reduction=reduction)
+    loss.sum().backward()
+    assert loss.isnan().all() if reduction == "mean" else (loss == 0).all()
+    assert (input.grad == 0).all() and (weight.grad == 0).all()
+
+
+@pytest.mark.parametrize("vocab", [30, 1500])
+def test_small_fp16_gradients_survive_loss_scaling(vocab):
+    torch.manual_seed(0)
+    rows, scale = 4096, 2.0**12
+    input, weight = (torch.randn(rows, 16) * 0.1).half(), (torch.randn(vocab, 16) * 0.1).half()
+    target = torch.randint(vocab, (rows,))
+    found = [t.clone().requires_grad_() for t in (input, weight)]
+    exact = [t.double().requires_grad_() for t in (input, weight)]
+    (linear_cross_entropy(*found, target).float() * scale).backward()
+    (linear_cross_entropy(*exact, target) * scale).backward()
+    for mine, right in zip(found, exact, strict=True):
+        error = (mine.grad.double() - right.grad).norm() / right.grad.norm()
+        assert error < 1e-3, float(error)
