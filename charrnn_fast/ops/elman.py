@@ -129,11 +129,10 @@ class _ElmanLayer(torch.autograd.Function):
         if grad_out is None and grad_h_n is None:
             return (None,) * (4 + len(needs_grad))
         arguments = (batch_sizes, ctx.nonlinearity, ctx.reverse)
-        tensors = (grad_out, grad_h_n, out, input, h0, *weights, batch_sizes)
-        if must_recompute(*tensors):
+        if must_recompute(grad_out, grad_h_n, out, input, h0, *weights, batch_sizes):
             grads = _recomputed(grad_out, grad_h_n, input, h0, weights, *arguments, needs_grad)
         else:
-            grads = layer_backward(ctx.backend, *tensors[:5], weights, *arguments, needs_grad)
+            grads = layer_backward(ctx.backend, grad_out, grad_h_n, out, input, h0, weights, *arguments, needs_grad)
         return (None, None, None, None, *grads)
 
 

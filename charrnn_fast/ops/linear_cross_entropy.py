@@ -356,14 +356,15 @@ def _setup_op_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
     ctx.save_for_backward(input, weight, bias, target, *output[1:])
 
 
-def _op_backward(ctx: Any, grad_loss: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+def _op_backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
     needs_grad = list(ctx.needs_input_grad[:3])
     options = (ctx.reduction, ctx.ignore_index, needs_grad)
     if registered_operators_only() or not must_recompute(grad_loss, *ctx.saved_tensors):
         found = iter(_loss_backward_op(grad_loss, *ctx.saved_tensors, *options))
         gradients = [next(found) if needs else None for needs in needs_grad]
     else:
-        gradients = _recomputed(grad_loss, *ctx.saved_tensors[:4], *options)
+        input, weight, bias, target, _, _ = ctx.saved_tensors
+        gradients = _recomputed(grad_loss, input, weight, bias, target, *options)
     return (*gradients, None, None, None, None)
 
 
