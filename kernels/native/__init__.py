@@ -91,21 +91,43 @@ def _computed(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _address(tensor: Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _sequence(tensor: Tensor | None) -> tuple[int, int, int]:
-    """Address and strides (t, b) of a sequence (T, B, C), or packed (N, C)."""
+def _buffer(tensor: Tensor | None) -> tuple[int, int]:
+    """Address, and the bytes from there to the end of its memory: what C checks sizes and strides against."""
     if tensor is None:
-        return 0, 0, 0
+        return 0, 0
+    if tensor.is_contiguous():
+        return tensor.data_ptr(), tensor.nbytes
+    return tensor.data_ptr(), tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.itemsize
+
+
+def _buffers(tensors: Sequence[Tensor | None]) -> tuple[int, int, int, int]:
+    """The addresses and then the sizes of one or two tensors."""
+    first, second = _buffer(tensors[0]), _buffer(tensors[1] if len(tensors) > 1 else None)
+    return first[0], second[0], first[1], second[1]
+
+
+def _array(values: array) -> tuple[int, int]:
+    """Address and bytes of an array."""
+    address, length = values.buffer_info()
+    return address, length * values.itemsize
+
+
+def _sequence(tensor: Tensor | None) -> tuple[int, int, int, int]:
+    """Buffer and strides (t, b) of a sequence (T, B, C), or packed (N, C)."""
+    if tensor is None:
+        return 0, 0, 0, 0
     strides = tensor.stride()
-    return tensor.data_ptr(), (strides[0] if tensor.dim() == 3 else 0), strides[-2]
+    return *_buffer(tensor), (strides[0] if tensor.dim() == 3 else 0), strides[-2]
 
 
-def _states(tensor: Tensor | None) -> tuple[int, int, int]:
-    """Address and strides (d, b) of states (D, B, H)."""
-    return (0, 0, 0) if tensor is None else (tensor.data_ptr(), tensor.stride(0), tensor.stride(1))
+def _states(tensor: Tensor | None) -> tuple[int, int, int, int]:
+    """Buffer and strides (d, b) of states (D, B, H)."""
+    return (0, 0, 0, 0) if tensor is None else (*_buffer(tensor), tensor.stride(0), tensor.stride(1))
+
+
+def _rows(tensor: Tensor) -> tuple[int, int, int]:
+    """Buffer and stride of the rows of a matrix."""
+    return *_buffer(tensor), tensor.stride(0)
 
 
 def _pair(values: Sequence[int]) -> tuple[int, int]:
@@ -151,8 +173,8 @@ class _Walk:
         strides = (0, 0) if tokens is None else (tokens.stride(0) if tokens.dim() == 2 else 0, tokens.stride(-1))
         return (
             *(self.T, self.B, self.H, self.D, num_tokens, threads, columns, self.relu, *self.reverse),
-            *(_address(self.batch_sizes), _address(self.offsets), _address(tokens), *strides),
-            *_pair([w.data_ptr() for w in self.weight]),
+            *(*_buffer(self.batch_sizes), *_buffer(self.offsets), *_buffer(tokens), *strides),
+            *_buffers(self.weight),
             *_pair([w.stride(0) for w in self.weight]),
             *_states(self.h0),
             *_sequence(out),
@@ -212,7 +234,7 @@ def elman_forward(
     threads, columns = _plan(walk.B, walk.H, walk.D, walk.T)
     table_rows = 0 if tokens is None else source.shape[0]
     shape = walk.record(result, table_rows, threads, columns)
-    _native.elman_forward(_isa(), _COMPUTE[walk.dtype], *shape, *_sequence(source), _address(h_n))
+    _native.elman_forward(_isa(), _COMPUTE[walk.dtype], *shape, *_sequence(source), *_buffer(h_n))
     if out is not None and out is not result:
         result = out.copy_(result)
     return result.to(x.dtype), h_n.to(x.dtype)
@@ -257,9 +279,9 @@ def elman_backward(
     else:
         _native.elman_backward(
             *(_isa(), _COMPUTE[walk.dtype], *walk.record(states, num_tokens or 0, threads, 0 if fused else columns)),
-            *(fused, *_sequence(grad_out), *_states(grad_h_n), *_sequence(grad_x), _address(table)),
-            *_pair([_address(w) for w in weights or (None, None)]),
-            _address(grad_h0),
+            *(fused, *_sequence(grad_out), *_states(grad_h_n), *_sequence(grad_x), *_buffer(table)),
+            *_buffers(weights or (None, None)),
+            *_buffer(grad_h0),
         )
     dtype = out.dtype
     result = (table if table is not None else grad_x).to(dtype)
@@ -310,9 +332,9 @@ def linear_cross_entropy(
     try:
         _native.linear_cross_entropy(
             *(_isa(), _COMPUTE[hidden.dtype], N, H, V, threads, ignore_index, int(reduction == "mean")),
-            *(hidden.data_ptr(), hidden.stride(0), weight.data_ptr(), weight.stride(0)),
-            *(_address(bias), target.data_ptr(), _address(grad_loss), loss.buffer_info()[0], _address(rows)),
-            *(_address(g) for g in grads),
+            *(*_rows(hidden), *_rows(weight)),
+            *(*_buffer(bias), *_buffer(target), *_buffer(grad_loss), *_array(loss), *_buffer(rows)),
+            *(field for g in grads for field in _buffer(g)),
         )
     except IndexError:
         bad = target[(target != ignore_index) & ((target < 0) | (target >= V))][0]
@@ -404,6 +426,8 @@ def language_model_loss(
         raise ValueError(f"nonlinearity: expected 'tanh' or 'relu', got {nonlinearity!r}")
     table, weight_hh, head_weight, h0 = (_computed(t) for t in (table, weight_hh, head_weight, h0))
     head_bias = None if head_bias is None else head_bias.contiguous()
+    # Ids that share memory are copied: C takes as many as there are, so that nothing makes it loop for nothing.
+    tokens, targets = (ids.contiguous() if 0 in ids.stride() else ids for ids in (tokens, targets))
     (T, B), (V, H) = tokens.shape, table.shape
     loss = array("d", [0.0])
     h_n, grad_h0 = table.new_empty(B, H), table.new_empty(B, H)
@@ -413,12 +437,11 @@ def language_model_loss(
     try:
         _native.language_model(
             *(_isa(), _COMPUTE[table.dtype], T, B, H, V, threads, int(nonlinearity == "relu"), ignore_index),
-            *(tokens.data_ptr(), *tokens.stride(), targets.data_ptr(), *targets.stride()),
-            *(table.data_ptr(), table.stride(0), weight_hh.data_ptr(), weight_hh.stride(0)),
-            *(head_weight.data_ptr(), head_weight.stride(0), _address(head_bias)),
-            *(_address(h0), 0 if h0 is None else h0.stride(0), loss.buffer_info()[0], h_n.data_ptr()),
-            *(grad_table.data_ptr(), grad_weight.data_ptr(), grad_head.data_ptr(), _address(grad_bias)),
-            grad_h0.data_ptr(),
+            *(*_buffer(tokens), *tokens.stride(), *_buffer(targets), *targets.stride()),
+            *(*_rows(table), *_rows(weight_hh), *_rows(head_weight), *_buffer(head_bias)),
+            *((0, 0, 0) if h0 is None else _rows(h0)),
+            *(*_array(loss), *_buffer(h_n), *_buffer(grad_table), *_buffer(grad_weight)),
+            *(*_buffer(grad_head), *_buffer(grad_bias), *_buffer(grad_h0)),
         )
     except IndexError:
         raise IndexError(_bad_id(tokens, targets, V, ignore_index)) from None
@@ -477,17 +500,18 @@ def generate(
     ids = torch.empty((B, num_chars), dtype=torch.int64, device="cpu")
     if B == 0 or num_chars == 0:
         return ids, result.to(head_weight.dtype)
-    addresses = [_address(t) for t in kept]
-    per_layer = ([0, *addresses[1:L]], addresses[L : 2 * L], [0, *addresses[2 * L : -2]])
-    pointers = [array("q", layers) for layers in per_layer]
+    buffers = [_buffer(t) for t in kept]
+    per_layer = ([(0, 0), *buffers[1:L]], buffers[L : 2 * L], [(0, 0), *buffers[2 * L : -2]])
+    lists = [array("q", [*(at for at, _ in layers), *(size for _, size in layers)]) for layers in per_layer]
     prompt = prompt.to(torch.int64).contiguous()
     uniforms = None if uniforms is None else uniforms.to(torch.float64).contiguous()
     sharpness = array("d", [alpha / temperature])
     relu = int(nonlinearity == "relu")
     _native.generate(
         *(_isa(), _COMPUTE[table.dtype], B, P, num_chars, H, V, L, _generate_threads(B, H), relu),
-        *(prompt.data_ptr(), addresses[0], *(p.buffer_info()[0] for p in pointers), *addresses[-2:]),
-        *(_address(uniforms), sharpness.buffer_info()[0], top_k or 0, result.data_ptr(), ids.data_ptr()),
+        *(*_buffer(prompt), *buffers[0], *(field for layers in lists for field in _array(layers))),
+        *(field for buffer in buffers[-2:] for field in buffer),
+        *(*_buffer(uniforms), *_array(sharpness), top_k or 0, *_buffer(result), *_buffer(ids)),
     )
     return ids, result.to(head_weight.dtype)
 
@@ -516,11 +540,10 @@ def clip_grad_norm_(grads: Sequence[Tensor], max_norm: float) -> Tensor:
         return torch.tensor(0.0, dtype=torch.float32, device="cpu")
     addresses = array("q", [g.data_ptr() for g in grads])
     sizes = array("q", [g.numel() for g in grads])
-    norms = array("d", [max_norm, 0.0])
-    at = norms.buffer_info()[0]
+    limit, norm = array("d", [max_norm]), array("d", [0.0])
     dtype = grads[0].dtype
     _native.clip(
         *(_isa(), _COMPUTE[dtype], len(grads), torch.get_num_threads()),
-        *(addresses.buffer_info()[0], sizes.buffer_info()[0], at, at + norms.itemsize),
+        *(*_array(addresses), *_array(sizes), *_array(limit), *_array(norm)),
     )
-    return torch.tensor(norms[1], dtype=dtype, device="cpu")
+    return torch.tensor(norm[0], dtype=dtype, device="cpu")

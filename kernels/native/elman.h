@@ -31,7 +31,7 @@ static inline int tokens_in_range(const elman_shape *s) {
         const int64_t *id = s->tokens + position(s, t, 0, s->tokens_t, s->tokens_b);
         int64_t rows = s->batch_sizes ? s->batch_sizes[t] : s->B;
         for (int64_t b = 0; b < rows; b++, id += s->tokens_b)
-            bits |= *id | (s->V - 1 - *id);
+            bits |= *id | (int64_t)((uint64_t)s->V - 1 - (uint64_t)*id);
     }
     return bits >= 0;
 }

@@ -402,7 +402,7 @@ INLINE int NAME(step_bad)(const int64_t *id, int64_t count, const int64_t stride
     for (int64_t i = 0; i < count; i++) {
         int64_t skip = -(int64_t)(id[i * stride] == ignored);
         left_out -= skip;
-        bits |= (id[i * stride] | (V - 1 - id[i * stride])) & ~skip;
+        bits |= (id[i * stride] | (int64_t)((uint64_t)V - 1 - (uint64_t)id[i * stride])) & ~skip;
     }
     *counted += count - left_out;
     return bits < 0;

@@ -1,7 +1,6 @@
 /*
- * _native: the kernels as functions of Python integers (sizes, strides in elements, addresses). They check nothing:
- * that is
- * __init__.py's part. Written against the stable ABI, so that one build serves every Python.
+ * _native: the kernels as functions of Python integers (sizes, strides in elements, addresses, sizes of buffers). What
+ * does not fit its buffer is a ValueError. Written against the stable ABI, so that one build serves every Python.
  */
 #define Py_LIMITED_API 0x030A0000
 #define PY_SSIZE_T_CLEAN
@@ -13,6 +12,8 @@
 #include "scratch.h"
 
 _Static_assert(sizeof(void *) == 8, "argument records hold addresses in 8 bytes");
+
+enum { MAX_FIELDS = 64 };
 
 static const char *const isa_names[ISA_COUNT] = {"baseline", "avx2", "avx512"};
 
@@ -42,8 +43,9 @@ static PyObject *isas(PyObject *module, PyObject *unused) {
 }
 
 /* call(table, (isa, type, field, ...)): fills an argument record of `fields` 8-byte fields and runs the kernel. */
-static PyObject *call(const kernel table[][2], PyObject *const *args, Py_ssize_t count, Py_ssize_t fields) {
-    int64_t record[64];
+static PyObject *call(const kernel table[][2], const char *(*refused)(const void *, int64_t), PyObject *const *args,
+                      Py_ssize_t count, Py_ssize_t fields) {
+    int64_t record[MAX_FIELDS + 2];
     if (count != fields + 2)
         return PyErr_Format(PyExc_TypeError, "expected %zd integers, got %zd", fields + 2, count);
     for (Py_ssize_t i = 0; i < count; i++) {
@@ -55,6 +57,9 @@ static PyObject *call(const kernel table[][2], PyObject *const *args, Py_ssize_t
     if (record[0] < 0 || record[0] >= ISA_COUNT || record[1] < 0 || record[1] > 1 || !machine_has((int)record[0]))
         return PyErr_Format(PyExc_ValueError, "no kernel for instruction set %lld, type %lld", (long long)record[0],
                             (long long)record[1]);
+    const char *why = refused(record + 2, record[1] ? 8 : 4);
+    if (why)
+        return PyErr_Format(PyExc_ValueError, "sizes, strides and buffers do not fit together: %s", why);
     int status;
     Py_BEGIN_ALLOW_THREADS status = table[record[0]][record[1]](record + 2);
     Py_END_ALLOW_THREADS if (status == STATUS_NO_MEMORY) return PyErr_NoMemory();
@@ -74,7 +79,8 @@ static PyObject *peak_scratch(PyObject *module, PyObject *unused) {
 #define KERNEL_FUNCTION(name)                                                                                          \
     static PyObject *name(PyObject *module, PyObject *const *args, Py_ssize_t count) {                                 \
         (void)module;                                                                                                  \
-        return call(name##_kernels, args, count, (Py_ssize_t)(sizeof(name##_args) / sizeof(int64_t)));                 \
+        _Static_assert(sizeof(name##_args) / sizeof(int64_t) <= MAX_FIELDS, "the record has no room");                 \
+        return call(name##_kernels, name##_refused, args, count, (Py_ssize_t)(sizeof(name##_args) / sizeof(int64_t))); \
     }
 #define KERNEL_METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, 0}
 
@@ -99,7 +105,7 @@ static PyMethodDef methods[] = {
 
 static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT,
                                         "_native",
-                                        "CPU kernels of charrnn_fast: addresses and sizes in, nothing checked.",
+                                        "CPU kernels of charrnn_fast: addresses and sizes in.",
                                         0,
                                         methods,
                                         0,

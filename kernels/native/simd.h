@@ -36,12 +36,15 @@ enum { BACK_ROWS = 3 };
 
 #undef real
 #undef integer
+#undef unsigned_integer
 #ifdef TYPE_IS_F64
 #define real double
 #define integer int64_t
+#define unsigned_integer uint64_t
 #else
 #define real float
 #define integer int32_t
+#define unsigned_integer uint32_t
 #endif
 
 #undef LANES
@@ -61,10 +64,13 @@ enum { BACK_ROWS = 3 };
 
 #undef vec
 #undef ivec
+#undef uvec
 #define vec NAME(vec)
 #define ivec NAME(ivec)
+#define uvec NAME(uvec)
 typedef real vec __attribute__((vector_size(ISA_BYTES), may_alias, aligned(sizeof(real))));
 typedef integer ivec __attribute__((vector_size(ISA_BYTES), may_alias, aligned(sizeof(real))));
+typedef unsigned_integer uvec __attribute__((vector_size(ISA_BYTES), may_alias, aligned(sizeof(real))));
 
 INLINE vec NAME(load)(const real *p) { return *(const vec *)p; }
 INLINE void NAME(store)(real *p, vec v) { *(vec *)p = v; }
@@ -170,13 +176,14 @@ INLINE vec NAME(vmax)(vec a, vec b) { return NAME(select)(a > b, a, b); }
 
 /*
  * exp(x) = 2^n p(r), r = x - n ln 2: p minimax on |r| <= ln(2)/2. For x within the normal range; NaN stays NaN, because
- * 2^n is multiplied and not added to the exponent's bits.
+ * 2^n is multiplied and not added to the exponent's bits. Those are unsigned: of NaN, or of an x whose result is not
+ * taken, they wrap.
  */
 INLINE vec NAME(exp_normal)(vec x) {
 #ifdef TYPE_IS_F64
     const vec magic = SPLAT(6755399441055744.0);
     vec n = FMA(x, SPLAT(1.4426950408889634), magic);
-    ivec power = ((ivec)n << 52) + (ivec)SPLAT(1);
+    uvec power = ((uvec)n << 52) + (uvec)SPLAT(1);
     n -= magic;
     vec r = FMA(n, SPLAT(-1.90821492927058770002e-10), FMA(n, SPLAT(-0.693147180369123816490), x));
     vec p = SPLAT(2.4999890043020182682e-8);
@@ -192,7 +199,7 @@ INLINE vec NAME(exp_normal)(vec x) {
 #else
     const vec magic = SPLAT(12582912.0f);
     vec n = FMA(x, SPLAT(1.44269504f), magic);
-    ivec power = ((ivec)n << 23) + (ivec)SPLAT(1);
+    uvec power = ((uvec)n << 23) + (uvec)SPLAT(1);
     n -= magic;
     vec r = FMA(n, SPLAT(2.12194440e-4f), FMA(n, SPLAT(-0.693359375f), x));
     vec p = SPLAT(0.00138144589904f);
@@ -235,7 +242,7 @@ INLINE vec NAME(vtanh)(vec x) {
     const vec magic = SPLAT(12582912.0f);
     vec a = NAME(vmin)(SPLAT(10), magnitude);
     vec n = FMA(a, SPLAT(2.88539008f), magic);
-    vec power = (vec)(((ivec)n << 23) + (ivec)SPLAT(1));
+    vec power = (vec)(((uvec)n << 23) + (uvec)SPLAT(1));
     vec r = FMA(n - magic, SPLAT(-0.34657359f), a);
     vec p = SPLAT(0.0442062688f);
     p = FMA(p, r, SPLAT(0.13390050f));
