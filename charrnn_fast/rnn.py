@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .ops import backends
 from .ops.context import autocast, plain, tensor_operations_only, transforms_active
 from .ops.elman import elman_layer
-from .ops.elman_torch import TOKEN_TYPES, torch_rnn
+from .ops.elman_torch import TOKEN_TYPES, TorchRNN, torch_rnn
 
 
 class FusedRNN(nn.RNNBase):
@@ -80,7 +80,7 @@ class FusedRNN(nn.RNNBase):
             output like input with D*H columns, and h_n like hx.
         """
         if self._is_brief(input):
-            torch_forward: Any = nn.RNN.forward  # all that it reads of self is in the common base
+            torch_forward: Any = TorchRNN.forward  # all that it reads of self is in the common base
             return torch_forward(self, input, hx)
         return self._run(input, hx, tokens=False)
 
@@ -300,13 +300,13 @@ def replace_rnn(module: nn.Module) -> nn.Module:
 def _is_torch_rnn(module: nn.Module) -> bool:
     kind = type(module)
     # torch.nn.utils.parametrize gives the module a class of its own, one step below torch.nn.RNN.
-    return kind is nn.RNN or (nn.utils.parametrize.is_parametrized(module) and kind.__bases__ == (nn.RNN,))
+    return kind is TorchRNN or (nn.utils.parametrize.is_parametrized(module) and kind.__bases__ == (TorchRNN,))
 
 
 def _fused_from(rnn: nn.Module) -> FusedRNN:
     kind = type(rnn)
     fused_kind: Any = FusedRNN
-    if kind is not nn.RNN:  # the properties that compute the parametrized weights live on the class
+    if kind is not TorchRNN:  # the properties that compute the parametrized weights live on the class
         members = {name: value for name, value in vars(kind).items() if name not in ("__dict__", "__weakref__")}
         fused_kind = type("ParametrizedFusedRNN", (FusedRNN,), members)
     fused: FusedRNN = fused_kind.__new__(fused_kind)

@@ -17,7 +17,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 
-from charrnn_fast import FusedRNN, replace_rnn
+from charrnn_fast import CharRNN, FusedRNN, replace_rnn
 
 OPTIONS = {"num_layers": 2, "bidirectional": True}
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # PyTorch's compiler imports it
@@ -567,3 +567,38 @@ def test_few_steps_on_a_cpu_are_torchs_own(monkeypatch, steps, batch_first):
     assert torch.autograd.gradgradcheck(lambda x: rnn(x)[0], (x,))
     stacked = torch.stack([x.detach(), x.detach()])
     torch.testing.assert_close(vmap(lambda x: rnn(x)[0])(stacked)[0], by_auto[0])
+
+
+@pytest.fixture
+def patched(monkeypatch):
+    """torch.nn.RNN is FusedRNN, the commonest way to try a drop-in; torch's own class is what the fixture gives."""
+    torch_rnn = torch.nn.RNN
+    for module in (torch.nn, torch.nn.modules, torch.nn.modules.rnn):
+        monkeypatch.setattr(module, "RNN", FusedRNN)
+    return torch_rnn
+
+
+@pytest.mark.parametrize("steps", [1, 3, 40])
+def test_the_name_in_torch_may_be_patched(patched, steps):
+    torch.manual_seed(0)
+    fused = torch.nn.RNN(5, 8, 2)
+    theirs = patched(5, 8, 2)
+    theirs.load_state_dict(fused.state_dict())
+    x = torch.randn(steps, 3, 5)
+    for found, expected in zip(fused(x), theirs(x), strict=True):
+        torch.testing.assert_close(found, expected)
+    clone = copy.deepcopy(fused)
+    torch.testing.assert_close(clone(x)[0], fused(x)[0])
+    torch.testing.assert_close(pickle.loads(pickle.dumps(fused))(x)[0], fused(x)[0])
+
+
+def test_replace_rnn_swaps_torchs_own_class_while_its_name_is_patched(patched):
+    model = torch.nn.ModuleList([patched(5, 8), torch.nn.RNN(8, 8)])
+    first, second = model
+    replace_rnn(model)
+    assert type(model[0]) is FusedRNN and model[0].weight_hh_l0 is first.weight_hh_l0
+    assert model[1] is second
+
+
+def test_pytorch_alone_stays_pytorch_alone_while_the_name_is_patched(patched):
+    assert type(CharRNN(7, 4, cell="torch").rnn) is patched

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
+from charrnn_fast.ops.elman_torch import TorchRNN
 from charrnn_fast.rnn import FusedRNN
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def _why_watched(part: nn.Module) -> str | None:
 
 _KINDS: dict[str, tuple[type, ...]] = {
     "embed": (nn.Embedding,),
-    "rnn": (FusedRNN, nn.RNN),
+    "rnn": (FusedRNN, TorchRNN),
     "head": (nn.Linear,),
 }
 

@@ -13,6 +13,7 @@ from charrnn_fast.lm.data import Vocabulary
 from charrnn_fast.ops import generate as decoder
 from charrnn_fast.ops import language_model_loss as one_call
 from charrnn_fast.ops.clip_grad_norm import clip_grad_norm_
+from charrnn_fast.ops.elman_torch import TorchRNN
 from charrnn_fast.ops.linear_cross_entropy import linear_cross_entropy
 from charrnn_fast.reference import generate as reference_generate
 from charrnn_fast.reference.language_model import RNNLM, Cell
@@ -69,7 +70,7 @@ class CharRNN(nn.Module):
         if cell == "fused":
             self.rnn = FusedRNN(**shape, backend=backend, **factory)
         else:
-            self.rnn = nn.RNN(**shape, **factory)
+            self.rnn = TorchRNN(**shape, **factory)
         self.head = nn.Linear(hidden_size, vocab_size, **factory)
         if not second_bias:
             for layer in range(num_layers):

@@ -13,7 +13,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from torch import _VF, Tensor
+from torch import _VF, Tensor, nn
+
+# Torch's own class, bound here and nowhere else when the library is imported: torch.nn.RNN may be FusedRNN by the time
+# of a call, as patching that name is the commonest way to try a drop-in.
+TorchRNN = nn.RNN
 
 TOKEN_TYPES = (torch.int64, torch.int32)
 
