@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .ops import backends
 from .ops.context import autocast, plain, tensor_operations_only, transforms_active
-from .ops.elman import elman_layer
+from .ops.elman import elman_layer, wrong_batch_sizes
 from .ops.elman_torch import TOKEN_TYPES, TorchRNN, torch_rnn
 
 
@@ -79,7 +79,7 @@ class FusedRNN(nn.RNNBase):
         Returns:
             output like input with D*H columns, and h_n like hx.
         """
-        if self._is_brief(input):
+        if self._is_brief(input) or (isinstance(input, PackedSequence) and _wrong_packing(input) is not None):
             torch_forward: Any = TorchRNN.forward  # all that it reads of self is in the common base
             return torch_forward(self, input, hx)
         return self._run(input, hx, tokens=False)
@@ -97,8 +97,12 @@ class FusedRNN(nn.RNNBase):
 
         Raises:
             IndexError: an id out of range, on a CPU; a GPU reports it as ``torch.nn.functional.embedding`` does.
-            ValueError: not int64 or int32, or another number of dimensions. Hooks of the module run for ``forward``.
+            ValueError: not int64 or int32, another number of dimensions, or batch sizes that do not fit the packed ids.
+
+        Hooks of the module run for ``forward``.
         """
+        if isinstance(tokens, PackedSequence) and (wrong := _wrong_packing(tokens)) is not None:
+            raise ValueError(wrong)
         return self._run(tokens, hx, tokens=True)
 
     def extra_repr(self) -> str:
@@ -272,6 +276,14 @@ def _alike(tensors: list[Any], device: torch.device) -> bool:
     """Tensors (or None) of one type on ``device``? If not, torch runs them or refuses them in its own words."""
     dtype = tensors[-1].dtype
     return all(x is None or (x.dtype == dtype and x.device == device) for x in tensors)
+
+
+def _wrong_packing(packed: PackedSequence) -> str | None:
+    """What is wrong with its batch sizes, where they can be looked at; torch runs such input or refuses it."""
+    data, batch_sizes = packed.data, packed.batch_sizes
+    if torch.compiler.is_compiling() or data.dim() == 0 or not plain(batch_sizes):
+        return None
+    return wrong_batch_sizes(batch_sizes, data.size(0))
 
 
 def replace_rnn(module: nn.Module) -> nn.Module:

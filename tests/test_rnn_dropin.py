@@ -446,3 +446,43 @@ for output, h_n in (rnn(packed), rnn.forward_tokens(torch.randint(0, 5, (7, 3), 
     command = ["compute-sanitizer", "--error-exitcode", "1", sys.executable, "-c", program]
     result = subprocess.run(command, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
+
+
+WRONG_PACKINGS = {
+    "thousands of steps more": torch.tensor([4] * 5000),
+    "a sum above the rows": torch.tensor([4, 4, 4]),
+    "a sum below the rows": torch.tensor([4, 3]),
+    "increasing": torch.tensor([3, 3, 4]),
+    "too large at once": torch.tensor([2**40]),
+    "negative": torch.tensor([12, -2]),
+    "a step without rows": torch.tensor([5, 5, 0]),
+    "floats": torch.tensor([4.0, 3.0, 3.0]),
+    "no vector": torch.tensor([[4, 3, 3]]),
+    "int32": torch.tensor([4, 3, 3], dtype=torch.int32),
+}
+
+
+def _outcome(call):
+    try:
+        output, hidden = call()
+    except Exception as error:
+        return type(error), str(error)
+    return output.data, output.batch_sizes, hidden
+
+
+@pytest.mark.parametrize("wrong", WRONG_PACKINGS)
+@pytest.mark.parametrize("initial", [False, True])
+def test_batch_sizes_that_cannot_be_are_torchs_matter(backend, wrong, initial):
+    theirs = nn.RNN(5, 7)
+    ours = FusedRNN(5, 7, backend=backend)
+    ours.load_state_dict(theirs.state_dict())
+    packed = PackedSequence(torch.randn(10, 5), WRONG_PACKINGS[wrong])
+    hx = torch.randn(1, 4, 7) if initial else None
+    found, expected = _outcome(lambda: ours(packed, hx)), _outcome(lambda: theirs(packed, hx))
+    if isinstance(expected[0], torch.Tensor):
+        torch.testing.assert_close(found, expected)
+    else:
+        assert found == expected
+    ids = PackedSequence(torch.zeros(10, dtype=torch.int64), packed.batch_sizes)
+    with pytest.raises(ValueError, match="batch_sizes must"):
+        ours.forward_tokens(ids, hx)

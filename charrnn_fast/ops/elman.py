@@ -7,6 +7,7 @@ h > 0). elman_layer.py has the layer's two passes by a backend's kernels, elman_
 """
 
 import itertools
+import reprlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -312,14 +313,21 @@ def _check_arguments(
 
 def _check_batch_sizes(batch_sizes: Tensor, total: int) -> int:
     """The number of sequences, after checking the counts."""
+    if (wrong := wrong_batch_sizes(batch_sizes, total)) is not None:
+        raise ValueError(wrong)
+    return int(batch_sizes[0]) if len(batch_sizes) else 0
+
+
+def wrong_batch_sizes(batch_sizes: Tensor, total: int) -> str | None:
+    """None if (T,) batch_sizes can be those of ``total`` packed rows, else what is wrong with them."""
     if batch_sizes.dim() != 1 or batch_sizes.dtype != torch.int64 or batch_sizes.device.type != "cpu":
-        raise ValueError(
+        return (
             "batch_sizes must be (T,) int64 on the CPU, "
             f"got {tuple(batch_sizes.shape)} {batch_sizes.dtype} on {batch_sizes.device}"
         )
     sizes = batch_sizes.tolist()
     if any(size < 1 for size in sizes) or any(after > before for before, after in itertools.pairwise(sizes)):
-        raise ValueError(f"batch_sizes must be positive and must not increase, got {sizes}")
+        return f"batch_sizes must be positive and must not increase, got {reprlib.repr(sizes)}"
     if sum(sizes) != total:
-        raise ValueError(f"batch_sizes must sum to the {total} rows of input, got {sum(sizes)}")
-    return sizes[0] if sizes else 0
+        return f"batch_sizes must sum to the {total} rows of input, got {sum(sizes)}"
+    return None
