@@ -149,7 +149,7 @@ class Windows(Sampler):
         self.num_train, self.num_val = num_train, num_val
 
     def train(self) -> Iterator[Batch]:
-        order = torch.randperm(self.num_train, generator=self.generator)
+        order = torch.randperm(self.num_train, generator=self.generator, device="cpu")
         yield from self._windows(order, self.batch_size, self.num_steps)
 
     def validation(self) -> Iterator[Batch]:
@@ -174,7 +174,7 @@ class Sequential(Sampler):
         self.batch_size, self.num_steps = batch_size, num_steps
 
     def train(self) -> Iterator[Batch]:
-        offset = int(torch.randint(self.num_steps, (1,), generator=self.generator))
+        offset = int(torch.randint(self.num_steps, (1,), generator=self.generator, device="cpu"))
         width = (len(self.tokens) - offset - 1) // self.batch_size
         X, Y = (self.tokens[begin:][: self.batch_size * width].view(-1, width) for begin in (offset, offset + 1))
         for step in range(0, width - self.num_steps + 1, self.num_steps):
@@ -192,9 +192,9 @@ class RandomWindows(Sampler):
         self.batch_size, self.num_steps = batch_size, num_steps
 
     def train(self) -> Iterator[Batch]:
-        offset = int(torch.randint(self.num_steps, (1,), generator=self.generator))
+        offset = int(torch.randint(self.num_steps, (1,), generator=self.generator, device="cpu"))
         count = (len(self.tokens) - offset - 1) // self.num_steps
-        order = torch.randperm(count, generator=self.generator)
+        order = torch.randperm(count, generator=self.generator, device="cpu")
         yield from self._windows(offset + order * self.num_steps, self.batch_size, self.num_steps)
 
 
@@ -211,7 +211,7 @@ class Pieces(Sampler):
         self.piece, self.num_steps = min(piece, len(tokens)), num_steps
 
     def train(self) -> Iterator[Batch]:
-        start = int(torch.randint(len(self.tokens) - self.piece + 1, (1,), generator=self.generator))
+        start = int(torch.randint(len(self.tokens) - self.piece + 1, (1,), generator=self.generator, device="cpu"))
         piece = self.tokens[start : start + self.piece].unsqueeze(0)  # (1, piece)
         for begin in range(0, self.piece - 1, self.num_steps):
             end = min(begin + self.num_steps, self.piece - 1)

@@ -300,12 +300,12 @@ def generate(
     ids = vocab.encode(prompt).to(device).unsqueeze(0)  # (1, P)
     uniforms = None
     if temperature is not None:
-        generator = torch.Generator()
+        generator = torch.Generator(device="cpu")
         if seed is None:
             generator.seed()
         else:
             generator.manual_seed(seed)
-        uniforms = torch.rand(1, num_chars, generator=generator, dtype=torch.float64).to(device)
+        uniforms = torch.rand(1, num_chars, generator=generator, dtype=torch.float64, device="cpu").to(device)
     sampling: dict[str, Any] = {"temperature": temperature or 1.0, "alpha": alpha}
     sampling["top_k"] = None if top_k is None else min(top_k, len(vocab))
     if isinstance(model, CharRNN):

@@ -165,7 +165,7 @@ def validate(
     if not measured:
         return None
     losses = torch.stack([loss for loss, _ in measured]).double().cpu()
-    counts = torch.tensor([count for _, count in measured], dtype=torch.float64)
+    counts = torch.tensor([count for _, count in measured], dtype=torch.float64, device="cpu")
     return perplexity(float((losses * counts).sum() / counts.sum())), float(losses.exp().mean())
 
 
@@ -299,7 +299,7 @@ class Trainer:
 
         start = time.perf_counter()
         losses = list(self._train(counted(), data.carry_state))
-        weights = torch.tensor(counts, dtype=torch.float64)
+        weights = torch.tensor(counts, dtype=torch.float64, device="cpu")
         # The only transfer from the device in an epoch, and the point where its work is known to be done.
         mean = float((torch.stack(losses).double().cpu() * weights).sum() / weights.sum())
         seconds = time.perf_counter() - start
