@@ -21,7 +21,11 @@ else:
 from charrnn_fast.kernels import native  # imported after the variable is set
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if "slow" not in config.option.markexpr:  # pytest says how many are deselected; `-m slow` runs them
+        slow = [item for item in items if "slow" in item.keywords]
+        config.hook.pytest_deselected(items=slow)
+        items[:] = [item for item in items if "slow" not in item.keywords]
     if not torch.cuda.is_available():
         for item in items:
             if "gpu" in item.keywords:
