@@ -1,4 +1,4 @@
-"""What surrounds a call, asked once a call: who follows its operations, and whether its tensors are plain memory.
+"""What surrounds a call: who follows its operations, and whether its tensors are plain memory.
 
 A kernel reads addresses. So it may run only on tensors that are nothing but strided memory, and only where nobody wants
 to see PyTorch's operators go by: `addressable` says both. Everywhere else PyTorch's own operators run, with its results
