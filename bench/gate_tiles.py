@@ -12,28 +12,27 @@ from typing import Any
 import torch
 
 from charrnn_fast.bench.measure import Spread, alternate
-from charrnn_fast.kernels.triton.elman import elman_backward, elman_forward
-from charrnn_fast.kernels.triton.elman_tiles import MAX_SUM_STEPS, SUM_TILES, TILES, Tile, find_tile
+from charrnn_fast.kernels.triton.elman import choose_tile, elman_backward, elman_forward
+from charrnn_fast.kernels.triton.elman_tiles import ALL, MAX_SUM_STEPS, TILES, Tile
 
 ABSENT = "sm_90"  # the GPU that is compiled for where there is none
 KINDS = {
-    "ieee": (torch.float32, "ieee"),
-    "tf32x3": (torch.float32, "tf32x3"),
+    "fp32": (torch.float32, "ieee"),
     "tf32": (torch.float32, "tf32"),
     "16bit": (torch.bfloat16, "ieee"),
     "fp64": (torch.float64, "ieee"),
 }
 V = 28
-TINY_TILES = (("ieee", 16), ("tf32", 128))
+TINY_TILES = (("fp32", 16), ("tf32", 128))
 MOST_WARPS = 16
 NOTABLE = 0.95  # of the shipped tile's time: a neighbour below is worth a look
 
 
 def target_of(device: torch.device) -> str:
     """The column of the tables that a device has."""
-    if device.type != "cuda":
-        return ABSENT
-    return f"sm_{torch.cuda.get_device_capability(device)[0]}0"
+    from charrnn_fast.kernels.triton import launch
+
+    return launch.target_of(device)[0] if device.type == "cuda" else ABSENT
 
 
 class _AbsentDriver:
@@ -71,7 +70,7 @@ def _compiling_for_absent(device: torch.device):
         JITFunction.run = launch  # the driver stays: without a device there is none to go back to
 
 
-def _launches(kind: str, width: int, device: torch.device) -> dict[str, Callable[[], Any]]:
+def _launches(kind: str, width: int, tile: Tile, device: torch.device) -> dict[str, Callable[[], Any]]:
     """By the step that bench/static.py names: a launch with what it calls the plain options."""
     dtype, precision = KINDS[kind]
     B = 32
@@ -80,7 +79,8 @@ def _launches(kind: str, width: int, device: torch.device) -> dict[str, Callable
         return torch.randn(*shape, device=device).to(dtype)
 
     weights = [numbers(width, width) / width**0.5]
-    short, long = MAX_SUM_STEPS // 2, 2 * MAX_SUM_STEPS
+    most = MAX_SUM_STEPS.get(width, 32)
+    short, long = most // 2, 2 * most
     ids = torch.randint(V, (short, B), device=device)
     out, grad = numbers(long, B, width), numbers(long, B, width)
     options = {"precision": precision}
@@ -94,7 +94,7 @@ def _launches(kind: str, width: int, device: torch.device) -> dict[str, Callable
         return elman_backward(grad[:short], None, out[:short], weights, tokens=ids, num_tokens=V, **options)
 
     found = {"forward": forward, "backward": lambda: elman_backward(grad, None, out, weights, **options)}
-    return found | ({"backward_sums": sums} if (kind, width) in SUM_TILES else {})
+    return found | ({"backward_sums": sums} if tile.ahead_sums else {})
 
 
 def _compiled(kernels: tuple[Any, ...]) -> dict[int, Any]:
@@ -130,20 +130,23 @@ def registers(device: torch.device) -> Iterator[dict[str, Any]]:
     target = target_of(device)
     recorded = static.recorded(triton.__version__, target)
     kernels = (elman_forward_kernel, elman_backward_kernel)
-    for kind, width in TILES:
-        if find_tile(TILES, kind, width, target) is None or (device.type != "cuda" and (kind, width) not in TINY_TILES):
+    for (kind, width), tiles in TILES.items():
+        if device.type != "cuda" and (kind, width) not in TINY_TILES:
             continue
-        for step, launch in _launches(kind, width, device).items():
-            tile = find_tile(SUM_TILES if step == "backward_sums" else TILES, kind, width, target)
-            if tile is None:
+        for tile in tiles:
+            if target not in tile.targets:
                 continue
-            name = static.case_name("elman", step, kind, width, tile, full=False)
-            before = _compiled(kernels)
-            with _compiling_for_absent(device):
-                launch()
-            (new,) = (kernel for key, kernel in _compiled(kernels).items() if key not in before)
-            here, there = _figures(new, device), recorded.get(name)
-            yield {"name": name, "target": target, **here, "recorded": there, "finding": _wrong(here, there)}
+            with in_place_of_shipped(kind, width, tile):
+                for step, launch in _launches(kind, width, tile, device).items():
+                    before = _compiled(kernels)
+                    with _compiling_for_absent(device):
+                        launch()
+                    new = [kernel for key, kernel in _compiled(kernels).items() if key not in before]
+                    if not new:
+                        continue  # another kind has this tile as well
+                    name = static.case_name(step, kind, width, tile, full=False)
+                    here, there = _figures(new[0], device), recorded.get(name)
+                    yield {"name": name, "target": target, **here, "recorded": there, "finding": _wrong(here, there)}
 
 
 def _wrong(here: dict[str, int], recorded: dict[str, Any] | None) -> str:
@@ -161,53 +164,67 @@ def _wrong(here: dict[str, int], recorded: dict[str, Any] | None) -> str:
 
 @contextmanager
 def in_place_of_shipped(kind: str, width: int, tile: Tile):
-    """The launchers take this tile."""
+    """The launchers take this tile, whatever the number of rows."""
     shipped = TILES[kind, width]
-    TILES[kind, width] = (tile,)
+    TILES[kind, width] = (replace(tile, most=ALL),)
+    choose_tile.cache_clear()
     try:
         yield
     finally:
         TILES[kind, width] = shipped
+        choose_tile.cache_clear()
 
 
-def candidates(shipped: Tile, target: str) -> list[Tile]:
-    """The tiles that differ in one thing: twice or half the rows or the warps, or the other side."""
-    found = [replace(shipped, block_b=rows) for rows in (shipped.block_b * 2, shipped.block_b // 2) if rows]
-    found += [replace(shipped, warps=w) for w in (shipped.warps * 2, shipped.warps // 2) if 1 <= w <= MOST_WARPS]
-    found.append(replace(shipped, side="right" if shipped.w_left else "left"))
+def candidates(kind: str, width: int, shipped: Tile, target: str) -> list[Tile]:
+    """The other tiles of this kind and width, and those that differ from the shipped one in one thing.
+
+    That is twice or half the rows or the warps, the lanes that share a unit, or the steps that input is loaded ahead.
+    """
+    found = [tile for tile in TILES[kind, width] if target in tile.targets and tile != shipped]
+    if shipped.form == "fma":
+        found += [replace(shipped, rows=rows) for rows in (shipped.rows * 2, shipped.rows // 2) if rows]
+        lanes_n, lanes_k = shipped.lanes_n, shipped.lanes_k
+        found.append(replace(shipped, lanes_n=lanes_n // 2, lanes_k=lanes_k * 2))
+        if lanes_k > 1:
+            found.append(replace(shipped, lanes_n=lanes_n * 2, lanes_k=lanes_k // 2))
+    units = shipped.lanes_n if shipped.form == "fma" else 16
+    warps = (shipped.warps * 2, shipped.warps // 2)
+    found += [replace(shipped, warps=w) for w in warps if 1 <= w <= MOST_WARPS and w * units <= width]
+    found.append(replace(shipped, ahead=2 if shipped.ahead == 4 else 4))
     return [replace(tile, targets=(target,)) for tile in found]
 
 
 # (kind, H, T, B), what is used most first: the recipes' shapes in torch's default precision, then long and wide ones.
 SHAPES = [
     ("tf32", 32, 32, 1024),
-    ("ieee", 32, 32, 1024),
+    ("fp32", 32, 32, 1024),
     ("tf32", 128, 100, 64),
     ("16bit", 256, 100, 64),
     ("tf32", 128, 1000, 1),
     ("16bit", 128, 100, 64),
     ("tf32", 64, 100, 64),
-    ("ieee", 128, 1000, 1),
-    ("tf32x3", 128, 100, 64),
+    ("fp32", 128, 1000, 1),
+    ("fp32", 128, 100, 1024),
 ]
-TINY_SHAPES = [("ieee", 16, 2, 3)]
+TINY_SHAPES = [("fp32", 16, 2, 3)]
 
 
 def neighbours(device: torch.device) -> Iterator[dict[str, Any]]:
     """For every shape and neighbour: its time over the shipped tile's, forward and the backward recurrence alone."""
     target = target_of(device)
     for kind, width, T, B in SHAPES if device.type == "cuda" else TINY_SHAPES:
-        shipped = find_tile(TILES, kind, width, target)
+        shipped = choose_tile(width, *KINDS[kind], device, B)
         if shipped is None:
             continue
         jobs = _timed_jobs(kind, width, T, B, device)
-        for tile in candidates(shipped, target):
-            name = f"{kind} H{width} T={T} B={B} rows{tile.block_b} {tile.side} warps{tile.warps}"
+        for tile in candidates(kind, width, shipped, target):
+            name = f"{kind} H{width} T={T} B={B} {_label(tile)}"
             yield {"name": name, "shipped": _label(shipped), **_against(shipped, tile, kind, width, jobs, device)}
 
 
 def _label(tile: Tile) -> str:
-    return f"rows{tile.block_b} {tile.side} warps{tile.warps}"
+    lanes = f" lanes{tile.lanes_n}x{tile.lanes_k}" if tile.form == "fma" else ""
+    return f"{tile.form} rows{tile.rows}{lanes} warps{tile.warps} ahead{tile.ahead}"
 
 
 def _timed_jobs(kind: str, width: int, T: int, B: int, device: torch.device) -> dict[str, Callable[[], Any]]:

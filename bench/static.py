@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import triton
@@ -33,8 +33,10 @@ TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), 163 * 1024),
     "sm_90": (GPUTarget("cuda", 90, 32), 227 * 1024),
     "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
+    "sm_120": (GPUTarget("cuda", 120, 32), 99 * 1024),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
+TILES_OF = {"sm_120": "sm_80"}  # consumer Blackwell has Ampere's matrix instructions, and its tiles
 # How much worse than the record a figure may be before --check fails: (ratio, absolute).
 TOLERANCE = {
     "registers": (1.1, 8),
@@ -43,7 +45,7 @@ TOLERANCE = {
     "instructions": (1.05, 4),
     "barriers": (1.0, 0),
 }
-POINTER = {"fp64": "*fp64", "ieee": "*fp32", "tf32x3": "*fp32", "tf32": "*fp32", "16bit": "*bf16"}
+POINTER = {"fp64": "*fp64", "fp32": "*fp32", "ieee": "*fp32", "tf32x3": "*fp32", "tf32": "*fp32", "16bit": "*bf16"}
 
 
 def load(module: str):
@@ -67,30 +69,33 @@ class Case:
     options: dict[str, object]
     matrix: bool | None  # whether a matrix instruction is meant; None: either will do
     shared: int  # bytes of shared memory that it may have
+    steps: int = 1  # time steps in one round of the loop
 
 
 def elman_cases(target: str) -> list[Case]:
     """Every tile of the Elman table as the kernel with every option that adds work, and on sm_90 as the plain one too.
 
-    "full" has packed input, tokens of the largest V, h0, grad_h_n and an H that does not fill the tile. "plain" has
-    an H that does, and no such options but token input with V = 28 (recipe d2l): forward up to H = 32, and in the
-    backward kernel that sums.
+    "full" has packed input, tokens, h0, grad_h_n and an H that does not fill the width. "plain" has an H that does, and
+    no such options but token input forward up to H = 32 (recipe d2l). The backward kernel leaves the gradient of W to a
+    product that needs h_{t-1}, or sums it.
     """
     tiles = load("elman_tiles")
-    return [
+    cases = [
         elman_case(step, kind, width, tile, full, target)
-        for step, table in (("forward", tiles.TILES), ("backward", tiles.TILES), ("backward_sums", tiles.SUM_TILES))
-        for (kind, width), entries in table.items()
+        for (kind, width), entries in tiles.TILES.items()
         for tile in entries
-        if target in tile.targets
+        if TILES_OF.get(target, target) in tile.targets
+        for step in ("forward", "backward", *(["backward_sums"] if tile.ahead_sums else []))
         for full in ((False, True) if target == "sm_90" else (True,))
     ]
+    return list({case.name: case for case in cases}.values())  # fp32 and tf32 share tiles
 
 
-def case_name(operation: str, step: str, kind: str, width: int, tile, full: bool) -> str:
+def case_name(step: str, kind: str, width: int, tile, full: bool) -> str:
     """What the record calls a tile's case."""
     options = "full" if full else "plain"
-    return f"{operation} {step} {kind} H{width} rows{tile.block_b} {tile.side} warps{tile.warps} {options}"
+    lanes = f" lanes{tile.lanes_n}x{tile.lanes_k}" if tile.form == "fma" else ""
+    return f"elman {step} {POINTER[kind][1:]} H{width} {tile.form} rows{tile.rows}{lanes} warps{tile.warps} {options}"
 
 
 def recorded(version: str, target: str) -> dict[str, dict]:
@@ -104,51 +109,55 @@ def elman_case(step: str, kind: str, width: int, tile, full: bool, target: str) 
     types = {name: value for name in ("weight_ptr", "weight_reverse_ptr", "out_ptr")}
     if full:
         types |= {"h0_ptr": value, "steps_ptr": "*i64", "grad_h_n_ptr": value}
-    constants = {
-        "H": width - 1 if full else width,
-        "BLOCK_B": tile.block_b,
-        "BLOCK_H": width,
-        "W_LEFT": tile.w_left,
-        "TANH": True,
-        "HAS_H0": full,
-        "PACKED": full,
-        "PRECISION": kind if value == "*fp32" else "ieee",
-        "WIDE": False,
-    }
-    tokens = full or width <= 32
     if step == "forward":
         kernel = "elman_forward_kernel"
-        types |= {"x_ptr": value, "h_n_ptr": value}
-        constants |= {"TOKENS": tokens}
+        types |= {name: value for name in ("x_ptr", "h_n_ptr", "bias_ih_ptr", "bias_ih_reverse_ptr")}
+        types |= {"bias_hh_ptr": value, "bias_hh_reverse_ptr": value} if full else {}
+        types |= {"tokens_ptr": "*i64"} if full or width <= 32 else {}
     else:
         kernel = "elman_backward_kernel"
-        sums = step == "backward_sums"
-        tokens = sums
         accumulator = "*fp64" if kind == "fp64" else "*fp32"
-        types |= {"grad_out_ptr": value, "grad_h0_ptr": value}
-        types |= (
-            {"partial_weight_ptr": accumulator, "partial_table_ptr": accumulator}
-            if sums
-            else {"grad_x_ptr": value, "h_prev_ptr": value}
-        )
-        constants |= {
-            "BLOCK_V": load("elman_tiles").MAX_SUM_VOCAB if full and sums else 32,
-            "HAS_GRAD_OUT": True,
-            "HAS_GRAD_H_N": full,
-            "GRAD_X": not sums,
-            "SAVE_H_PREV": not sums,
-            "GRAD_WEIGHT": sums,
-            "GRAD_TABLE": sums,
-        }
-    if tokens:
-        types |= {"tokens_ptr": "*i64"}
-    name = case_name("elman", step, kind, width, tile, full)
-    matrix = kind != "ieee" or target == "gfx942"
-    if (kind, target) == ("fp64", "sm_100"):
-        matrix = None  # DMMA from Triton 3.9 on, FMA before
-    options = tile.launch_options(target)
-    shared = min(TARGETS[target][1], tile.shared_kb * 1024)
-    return Case(name, target, "elman_kernels", kernel, types, constants, not full, options, matrix, shared)
+        types |= {name: value for name in ("grad_out_ptr", "grad_x_ptr", "grad_h0_ptr")}
+        types |= {"partial_bias_ptr": accumulator}
+        if step == "backward_sums":
+            types |= {"partial_weight_ptr": accumulator}
+        elif full:
+            types |= {"h_prev_ptr": value}
+    if step == "backward_sums":
+        tile = replace(tile, ahead=tile.ahead_sums)
+    constants: dict[str, object] = {"F": elman_form(kind, width - 1 if full else width, tile)}
+    if "tokens_ptr" not in types:
+        constants |= {"stride_x_h": 1}
+    return Case(
+        name=case_name(step, kind, width, tile, full),
+        target=target,
+        module="elman_kernels",
+        kernel=kernel,
+        types=types,
+        constants=constants,
+        divisible=not full,
+        options=tile.launch_options(TILES_OF.get(target, target)),
+        matrix=tile.form != "fma",
+        shared=TARGETS[target][1],
+        steps=tile.ahead,
+    )
+
+
+def elman_form(kind: str, hidden_size: int, tile, **options):
+    """The kernels' compile-time argument."""
+    return load("elman_forms").Form(
+        hidden=hidden_size,
+        rows=tile.rows,
+        lanes_n=tile.lanes_n,
+        lanes_k=tile.lanes_k,
+        warps=tile.warps,
+        dtype=getattr(triton.language, {"fp64": "float64", "16bit": "bfloat16"}.get(kind, "float32")),
+        mma=tile.form != "fma",
+        three=tile.form == "mma3",
+        in_shared=tile.in_shared,
+        ahead=tile.ahead,
+        **options,
+    )
 
 
 def linear_cross_entropy_cases(target: str) -> list[Case]:
@@ -293,6 +302,8 @@ def generate_case(target: str, kind: str, H: int, V: int, L: int, sampled: bool)
 def all_cases(target: str) -> list[Case]:
     """Of every kernel that is shipped."""
     makers = (elman_cases, linear_cross_entropy_cases, clip_cases, generate_cases)
+    if target in TILES_OF:
+        makers = (elman_cases,)
     return [case for cases in makers for case in cases(target)]
 
 
@@ -314,7 +325,11 @@ def compile_case(case: Case):
         if signature[name].startswith("*") or (divisible and signature[name] == "i32"):
             attributes[(index,)] = [["tt.divisibility", 16]]
     constants = {name: value for name, value in constants.items() if signature.get(name) == "constexpr"}
-    source = ASTSource(kernel, signature, constants, attributes)
+    if kernel.is_gluon():
+        from triton.experimental.gluon._runtime import GluonASTSource as Source
+    else:
+        Source = ASTSource
+    source = Source(kernel, signature, constants, attributes)
     target, _ = TARGETS[case.target]
     return triton.compile(source, target=target, options=case.options)
 
@@ -407,12 +422,19 @@ def amd_figures(assembly: str, shared: int) -> dict:
     }
 
 
+PER_STEP = ("instructions", "barriers", "shared_loads", "shared_stores", "matrix_instructions", "fma")
+
+
 def figures(case: Case) -> dict:
     """Compile one case and measure it."""
     compiled = compile_case(case)
     if "cubin" in compiled.asm:
-        return nvidia_figures(compiled.asm["cubin"], compiled.metadata.shared)
-    return amd_figures(compiled.asm["amdgcn"], compiled.metadata.shared)
+        found = nvidia_figures(compiled.asm["cubin"], compiled.metadata.shared)
+    else:
+        found = amd_figures(compiled.asm["amdgcn"], compiled.metadata.shared)
+    if case.steps > 1:
+        found |= {name: round(found[name] / case.steps, 2) for name in PER_STEP}
+    return found
 
 
 def faults(case: Case, found: dict) -> list[str]:
@@ -445,10 +467,10 @@ def report(target: str, results: dict[str, dict]) -> None:
     columns = ("registers", "stack", "shared", "instructions", "barriers", "shared_loads", "shared_stores", "fma")
     print(f"\n{target}, Triton {triton.__version__}: loop figures are per warp and time step")
     heads = ("regs", "stack", "shared", "instr", "barr", "lds", "sts", "fma")
-    print(f"{'tile':64}" + "".join(f"{head:>8}" for head in heads) + "  matrix")
+    print(f"{'tile':72}" + "".join(f"{head:>8}" for head in heads) + "  matrix")
     for name, found in results.items():
         matrix = " ".join(f"{kind} x{found['matrix_instructions']}" for kind in found["matrix"])
-        print(f"{name:64}" + "".join(f"{found[column]:8}" for column in columns) + f"  {matrix}")
+        print(f"{name:72}" + "".join(f"{found[column]:8.4g}" for column in columns) + f"  {matrix}")
 
 
 def main() -> int:

@@ -45,7 +45,7 @@ def _triton_cannot(device: torch.device, dtype: torch.dtype, hidden_size: int) -
         return why
     from charrnn_fast.kernels.triton import elman as kernels
 
-    return kernels.elman_limits(hidden_size, dtype, _precision(device, dtype, hidden_size), device)
+    return kernels.elman_limits(hidden_size, dtype, _precision(device, dtype), device)
 
 
 def _triton_should_not(device: torch.device, dtype: torch.dtype, hidden_size: int) -> str | None:
@@ -57,20 +57,16 @@ def _triton_kernels(
 ) -> tuple[Callable[..., Any], Callable[..., Any]]:
     from charrnn_fast.kernels.triton import elman as kernels
 
-    precision = _precision(device, dtype, hidden_size)
+    precision = _precision(device, dtype)
     forward = functools.partial(kernels.elman_forward, precision=precision)
     return forward, functools.partial(kernels.elman_backward, precision=precision)
 
 
-def _precision(device: torch.device, dtype: torch.dtype, hidden_size: int) -> str:
-    """How the kernels multiply float32: TF32 where torch's switch for RNNs allows it, or else the first full one."""
+def _precision(device: torch.device, dtype: torch.dtype) -> str:
+    """How the kernels may multiply float32: with TF32's ten bits of mantissa where torch's switch for RNNs allows it."""
     if dtype != torch.float32 or device.type != "cuda" or torch.version.hip is not None:
         return "ieee"
-    if _tf32_allowed():
-        return "tf32"
-    from charrnn_fast.kernels.triton import elman as kernels
-
-    return "ieee" if kernels.elman_limits(hidden_size, dtype, "ieee", device) is None else "tf32x3"
+    return "tf32" if _tf32_allowed() else "ieee"
 
 
 def _tf32_allowed() -> bool:
@@ -130,13 +126,15 @@ NAMES = ("auto", *(row.name for row in BACKENDS))
 
 @dataclass(frozen=True)
 class Explanation:
-    """The backend that runs, and for each other one why it does not. ``str()`` gives one line per backend."""
+    """The backend that runs and how, and for each other one why it does not. ``str()`` gives one line per backend."""
 
     backend: str
     why_not: dict[str, str]
+    how: str = ""  # which of its kernels, and why that one
 
     def __str__(self) -> str:
-        return "\n".join([f"{self.backend}: runs", *(f"{name}: {why}" for name, why in self.why_not.items())])
+        runs = f"{self.backend}: runs" + (f": {self.how}" if self.how else "")
+        return "\n".join([runs, *(f"{name}: {why}" for name, why in self.why_not.items())])
 
 
 def check_name(backend: str) -> str:
@@ -186,10 +184,12 @@ def explain(
     device: torch.device | str = "cpu",
     *,
     backend: str = "auto",
+    batch_size: int = 1,
 ) -> Explanation:
     """Say which backend runs an Elman layer of this size, and for each other backend why it does not.
 
-    Arguments and errors as in :func:`choose`.
+    Arguments and errors as in :func:`choose`. ``batch_size``: times the number of directions; GPU kernels are chosen by
+    it.
     """
     device = torch.device(device)
     chosen = choose(backend, device, dtype, hidden_size)
@@ -201,7 +201,15 @@ def explain(
             if why is None and automatic:
                 why = row.should_not(device, dtype, hidden_size)
             why_not[row.name] = why or (f"'{chosen}' is preferred" if automatic else f"'{chosen}' was asked for")
-    return Explanation(chosen, why_not)
+    return Explanation(chosen, why_not, _how(chosen, device, dtype, hidden_size, batch_size))
+
+
+def _how(backend: str, device: torch.device, dtype: torch.dtype, hidden_size: int, batch_size: int) -> str:
+    if backend != "triton":
+        return ""
+    from charrnn_fast.kernels.triton import elman as kernels
+
+    return kernels.elman_reason(hidden_size, dtype, _precision(device, dtype), device, batch_size)
 
 
 def kernels_of(

@@ -33,13 +33,15 @@ def layer_forward(
     if h0 is not None and batch_sizes is not None and len(batch_sizes) and h0.shape[1] != batch_sizes[0]:
         expected = (directions, int(batch_sizes[0]), hidden)
         raise RuntimeError(f"Expected hidden size {expected}, got {list(h0.shape)}")
+    in_kernel = _adds_bias(backend) and len(weights) == 3 * directions
+    biases = {"bias_ih": weights[2::3]} if in_kernel else {}
     if is_tokens(input):
-        tokens, x = input, token_table(weights, directions)
+        tokens, x = input, _table(weights, directions, in_kernel)
         if backend != "native":  # which looks at the ids itself, in a fraction of the time
             check_tokens(tokens, x.shape[0])
         out = in_order(x.new_empty(tokens.numel(), x.shape[1]), tokens)
     else:
-        tokens, x = None, _project(input, weights, directions)
+        tokens, x = None, _project(input, weights, directions, in_kernel)
         out = x
     forward, _ = backends.kernels_of(backend, x.device, x.dtype, hidden)
     try:
@@ -52,6 +54,7 @@ def layer_forward(
             nonlinearity=nonlinearity,
             reverse=tuple(reverse),
             out=out,
+            **biases,
         )
     except IndexError:
         check_tokens(input, x.shape[0])  # names the id
@@ -76,7 +79,9 @@ def layer_backward(
     each = len(weights) // directions
     tokens = input if is_tokens(input) else None
     _, backward = backends.kernels_of(backend, out.device, out.dtype, hidden)
-    grad_x, grad_weight_hh, grad_h0 = backward(
+    needs_ih, needs_bias = any(needs_grad[2::each]), each == 3 and any(needs_grad[4::each])
+    in_kernel = _adds_bias(backend)
+    grad_x, grad_weight_hh, grad_h0, *grad_bias = backward(
         _unit_stride(grad_out),
         _unit_stride(grad_h_n),
         out,
@@ -88,13 +93,13 @@ def layer_backward(
         nonlinearity=nonlinearity,
         reverse=tuple(reverse),
         need_weight_grad=any(needs_grad[3::each]),
+        **({"need_bias_grad": needs_bias} if in_kernel else {}),
     )
     rows = grad_x if tokens is not None else _rows(grad_x, input)
-    needs_ih, needs_bias = any(needs_grad[2::each]), each == 3 and any(needs_grad[4::each])
     if needs_ih:  # (D*H, I); of the table with a row per token, it is the transpose
         grad_weight_ih = rows.t() if tokens is not None else rows.t() @ _rows(input, input)
     if needs_bias:
-        grad_bias = rows.sum(0)
+        bias_rows = grad_bias[0] if in_kernel else rows.sum(0)
     grads = [
         _grad_input(rows, input, weights, directions) if needs_grad[0] else None,
         grad_h0 if needs_grad[1] else None,
@@ -104,8 +109,28 @@ def layer_backward(
         grads.append(grad_weight_ih[units] if needs_ih else None)
         grads.append(grad_weight_hh[direction] if grad_weight_hh is not None else None)
         if each == 3:
-            grads.append(grad_bias[units] if needs_bias else None)
+            grads.append(bias_rows[units] if needs_bias else None)
     return [grad if needs else None for grad, needs in zip(grads, needs_grad, strict=True)]
+
+
+def _adds_bias(backend: str) -> bool:
+    """Whether the backend's kernels add the bias and sum its gradient, and take a table of any strides."""
+    return backend == "triton"
+
+
+# Reading a row of the input weight itself as a column takes a sector of 32 bytes an element: from the first cache, a
+# small one costs less than a launch that transposes it.
+_MAX_TABLE_IN_PLACE = 2**16  # bytes
+
+
+def _table(weights: Sequence[Tensor], directions: int, bias_in_kernel: bool) -> Tensor:
+    """(V, D*H): row v is token v's input, W_ih[:, v], plus the biases if the kernel adds none."""
+    weight_ih = weights[0]
+    if bias_in_kernel and directions == 1 and weight_ih.numel() * weight_ih.element_size() <= _MAX_TABLE_IN_PLACE:
+        return weight_ih.t()
+    if bias_in_kernel:
+        weights = [w for i, w in enumerate(weights) if i % 3 != 2]
+    return token_table(weights, directions)
 
 
 def token_table(weights: Sequence[Tensor], directions: int) -> Tensor:
@@ -122,9 +147,14 @@ def token_table(weights: Sequence[Tensor], directions: int) -> Tensor:
     return table
 
 
-def _project(input: Tensor, weights: Sequence[Tensor], directions: int) -> Tensor:
-    """input (T, B, I) or (N, I) -> input W_ih^T + b_ih + b_hh, (T, B, D*H) or (N, D*H), memory in the input's order."""
+def _project(input: Tensor, weights: Sequence[Tensor], directions: int, bias_in_kernel: bool) -> Tensor:
+    """input (T, B, I) or (N, I) -> input W_ih^T, (T, B, D*H) or (N, D*H), memory in the input's order.
+
+    Plus the biases if the kernel adds none.
+    """
     rows = _rows(input, input)
+    if bias_in_kernel:
+        weights = [w for i, w in enumerate(weights) if i % 3 != 2]
     if directions == 1:
         return in_order(F.linear(rows, weights[0], weights[2] if len(weights) == 3 else None), input)
     hidden = weights[0].shape[0]

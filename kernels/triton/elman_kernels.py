@@ -1,105 +1,144 @@
-"""The Elman recurrence with the time loop inside one program. Imports Triton alone: it compiles where torch is missing.
+"""The Elman recurrence with the time loop inside one program, in Gluon. Imports Triton alone.
 
-    forward    pre_t = x_t + h_{t-1} @ W^T          h_t = tanh(pre_t) or relu(pre_t)
+    forward    pre_t = x_t + b + h_{t-1} @ W^T      h_t = tanh(pre_t) or relu(pre_t)
     backward   d_t = (g_t + c_t) * f'(h_t)          c_{t-1} = d_t @ W        grad_W = sum_t d_t^T @ h_{t-1}
 
-A program owns BLOCK_B rows of the batch in one direction. It reads W (BLOCK_H x BLOCK_H, zero-padded) once, keeps it,
-and walks time; the state never leaves it. The state tile is (BLOCK_B, BLOCK_H) with W as the dot's right operand, or,
-with W_LEFT, transposed (BLOCK_H, BLOCK_B) with W as the left one. The next step's input is loaded before this step's
-dot.
+A program owns some rows of the batch in one direction, reads W once into registers and walks time; elman_forms.py says
+how the product is laid out. A step is: product, activation, state to shared memory, store; one barrier. Memory answers
+later than a step takes, so steps go by groups of `ahead`, and as soon as a step has taken its input, that of the same
+step of the next group is loaded in its place. With packed input the positions are loaded three groups ahead, and token
+ids, whose addresses depend on them, two.
 
-Row b of step t lies at p_t * stride_t + b * stride_b. p_t is t itself and B rows are active, or, with PACKED, p_t is
-steps_ptr[t], the packed rows before step t, and steps_ptr[T + t] are active. A row that is not active keeps its state.
-Where a program's rows and steps begin is computed in int64; inside a tile int32 is enough and costs half the registers,
-unless the launcher finds rows so far apart that it sets WIDE.
+Row b of step t lies at p_t * stride_t + b * stride_b. p_t is t itself and B rows are active, or, with packed input, p_t
+is steps_ptr[t], the packed rows before step t, and steps_ptr[T + t] are active. A row that is not active keeps its
+state; past the last step, where the last group is not full, none is. Where a program's rows and steps begin is computed
+in int64; inside a tile int32 is enough and costs half the registers, unless the launcher finds rows so far apart that
+the form is `wide`. A pointer that is None stands for input that is not there.
 """
 
-import triton
 import triton.language as tl
 
-from .numerics import activation, activation_backward, cast, dot
+from .elman_forms import (
+    load_weight,
+    product,
+    product_and_outer,
+    store_outer,
+    store_row_sums,
+    tile_rows,
+    tile_units,
+    zero_outer,
+    zero_tile,
+)
+from .gluon_interpreter import device_function, gl, jit
+from .numerics import activation, activation_backward, cast
 
 
-@triton.jit
-def _walk(steps_ptr, T, first_row, backwards, PACKED: tl.constexpr):
-    """Number of steps in which `first_row` is active, the first of the walk over them and the stride to the next.
+@device_function
+def _walk(steps_ptr, T, first_row, backwards):
+    """Number of steps in which `first_row` is active, the first position of the walk over them and the way to the next.
 
-    Batch sizes do not increase, so those steps are the first ones.
+    Batch sizes do not increase, so those steps are the first ones, and bisection finds their number.
     """
     steps = T
-    if PACKED:
-        steps = tl.sum(tl.zeros((128,), tl.int32))
-        for start in range(0, T, 128):
-            offs_t = start + tl.arange(0, 128)
-            sizes = tl.load(steps_ptr + T + offs_t, mask=offs_t < T, other=0)
-            steps += tl.sum((sizes > first_row).to(tl.int32))
-    return steps, (backwards * (steps - 1)).to(tl.int64), (1 - 2 * backwards).to(tl.int64)
+    if steps_ptr is not None:
+        low = T * 0
+        while low < steps:
+            middle = (low + steps) // 2
+            if gl.load(steps_ptr + T + middle) > first_row:
+                low = middle + 1
+            else:
+                steps = middle
+    return steps, (backwards * (steps - 1)).to(gl.int64), (1 - 2 * backwards).to(gl.int64)
 
 
-@triton.jit
-def _step(steps_ptr, t, T, B, first_row, PACKED: tl.constexpr):
-    """Position of step t and the number of rows, from `first_row` on, that are active in it."""
-    if PACKED:
-        return tl.load(steps_ptr + t), tl.load(steps_ptr + T + t).to(tl.int32) - first_row
+@device_function
+def _places(steps_ptr, i, walk, T, B, first_row, F: tl.constexpr):
+    """Of the group of steps from number i of the walk: positions, and rows active from `first_row` on, none past the end."""
+    AHEAD: tl.constexpr = F.ahead
+    steps, start, way = walk
+    positions = ()
+    actives = ()
+    for k in gl.static_range(AHEAD):
+        t = start + (i + k) * way
+        inside = i + k < steps
+        if steps_ptr is None:
+            positions = positions + (t,)
+            actives = actives + (gl.where(inside, B - first_row, 0),)
+        else:
+            positions = positions + (gl.load(steps_ptr + t, mask=inside, other=0),)
+            actives = actives + (gl.load(steps_ptr + T + t, mask=inside, other=0).to(gl.int32) - first_row,)
+    return positions, actives
+
+
+@device_function
+def _load_tile(ptr, places, k, stride_t, offs, rows, in_width, F: tl.constexpr):
+    """State tile of step k of a group, zero where a row is not active or there is no tensor."""
+    if ptr is None:
+        return zero_tile(F)
     else:
-        return t, B - first_row
+        mask = (rows < places[1][k]) & in_width
+        return gl.load(ptr + places[0][k] * stride_t + offs, mask=mask, other=0.0)
 
 
-@triton.jit
-def _load_weight(
-    weight_ptr, weight_reverse_ptr, pid_d, H: tl.constexpr, BLOCK_H: tl.constexpr, TRANSPOSE: tl.constexpr
+@device_function
+def _load_tiles(ptr, places, stride_t, offs, rows, in_width, F: tl.constexpr):
+    """State tiles of a group of steps."""
+    AHEAD: tl.constexpr = F.ahead
+    tiles = ()
+    for k in gl.static_range(AHEAD):
+        tiles = tiles + (_load_tile(ptr, places, k, stride_t, offs, rows, in_width, F),)
+    return tiles
+
+
+@device_function
+def _load_ids(tokens_ptr, places, stride_t, offs, rows, F: tl.constexpr):
+    """Token ids of a group of steps, -1 where a row is not active; an empty tuple without tokens."""
+    AHEAD: tl.constexpr = F.ahead
+    positions, actives = places
+    ids = ()
+    if tokens_ptr is not None:
+        for k in gl.static_range(AHEAD):
+            ids = ids + (gl.load(tokens_ptr + positions[k] * stride_t + offs, mask=rows < actives[k], other=-1),)
+    return ids
+
+
+@device_function
+def _load_input(
+    x_ptr, tokens_ptr, ids, places, k, V, stride_t, offs, rows, in_width, F: tl.constexpr
 ):
-    """W of this program's direction, zero outside H x H, as it is or transposed."""
-    rows = tl.arange(0, BLOCK_H)[:, None]
-    cols = tl.arange(0, BLOCK_H)[None, :]
-    mask = (rows < H) & (cols < H)
-    offsets = cols * H + rows if TRANSPOSE else rows * H + cols
-    if pid_d == 0:
-        w = tl.load(weight_ptr + offsets, mask=mask, other=0.0)
+    """Input tile of step k of a group; with tokens the rows `ids` of the table, zero for an id outside it."""
+    if tokens_ptr is None:
+        return _load_tile(x_ptr, places, k, stride_t, offs, rows, in_width, F)
     else:
-        w = tl.load(weight_reverse_ptr + offsets, mask=mask, other=0.0)
-    return w
+        known = (ids[k] >= 0) & (ids[k] < V)
+        row = ids[k].to(gl.int64 if F.wide else gl.int32) * stride_t
+        return gl.load(x_ptr + row + offs, mask=known & in_width, other=0.0)
 
 
-@triton.jit
-def _tile_indices(BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr, W_LEFT: tl.constexpr, WIDE: tl.constexpr):
-    """Rows and columns of the state tile, shaped to broadcast against each other."""
-    offs_b = tl.arange(0, BLOCK_B).to(tl.int64 if WIDE else tl.int32)
-    offs_h = tl.arange(0, BLOCK_H)
-    if W_LEFT:
-        return offs_b[None, :], offs_h[:, None]
+@device_function
+def _load_bias(bias_ptr, bias_reverse_ptr, pid_d, units, F: tl.constexpr):
+    """(H,) of this program's direction, shaped to broadcast over rows; zero without one."""
+    if bias_ptr is None:
+        return 0.0
     else:
-        return offs_b[:, None], offs_h[None, :]
+        if pid_d == 1:
+            bias_ptr = bias_reverse_ptr
+        return gl.load(bias_ptr + units, mask=units < F.hidden, other=0.0).to(F.acc)
 
 
-@triton.jit
-def _load_input(x_ptr, ids, position, offs, cols, mask, stride_x_t, V, TOKENS: tl.constexpr, WIDE: tl.constexpr):
-    """Input tile of the step at `position`; with TOKENS, rows `ids` of the table (zero for an id outside it)."""
-    if TOKENS:
-        known = (ids >= 0) & (ids < V)
-        offs = ids.to(tl.int64 if WIDE else tl.int32) * stride_x_t + cols
-        return tl.load(x_ptr + offs, mask=mask & known, other=0.0)
-    else:
-        return tl.load(x_ptr + position * stride_x_t + offs, mask=mask, other=0.0)
-
-
-@triton.jit
-def _load_ids(tokens_ptr, position, offs, mask, stride_tokens_t, TOKENS: tl.constexpr):
-    if TOKENS:
-        return tl.load(tokens_ptr + position * stride_tokens_t + offs, mask=mask, other=-1)
-    else:
-        return 0
-
-
-@triton.jit(do_not_specialize=["T", "B", "V", "reverse"])
+@jit(do_not_specialize=["T", "B", "V", "reverse"])
 def elman_forward_kernel(
     # pointers
-    x_ptr,  # (T, B, D*H) or packed (N, D*H), projected input; with TOKENS (V, D*H), the table
-    tokens_ptr,  # (T, B) or packed (N,) int32 or int64, token ids; read with TOKENS
+    x_ptr,  # (T, B, D*H) or packed (N, D*H), projected input; with tokens (V, D*H), the table
+    tokens_ptr,  # (T, B) or packed (N,) int32 or int64, token ids, or None
     weight_ptr,  # (H, H) contiguous, recurrent weight of direction 0
     weight_reverse_ptr,  # (H, H) contiguous, recurrent weight of direction 1
-    h0_ptr,  # (D, B, H), first states; read with HAS_H0
-    steps_ptr,  # (2, T) int64, packed rows before each step and active rows in it; read with PACKED
+    bias_ih_ptr,  # (H,) of direction 0, added to every input, or None
+    bias_ih_reverse_ptr,
+    bias_hh_ptr,  # (H,) of direction 0, added as well, or None
+    bias_hh_reverse_ptr,
+    h0_ptr,  # (D, B, H), first states, or None
+    steps_ptr,  # (2, T) int64, packed rows before each step and active rows in it, or None
     out_ptr,  # (T, B, D*H) or packed (N, D*H), hidden states; may be x_ptr
     h_n_ptr,  # (D, B, H) contiguous, last states
     # sizes
@@ -108,98 +147,107 @@ def elman_forward_kernel(
     V,
     reverse,  # bit d is set if direction d walks time backwards
     # strides
-    stride_x_t,
+    stride_x_t,  # of a table: from id to id
     stride_x_b,
+    stride_x_h,
     stride_tokens_t,
     stride_tokens_b,
     stride_h0_d,
     stride_h0_b,
     stride_out_t,
     stride_out_b,
-    # meta-parameters
-    H: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,  # power of two, at least H
-    W_LEFT: tl.constexpr,
-    TANH: tl.constexpr,
-    TOKENS: tl.constexpr,
-    HAS_H0: tl.constexpr,
-    PACKED: tl.constexpr,
-    PRECISION: tl.constexpr,  # of the dot: "ieee", "tf32x3" or "tf32"
-    WIDE: tl.constexpr,
+    F: tl.constexpr,  # elman_forms.Form
 ):
-    pid_d = tl.program_id(1)
-    first_row = tl.program_id(0) * BLOCK_B
-    rows, cols = _tile_indices(BLOCK_B, BLOCK_H, W_LEFT, WIDE)
-    state_mask = (rows < B - first_row) & (cols < H)
-    acc_type = tl.float64 if out_ptr.dtype.element_ty == tl.float64 else tl.float32
-    operand_type = weight_ptr.dtype.element_ty
-    w = _load_weight(weight_ptr, weight_reverse_ptr, pid_d, H, BLOCK_H, TRANSPOSE=not W_LEFT)
+    AHEAD: tl.constexpr = F.ahead
+    pid_d = gl.program_id(1)
+    first_row = gl.program_id(0) * F.rows
+    rows, units = tile_rows(F), tile_units(F)
+    in_width = units < F.hidden
+    if pid_d == 1:
+        weight_ptr = weight_reverse_ptr
+    w = load_weight(weight_ptr, False, F)
+    bias = _load_bias(bias_ih_ptr, bias_ih_reverse_ptr, pid_d, units, F)
+    bias += _load_bias(bias_hh_ptr, bias_hh_reverse_ptr, pid_d, units, F)
 
-    x_ptr += pid_d * H
-    out_ptr += pid_d * H + first_row.to(tl.int64) * stride_out_b
-    if TOKENS:
-        tokens_ptr += first_row.to(tl.int64) * stride_tokens_b
+    x_ptr += pid_d * F.hidden * stride_x_h
+    offs_x = units * stride_x_h
+    if tokens_ptr is None:
+        x_ptr += first_row.to(gl.int64) * stride_x_b
+        offs_x += rows * stride_x_b
     else:
-        x_ptr += first_row.to(tl.int64) * stride_x_b
-    offs_x = rows * stride_x_b + cols
+        tokens_ptr += first_row.to(gl.int64) * stride_tokens_b
     offs_tokens = rows * stride_tokens_b
-    offs_out = rows * stride_out_b + cols
-    h = tl.zeros((BLOCK_H, BLOCK_B) if W_LEFT else (BLOCK_B, BLOCK_H), acc_type)
-    if HAS_H0:
-        h0_ptr += pid_d.to(tl.int64) * stride_h0_d + first_row.to(tl.int64) * stride_h0_b
-        h = tl.load(h0_ptr + rows * stride_h0_b + cols, mask=state_mask, other=0.0).to(acc_type)
+    out_ptr += pid_d * F.hidden + first_row.to(gl.int64) * stride_out_b
+    offs_out = rows * stride_out_b + units
+    in_batch = (rows < B - first_row) & in_width
+    h = zero_tile(F)
+    if h0_ptr is not None:
+        h0_ptr += pid_d.to(gl.int64) * stride_h0_d + first_row.to(gl.int64) * stride_h0_b
+        h = gl.load(h0_ptr + rows * stride_h0_b + units, mask=in_batch, other=0.0).to(F.acc)
+    even = gl.allocate_shared_memory(F.operand, F.shape, F.shared)
+    odd = gl.allocate_shared_memory(F.operand, F.shape, F.shared)
+    even.store(cast(h, F.operand))
 
-    steps, t, t_step = _walk(steps_ptr, T, first_row, (reverse >> pid_d) & 1, PACKED)
-    t_last = steps - 1 - t
-    position, active = _step(steps_ptr, t, T, B, first_row, PACKED)
-    ids = _load_ids(tokens_ptr, position, offs_tokens, rows < active, stride_tokens_t, TOKENS)
-    x = _load_input(x_ptr, ids, position, offs_x, cols, (rows < active) & (cols < H), stride_x_t, V, TOKENS, WIDE)
-    t = tl.where(t == t_last, t, t + t_step)
-    position_next, active_next = _step(steps_ptr, t, T, B, first_row, PACKED)
-    ids = _load_ids(tokens_ptr, position_next, offs_tokens, rows < active_next, stride_tokens_t, TOKENS)
-    for _ in range(steps):
-        # One step ahead: the input tile; two steps ahead: what its address depends on.
-        mask_next = (rows < active_next) & (cols < H)
-        x_next = _load_input(x_ptr, ids, position_next, offs_x, cols, mask_next, stride_x_t, V, TOKENS, WIDE)
-        t = tl.where(t == t_last, t, t + t_step)
-        position_after, active_after = _step(steps_ptr, t, T, B, first_row, PACKED)
-        ids = _load_ids(tokens_ptr, position_after, offs_tokens, rows < active_after, stride_tokens_t, TOKENS)
+    walk = _walk(steps_ptr, T, first_row, (reverse >> pid_d) & 1)
+    steps, _, _ = walk
+    places = _places(steps_ptr, 0, walk, T, B, first_row, F)
+    following = _places(steps_ptr, F.ahead, walk, T, B, first_row, F)
+    if steps_ptr is not None:
+        third = _places(steps_ptr, 2 * F.ahead, walk, T, B, first_row, F)
+    ids = _load_ids(tokens_ptr, places, stride_tokens_t, offs_tokens, rows, F)
+    x = ()
+    for k in gl.static_range(AHEAD):
+        x = x + (_load_input(x_ptr, tokens_ptr, ids, places, k, V, stride_x_t, offs_x, rows, in_width, F),)
+    ids = _load_ids(tokens_ptr, following, stride_tokens_t, offs_tokens, rows, F)
+    for i in range(0, steps, F.ahead):
+        if steps_ptr is None:
+            places = _places(steps_ptr, i, walk, T, B, first_row, F)
+            following = _places(steps_ptr, i + F.ahead, walk, T, B, first_row, F)
+            third = _places(steps_ptr, i + 2 * F.ahead, walk, T, B, first_row, F)
+        ids_next = _load_ids(tokens_ptr, third, stride_tokens_t, offs_tokens, rows, F)
+        x_next = ()
+        for k in gl.static_range(AHEAD):
+            added = x[k].to(F.acc) + bias
+            tile = _load_input(x_ptr, tokens_ptr, ids, following, k, V, stride_x_t, offs_x, rows, in_width, F)
+            x_next = x_next + (tile,)
+            if k % 2 == 0:
+                pre = product(even, w, added, F)
+            else:
+                pre = product(odd, w, added, F)
+            mask = (rows < places[1][k]) & in_width
+            h = gl.where(mask, activation(pre, F.tanh), h)
+            if k % 2 == 0:
+                odd.store(cast(h, F.operand))
+            else:
+                even.store(cast(h, F.operand))
+            gl.store(out_ptr + places[0][k] * stride_out_t + offs_out, cast(h, F.dtype), mask=mask)
+        x, ids = x_next, ids_next
+        if steps_ptr is not None:
+            places, following = following, third
+            third = _places(steps_ptr, i + 3 * F.ahead, walk, T, B, first_row, F)
 
-        operand = cast(h, operand_type)
-        pre = dot(w, operand, x.to(acc_type), PRECISION) if W_LEFT else dot(operand, w, x.to(acc_type), PRECISION)
-        new = activation(pre, TANH)
-        h = tl.where(rows < active, new, h) if PACKED else new
-        mask = (rows < active) & (cols < H)
-        tl.store(out_ptr + position * stride_out_t + offs_out, cast(h, out_ptr.dtype.element_ty), mask=mask)
-        x = x_next
-        position, active = position_next, active_next
-        position_next, active_next = position_after, active_after
-
-    h_n_ptr += (pid_d.to(tl.int64) * B + first_row) * H
-    tl.store(h_n_ptr + rows * H + cols, cast(h, h_n_ptr.dtype.element_ty), mask=state_mask)
+    h_n_ptr += (pid_d.to(gl.int64) * B + first_row) * F.hidden
+    gl.store(h_n_ptr + rows * F.hidden + units, cast(h, F.dtype), mask=in_batch)
 
 
-@triton.jit(do_not_specialize=["T", "B", "V", "reverse"])
+@jit(do_not_specialize=["T", "B", "reverse"])
 def elman_backward_kernel(
     # pointers
-    grad_out_ptr,  # (T, B, D*H) or packed (N, D*H); read with HAS_GRAD_OUT
-    grad_h_n_ptr,  # (D, B, H); read with HAS_GRAD_H_N
+    grad_out_ptr,  # (T, B, D*H) or packed (N, D*H), or None
+    grad_h_n_ptr,  # (D, B, H), or None
     out_ptr,  # (T, B, D*H) or packed (N, D*H), hidden states of the forward pass
-    tokens_ptr,  # (T, B) or packed (N,) int32 or int64, token ids; read with GRAD_TABLE
     weight_ptr,  # (H, H) contiguous, recurrent weight of direction 0
     weight_reverse_ptr,  # (H, H) contiguous, recurrent weight of direction 1
-    h0_ptr,  # (D, B, H), first states; read with HAS_H0
-    steps_ptr,  # (2, T) int64, packed rows before each step and active rows in it; read with PACKED
-    grad_x_ptr,  # (T, B, D*H) or packed (N, D*H), gradient of pre_t; written with GRAD_X
-    h_prev_ptr,  # like grad_x, strides too: h_{t-1}, for a weight gradient outside; written with SAVE_H_PREV
+    h0_ptr,  # (D, B, H), first states, or None
+    steps_ptr,  # (2, T) int64, packed rows before each step and active rows in it, or None
+    grad_x_ptr,  # like out, strides too: gradient of pre_t
+    h_prev_ptr,  # like out, strides too: h_{t-1}, for a weight gradient outside, or None
     grad_h0_ptr,  # (D, B, H) contiguous
-    partial_weight_ptr,  # (programs over B, D, H, H) fp32 or fp64, grad_W of a program's rows; written with GRAD_WEIGHT
-    partial_table_ptr,  # (programs over B, D, V, H) fp32 or fp64, grad of the table likewise; written with GRAD_TABLE
+    partial_bias_ptr,  # (programs over B, D, H) fp32 or fp64, sum of a program's d_t
+    partial_weight_ptr,  # (programs over B, D, H, H) fp32 or fp64, grad_W of a program's rows, or None
     # sizes
     T,
     B,
-    V,
     reverse,  # bit d is set if direction d walked time backwards
     # strides
     stride_grad_out_t,
@@ -208,135 +256,99 @@ def elman_backward_kernel(
     stride_grad_h_n_b,
     stride_out_t,
     stride_out_b,
-    stride_tokens_t,
-    stride_tokens_b,
     stride_h0_d,
     stride_h0_b,
-    stride_grad_x_t,
-    stride_grad_x_b,
-    # meta-parameters
-    H: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCK_H: tl.constexpr,  # power of two, at least H
-    BLOCK_V: tl.constexpr,  # power of two, at least V; used with GRAD_TABLE
-    W_LEFT: tl.constexpr,
-    TANH: tl.constexpr,
-    HAS_GRAD_OUT: tl.constexpr,
-    HAS_GRAD_H_N: tl.constexpr,
-    HAS_H0: tl.constexpr,
-    PACKED: tl.constexpr,
-    GRAD_X: tl.constexpr,
-    SAVE_H_PREV: tl.constexpr,
-    GRAD_WEIGHT: tl.constexpr,
-    GRAD_TABLE: tl.constexpr,
-    PRECISION: tl.constexpr,  # of the dots: "ieee", "tf32x3" or "tf32"
-    WIDE: tl.constexpr,
+    F: tl.constexpr,  # elman_forms.Form
 ):
-    pid_d = tl.program_id(1)
-    first_row = tl.program_id(0) * BLOCK_B
-    rows, cols = _tile_indices(BLOCK_B, BLOCK_H, W_LEFT, WIDE)
-    state_mask = (rows < B - first_row) & (cols < H)
-    acc_type = tl.float64 if out_ptr.dtype.element_ty == tl.float64 else tl.float32
-    operand_type = weight_ptr.dtype.element_ty
-    w = _load_weight(weight_ptr, weight_reverse_ptr, pid_d, H, BLOCK_H, TRANSPOSE=W_LEFT)
+    AHEAD: tl.constexpr = F.ahead
+    pid_d = gl.program_id(1)
+    first_row = gl.program_id(0) * F.rows
+    rows, units = tile_rows(F), tile_units(F)
+    in_width = units < F.hidden
+    if pid_d == 1:
+        weight_ptr = weight_reverse_ptr
+    w = load_weight(weight_ptr, True, F)
+    grad_bias = zero_tile(F)
+    if partial_weight_ptr is not None:
+        outer = zero_outer(F)
 
-    out_ptr += pid_d * H + first_row.to(tl.int64) * stride_out_b
-    offs_grad_out = rows * stride_grad_out_b + cols
-    offs_out = rows * stride_out_b + cols
-    offs_grad_x = rows * stride_grad_x_b + cols
-    if HAS_GRAD_OUT:
-        grad_out_ptr += pid_d * H + first_row.to(tl.int64) * stride_grad_out_b
-    if GRAD_X:
-        grad_x_ptr += pid_d * H + first_row.to(tl.int64) * stride_grad_x_b
-    if SAVE_H_PREV:
-        h_prev_ptr += pid_d * H + first_row.to(tl.int64) * stride_grad_x_b
-    zeros = tl.zeros((BLOCK_H, BLOCK_B) if W_LEFT else (BLOCK_B, BLOCK_H), acc_type)
-    carry = zeros
-    if HAS_GRAD_H_N:
-        grad_h_n_ptr += pid_d.to(tl.int64) * stride_grad_h_n_d + first_row.to(tl.int64) * stride_grad_h_n_b
-        carry = tl.load(grad_h_n_ptr + rows * stride_grad_h_n_b + cols, mask=state_mask, other=0.0).to(acc_type)
-    h0 = zeros.to(out_ptr.dtype.element_ty)
-    if HAS_H0:
-        h0_ptr += pid_d.to(tl.int64) * stride_h0_d + first_row.to(tl.int64) * stride_h0_b
-        h0 = tl.load(h0_ptr + rows * stride_h0_b + cols, mask=state_mask, other=0.0)
-    if GRAD_WEIGHT:
-        grad_w = tl.zeros((BLOCK_H, BLOCK_H), acc_type)
-    # Against the tile's orientation: rows are the dimension that the table gradient's dot sums over.
-    ids_rows, offs_v = _tile_indices(BLOCK_B, BLOCK_V, not W_LEFT, WIDE)
-    offs_tokens = ids_rows * stride_tokens_b
-    if GRAD_TABLE:
-        tokens_ptr += first_row.to(tl.int64) * stride_tokens_b
-        grad_table = tl.zeros((BLOCK_H, BLOCK_V) if W_LEFT else (BLOCK_V, BLOCK_H), acc_type)
+    start = pid_d * F.hidden + first_row.to(gl.int64) * stride_out_b
+    offs_out = rows * stride_out_b + units
+    out_ptr += start
+    grad_x_ptr += start
+    if h_prev_ptr is not None:
+        h_prev_ptr += start
+    if grad_out_ptr is not None:
+        grad_out_ptr += pid_d * F.hidden + first_row.to(gl.int64) * stride_grad_out_b
+    offs_grad_out = rows * stride_grad_out_b + units
+    in_batch = (rows < B - first_row) & in_width
+    carry = zero_tile(F)
+    if grad_h_n_ptr is not None:
+        grad_h_n_ptr += pid_d.to(gl.int64) * stride_grad_h_n_d + first_row.to(gl.int64) * stride_grad_h_n_b
+        carry = gl.load(grad_h_n_ptr + rows * stride_grad_h_n_b + units, mask=in_batch, other=0.0).to(F.acc)
+    if h0_ptr is not None:
+        h0_ptr += pid_d.to(gl.int64) * stride_h0_d + first_row.to(gl.int64) * stride_h0_b
+        h0 = gl.load(h0_ptr + rows * stride_h0_b + units, mask=in_batch, other=0.0)
+    even = gl.allocate_shared_memory(F.operand, F.shape, F.shared)
+    odd = gl.allocate_shared_memory(F.operand, F.shape, F.shared)
 
     # The walk of the forward pass, from its end.
-    steps, t, t_step = _walk(steps_ptr, T, first_row, 1 - ((reverse >> pid_d) & 1), PACKED)
-    t_last = steps - 1 - t
-    position, active = _step(steps_ptr, t, T, B, first_row, PACKED)
-    mask = (rows < active) & (cols < H)
-    h = tl.load(out_ptr + position * stride_out_t + offs_out, mask=mask, other=0.0)
-    grad = zeros
-    if HAS_GRAD_OUT:
-        grad = tl.load(grad_out_ptr + position * stride_grad_out_t + offs_grad_out, mask=mask, other=0.0)
-    ids = _load_ids(tokens_ptr, position, offs_tokens, ids_rows < active, stride_tokens_t, GRAD_TABLE)
-    for _ in range(steps):
-        # Loaded ahead of this step's dot: the state before it, which is the next step's own, and the next gradient.
-        # Before its first step a row has h0: all rows in the last step of this walk, and, where a reverse walk began
-        # with few rows, those that joined in this step.
-        is_last = t == t_last
-        t = tl.where(is_last, t, t + t_step)
-        position_prev, active_prev = _step(steps_ptr, t, T, B, first_row, PACKED)
-        active_prev = tl.where(is_last, 0, active_prev)
-        mask_prev = (rows < active_prev) & (cols < H)
-        h_prev = tl.load(out_ptr + position_prev * stride_out_t + offs_out, mask=mask_prev, other=0.0)
-        if HAS_H0:
-            h_prev = tl.where(rows < active_prev, h_prev, h0)
-        grad_prev = zeros
-        if HAS_GRAD_OUT:
-            grad_prev = tl.load(
-                grad_out_ptr + position_prev * stride_grad_out_t + offs_grad_out, mask=mask_prev, other=0.0
-            )
-        ids_prev = _load_ids(
-            tokens_ptr, position_prev, offs_tokens, ids_rows < active_prev, stride_tokens_t, GRAD_TABLE
-        )
-
-        d = activation_backward(grad.to(acc_type) + carry, h.to(acc_type), TANH)
-        if PACKED:
-            d = tl.where(rows < active, d, 0.0)
-        mask = (rows < active) & (cols < H)
-        if GRAD_X:
-            tl.store(
-                grad_x_ptr + position * stride_grad_x_t + offs_grad_x,
-                cast(d, grad_x_ptr.dtype.element_ty),
-                mask=mask,
-            )
-        if SAVE_H_PREV:
-            tl.store(h_prev_ptr + position * stride_grad_x_t + offs_grad_x, h_prev, mask=mask)
-        operand = cast(d, operand_type)
-        new = dot(w, operand, zeros, PRECISION) if W_LEFT else dot(operand, w, zeros, PRECISION)
-        carry = tl.where(rows < active, new, carry) if PACKED else new
-        if GRAD_WEIGHT:
-            if W_LEFT:
-                grad_w = dot(operand, tl.trans(h_prev), grad_w, PRECISION)
+    walk = _walk(steps_ptr, T, first_row, 1 - ((reverse >> pid_d) & 1))
+    steps, _, _ = walk
+    places = _places(steps_ptr, 0, walk, T, B, first_row, F)
+    following = _places(steps_ptr, F.ahead, walk, T, B, first_row, F)
+    h = _load_tiles(out_ptr, places, stride_out_t, offs_out, rows, in_width, F)
+    grad = _load_tiles(grad_out_ptr, places, stride_grad_out_t, offs_grad_out, rows, in_width, F)
+    for i in range(0, steps, F.ahead):
+        if steps_ptr is None:
+            places = _places(steps_ptr, i, walk, T, B, first_row, F)
+            following = _places(steps_ptr, i + F.ahead, walk, T, B, first_row, F)
+        # The state before step k is that of step k + 1 of this walk; h0 where a row has no earlier step: all rows at
+        # the walk's end, and, where a reverse walk began with few rows, those that joined in this step.
+        active_earlier = places[1] + following[1]
+        h_next = ()
+        grad_next = ()
+        for k in gl.static_range(AHEAD):
+            mask = (rows < places[1][k]) & in_width
+            d = activation_backward(grad[k].to(F.acc) + carry, h[k].to(F.acc), F.tanh)
+            h_next = h_next + (_load_tile(out_ptr, following, k, stride_out_t, offs_out, rows, in_width, F),)
+            tile = _load_tile(grad_out_ptr, following, k, stride_grad_out_t, offs_grad_out, rows, in_width, F)
+            grad_next = grad_next + (tile,)
+            d = gl.where(mask, d, 0.0)
+            if k % 2 == 0:
+                even.store(cast(d, F.operand))
             else:
-                grad_w = dot(tl.trans(operand), h_prev, grad_w, PRECISION)
-        if GRAD_TABLE:
-            one_hot = (ids == offs_v).to(tl.float32).to(operand_type)
-            if W_LEFT:
-                grad_table = dot(operand, one_hot, grad_table, PRECISION)
+                odd.store(cast(d, F.operand))
+            offs = places[0][k] * stride_out_t + offs_out
+            gl.store(grad_x_ptr + offs, cast(d, F.dtype), mask=mask)
+            if k + 1 < AHEAD:
+                h_prev = h[k + 1]
             else:
-                grad_table = dot(one_hot, operand, grad_table, PRECISION)
-        h, grad, ids = h_prev, grad_prev, ids_prev
-        position, active = position_prev, active_prev
+                h_prev = h_next[0]
+            if h0_ptr is not None:
+                h_prev = gl.where(rows < active_earlier[k + 1], h_prev, h0)
+            if h_prev_ptr is not None:
+                gl.store(h_prev_ptr + offs, h_prev, mask=mask)
+            grad_bias += d
+            if partial_weight_ptr is not None:
+                if k % 2 == 0:
+                    new, outer = product_and_outer(even, w, outer, h_prev.to(F.acc), F)
+                else:
+                    new, outer = product_and_outer(odd, w, outer, h_prev.to(F.acc), F)
+            else:
+                if k % 2 == 0:
+                    new = product(even, w, None, F)
+                else:
+                    new = product(odd, w, None, F)
+            carry = gl.where(rows < places[1][k], new, carry)
+        h, grad = h_next, grad_next
+        if steps_ptr is not None:
+            places = following
+            following = _places(steps_ptr, i + 2 * F.ahead, walk, T, B, first_row, F)
 
-    grad_h0_ptr += (pid_d.to(tl.int64) * B + first_row) * H
-    tl.store(grad_h0_ptr + rows * H + cols, cast(carry, grad_h0_ptr.dtype.element_ty), mask=state_mask)
-    offs_n = tl.arange(0, BLOCK_H)[:, None]
-    offs_k = tl.arange(0, BLOCK_H)[None, :]
-    program = tl.program_id(0).to(tl.int64) * tl.num_programs(1) + pid_d
-    if GRAD_WEIGHT:
-        offsets = (program * H + offs_n) * H + offs_k
-        tl.store(partial_weight_ptr + offsets, grad_w, mask=(offs_n < H) & (offs_k < H))
-    if GRAD_TABLE:
-        table_cols = tl.arange(0, BLOCK_H)[:, None] if W_LEFT else tl.arange(0, BLOCK_H)[None, :]
-        offsets = (program * V + offs_v) * H + table_cols
-        tl.store(partial_table_ptr + offsets, grad_table, mask=(offs_v < V) & (table_cols < H))
+    grad_h0_ptr += (pid_d.to(gl.int64) * B + first_row) * F.hidden
+    gl.store(grad_h0_ptr + rows * F.hidden + units, cast(carry, F.dtype), mask=in_batch)
+    program = gl.program_id(0).to(gl.int64) * gl.num_programs(1) + pid_d
+    store_row_sums(partial_bias_ptr + program * F.hidden, grad_bias, F)
+    if partial_weight_ptr is not None:
+        store_outer(partial_weight_ptr + program * F.hidden * F.hidden, outer, F)

@@ -1,130 +1,139 @@
-"""Tile sizes of the Elman kernels (plain Python, imports nothing but the standard library).
+"""Which form and tile an Elman kernel takes, by operand, width, target and rows (plain Python, the standard library alone).
 
-No autotuning: these programs take microseconds. Behind each entry stand static figures, per warp and time step:
-bench/results/static.json has them (bench/static.py measures, tests/kernels/test_static.py holds it), bench/NOTES.md
-says what else was tried.
+No autotuning: these programs take microseconds. Each entry says why it is there: a measurement in microseconds a step
+(H200, Triton 3.6, November 2026; cuDNN's own kernel beside it) or what it was derived from. Static figures of every
+entry, per warp and step, are in bench/results/static.json; bench/NOTES.md says what else was tried.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from .targets import AMD, AMPERE_HOPPER, BLACKWELL, NVIDIA, launch_options
+from .targets import AMD, NVIDIA, launch_options
+
+SOME, ALL = 2.0, float("inf")
 
 
 @dataclass(frozen=True)
 class Tile:
-    """How one program of an Elman kernel is laid out."""
+    """How one program of an Elman kernel is laid out; elman_forms.py has the words."""
 
-    block_b: int  # batch rows of a program
-    side: str  # of W in the dot: "left" (state transposed) or "right"
+    form: str  # "fma"; "mma" or, with float32 in three products, "mma3"
+    rows: int  # batch rows of a program
+    lanes_n: int  # fma: lanes of a warp along the units
+    lanes_k: int  # fma: lanes that share a unit
     warps: int
-    targets: tuple[str, ...]  # where it compiles without spills and fits
-    shared_kb: int = 99  # shared memory that it may need; 99 is what every target since sm_80 has
-
-    @property
-    def w_left(self) -> bool:
-        return self.side == "left"
+    targets: tuple[str, ...]
+    why: str
+    most: float = ALL  # batch rows, of all directions, for each multiprocessor, up to which this entry is taken
+    ahead: int = 4  # steps by which input is loaded before it is needed
+    ahead_sums: int = 0  # the same of the backward kernel that sums the gradient of W; 0: it does not compile to fit
+    in_shared: int = 0  # mma: pieces of W in shared memory
 
     def launch_options(self, target: str) -> dict[str, object]:
         return launch_options(self.warps, target)
 
 
-# (kind, width of the state tile): tiles of the forward and the backward kernel, one for each target. Kind is the dot's:
-# "ieee" (FMA on NVIDIA, MFMA on AMD), "tf32x3" and "tf32" for fp32; "16bit" for fp16 and bf16; "fp64".
-# - ieee: one element of the state for each thread, so that nothing changes its layout but the dot: 2 barriers a step.
-# - W on the right up to a width of 32 (64 in 16 bit), where a warp has few of its columns to read again each step.
-# - W on the left above, on Ampere and Hopper: it is the wide operand, kept in registers or read by HGMMA straight from
-#   shared memory, and the 8 rows are the narrow one. On Blackwell that form takes the way through tensor memory, with
-#   more barriers, and spills at 128.
-# Figures: forward / backward kernel "plain", per warp and step, on sm_90 by Triton 3.9.
+def _fma(rows, lanes_n, lanes_k, warps, why, most=ALL, targets=NVIDIA, **options) -> Tile:
+    return Tile("fma", rows, lanes_n, lanes_k, warps, targets, why, most, **options)
+
+
+def _mma(form, warps, why, most=ALL, targets=NVIDIA, **options) -> Tile:
+    return Tile(form, 8, 1, 1, warps, targets, why, most, **options)
+
+
+# AMD has the fma form alone: mma.sync is NVIDIA's, and sixty-four lanes make a warp.
+_AMD_32, _AMD_64, _AMD_128 = (
+    _fma(1, 32, 2, warps, "derived from NVIDIA's tile, 64 lanes a warp", targets=AMD, ahead_sums=4)
+    for warps in (1, 2, 4)
+)
+_AMD_16 = _fma(1, 16, 4, 1, "derived from NVIDIA's tile, 64 lanes a warp", targets=AMD, ahead_sums=4)
+_FMA_16 = _fma(1, 16, 2, 1, "derived from width 32: a warp holds all of W", ahead_sums=4)
+_FMA_32 = _fma(
+    1,
+    32,
+    1,
+    1,
+    "0.12 forward and 0.10 backward at B=1, 0.23 and 0.32 at B=1024; cuDNN 0.24, 0.37, 0.47, 0.62",
+    ahead_sums=4,
+)
+_FMA_64 = _fma(
+    1, 16, 2, 4, "0.15 and 0.13 at B=1, 0.22 and 0.27 at B=256; cuDNN 0.30, 0.45, 0.42, 0.69", SOME, ahead_sums=4
+)
+_FMA_64_ROWS = _fma(2, 32, 1, 2, "0.54 and 0.56 at B=1024; cuDNN 0.57 and 0.78")
+_FMA_128 = _fma(
+    1, 16, 2, 8, "0.29 and 0.26 at B=1, 0.31 and 0.30 at B=128; cuDNN 0.44, 0.59, 0.48, 0.85", 1.0, ahead_sums=2
+)
+_FMA_128_ROWS = _fma(2, 16, 2, 8, "0.49 and 0.50 at B=256; cuDNN 0.53 and 0.89", 4.0)
+
+_MMA_256 = "0.72 forward at B=1, 0.93 at B=1024, with all of W in registers; backward derived"
+
+# (kind, width): entries for each target, those for few rows first. Kind: "fp32" exact, "tf32" where ten bits of mantissa
+# are allowed, "16bit" for fp16 and bf16, "fp64".
 TILES: dict[tuple[str, int], tuple[Tile, ...]] = {
-    # 87 / 75 instructions, 2 / 2 barriers, 60 / 62 registers
-    ("ieee", 16): (Tile(8, "right", 4, NVIDIA), Tile(16, "right", 1, AMD)),
-    # 111 / 99 instructions, 2 / 2 barriers, 60 / 62 registers
-    ("ieee", 32): (Tile(4, "right", 4, NVIDIA), Tile(16, "right", 2, AMD)),
-    # 149 / 146 instructions, 2 / 2 barriers, 56 / 63 registers
-    ("ieee", 64): (Tile(2, "right", 4, NVIDIA), Tile(16, "right", 4, AMD)),
-    # 252 / 250 instructions, 2 / 2 barriers, 140 / 150 registers
-    ("ieee", 128): (Tile(1, "right", 4, NVIDIA), Tile(16, "right", 8, AMD)),
-    # 150 / 128 instructions, 6 / 8 barriers, 62 / 62 registers
-    ("tf32x3", 16): (Tile(8, "right", 2, NVIDIA),),
-    # 189 / 173 instructions, 6 / 8 barriers, 70 / 66 registers
-    ("tf32x3", 32): (Tile(8, "right", 4, NVIDIA),),
-    # 251 / 278 instructions, 6 / 8 barriers, 87 / 92 registers
-    ("tf32x3", 64): (Tile(8, "left", 4, AMPERE_HOPPER), Tile(8, "right", 4, BLACKWELL)),
-    # 343 / 462 instructions, 8 / 10 barriers, 139 / 141 registers
-    ("tf32x3", 128): (Tile(8, "left", 8, AMPERE_HOPPER, 144), Tile(8, "right", 8, BLACKWELL, 144)),
-    # 108 / 82 instructions, 6 / 8 barriers, 56 / 56 registers
-    ("tf32", 16): (Tile(8, "right", 2, NVIDIA),),
-    # 122 / 98 instructions, 6 / 8 barriers, 56 / 56 registers
-    ("tf32", 32): (Tile(8, "right", 4, NVIDIA),),
-    # 173 / 151 instructions, 4 / 6 barriers, 89 / 105 registers
-    ("tf32", 64): (Tile(8, "left", 4, AMPERE_HOPPER), Tile(8, "right", 4, BLACKWELL)),
-    # 207 / 207 instructions, 4 / 6 barriers, 117 / 132 registers
-    ("tf32", 128): (Tile(8, "left", 8, AMPERE_HOPPER), Tile(8, "right", 8, BLACKWELL)),
-    # 106 / 81 instructions, 4 / 8 barriers, 53 / 48 registers
-    ("16bit", 16): (Tile(8, "right", 2, NVIDIA), Tile(16, "right", 1, AMD)),
-    # 110 / 85 instructions, 4 / 8 barriers, 50 / 48 registers
-    ("16bit", 32): (Tile(8, "right", 4, NVIDIA), Tile(16, "right", 2, AMD)),
-    # 180 / 139 instructions, 4 / 8 barriers, 65 / 76 registers
-    ("16bit", 64): (Tile(8, "right", 4, NVIDIA), Tile(16, "right", 4, AMD)),
-    # 270 / 158 instructions, 4 / 6 barriers, 110 / 128 registers
-    ("16bit", 128): (Tile(8, "left", 4, AMPERE_HOPPER), Tile(8, "right", 4, BLACKWELL), Tile(16, "right", 4, AMD)),
-    # 331 / 223 instructions, 4 / 6 barriers, 180 / 199 registers
-    ("16bit", 256): (Tile(8, "left", 8, AMPERE_HOPPER, 144), Tile(8, "right", 8, BLACKWELL, 144)),
-    # 282 / 85 instructions, 6 / 8 barriers, 76 / 64 registers
-    ("fp64", 16): (Tile(8, "right", 4, NVIDIA), Tile(16, "right", 1, AMD)),
-    # 297 / 92 instructions, 6 / 8 barriers, 80 / 64 registers
-    ("fp64", 32): (Tile(8, "right", 4, NVIDIA), Tile(16, "right", 2, AMD)),
-    # 544 / 206 instructions, 6 / 8 barriers, 96 / 121 registers
-    ("fp64", 64): (Tile(8, "right", 4, AMPERE_HOPPER), Tile(4, "right", 8, BLACKWELL), Tile(16, "right", 4, AMD)),
-    # 643 / 302 instructions, 6 / 8 barriers, 161 / 168 registers
-    ("fp64", 128): (Tile(8, "right", 8, AMPERE_HOPPER, 144),),
+    ("fp32", 16): (_FMA_16, _AMD_16),
+    ("fp32", 32): (_FMA_32, _AMD_32),
+    ("fp32", 64): (_FMA_64, _FMA_64_ROWS, _AMD_64),
+    ("fp32", 128): (
+        _FMA_128,
+        _FMA_128_ROWS,
+        _mma("mma3", 8, "derived: tf32's 0.58 at B=1024 with three products, fma 1.9", ahead=2, in_shared=2),
+        _AMD_128,
+    ),
+    ("tf32", 16): (_FMA_16,),
+    ("tf32", 32): (_FMA_32,),
+    ("tf32", 64): (_FMA_64, _mma("mma", 4, "0.41 forward at B=1024; fma 0.54, cuDNN 0.57; backward derived")),
+    ("tf32", 128): (
+        _FMA_128,
+        _fma(2, 16, 2, 8, _FMA_128_ROWS.why, SOME),
+        _mma("mma", 8, "0.58 forward at B=1024; cuDNN 1.92; backward derived"),
+    ),
+    ("16bit", 16): (_FMA_16, _AMD_16),
+    ("16bit", 32): (_fma(1, 32, 1, 1, "as in fp32: W is float32 in registers", ahead_sums=4), _AMD_32),
+    ("16bit", 64): (
+        _fma(1, 16, 2, 4, "as in fp32; mma 0.20 at B=1 and 0.37 at B=256", SOME, ahead_sums=4),
+        _mma("mma", 4, "0.44 forward at B=1024; fma 0.54; backward derived"),
+        _AMD_64,
+    ),
+    ("16bit", 128): (
+        _fma(1, 16, 2, 8, "as in fp32; mma 0.34 at B=1 and 0.44 at B=128", 1.0, ahead_sums=2),
+        _mma("mma", 8, "0.44 forward at B=256, 0.51 at B=1024; fma 0.49 and 1.9; backward derived"),
+        _AMD_128,
+    ),
+    ("16bit", 256): (
+        _mma("mma", 8, _MMA_256, ahead=2, in_shared=4, targets=("sm_90", "sm_100")),
+        _mma("mma", 8, _MMA_256, ahead=2, in_shared=5, targets=("sm_80",)),
+    ),
+    ("fp64", 16): (_fma(1, 16, 2, 1, "derived from fp32's"), replace(_AMD_16, ahead_sums=0)),
+    ("fp64", 32): (_fma(1, 32, 1, 1, "derived from fp32's"), replace(_AMD_32, ahead_sums=0)),
+    ("fp64", 64): (_fma(1, 16, 2, 4, "derived from fp32's"), replace(_AMD_64, ahead_sums=0)),
+    ("fp64", 128): (
+        _fma(1, 16, 2, 8, "derived from fp32's: W takes half the registers"),
+        replace(_AMD_128, ahead_sums=0),
+    ),
 }
 
-# The same for the backward kernel that sums the gradients of weight and table itself, up to MAX_SUM_STEPS steps and
-# this V. 16 rows: the least that Triton 3.6 lets a dot sum over. Wider, the sums cost more than a GEMM does. Summing
-# makes each step longer by some 200 cycles (0.1 us); a GEMM costs near 10 us however long the sequence is.
-MAX_SUM_STEPS = 64
-MAX_SUM_VOCAB = 64
-SUM_TILES: dict[tuple[str, int], tuple[Tile, ...]] = {
-    # 277 instructions, 7 barriers, 122 registers
-    ("ieee", 16): (Tile(16, "right", 4, NVIDIA), Tile(16, "right", 1, AMD)),
-    # 634 instructions, 4 barriers, 96 registers
-    ("ieee", 32): (Tile(16, "right", 4, NVIDIA), Tile(16, "right", 2, AMD)),
-    # 282 instructions, 10 barriers, 149 registers
-    ("tf32x3", 16): (Tile(16, "left", 4, NVIDIA),),
-    # 680 instructions, 10 barriers, 239 registers
-    ("tf32x3", 32): (Tile(16, "left", 4, NVIDIA),),
-    # 154 instructions, 10 barriers, 123 registers
-    ("tf32", 16): (Tile(16, "left", 4, NVIDIA),),
-    # 261 instructions, 10 barriers, 190 registers
-    ("tf32", 32): (Tile(16, "left", 4, NVIDIA),),
-    # 124 instructions, 8 barriers, 107 registers
-    ("16bit", 16): (Tile(16, "right", 4, NVIDIA), Tile(16, "right", 1, AMD)),
-    # 196 instructions, 8 barriers, 161 registers
-    ("16bit", 32): (Tile(16, "right", 4, AMPERE_HOPPER), Tile(16, "left", 4, BLACKWELL), Tile(16, "right", 2, AMD)),
-    # 216 instructions, 10 barriers, 156 registers
-    ("fp64", 16): (Tile(16, "left", 4, NVIDIA), Tile(16, "right", 1, AMD)),
-    # 311 instructions, 10 barriers, 204 registers
-    ("fp64", 32): (Tile(16, "left", 4, AMPERE_HOPPER), Tile(16, "right", 8, BLACKWELL), Tile(16, "right", 2, AMD)),
-}
+# Of the backward kernel that sums the gradient of W as well, in registers that cost it neighbours: where it compiles
+# without spills, while all programs run at once, and for so few steps that a matrix product afterwards, near 10 us
+# however few they are, would take longer. Derived from instructions: a step becomes 0.03 (width 32) to 0.1 us (128)
+# longer.
+MAX_SUM_STEPS = {16: 512, 32: 512, 64: 256, 128: 128}
 
 
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def block_width(hidden_size: int) -> int:
-    """Width of the state tile: a power of two, and at least what a 16-bit dot sums over."""
-    return max(16, next_power_of_2(hidden_size))
+def find_tile(kind: str, hidden_size: int, target: str, rows_per_processor: float = 0.0) -> Tile | None:
+    """The entry of TILES for a hidden size, or None if there is none that fits one program.
 
-
-def find_tile(tiles: dict, kind: str, hidden_size: int, target: str, shared_kb: float = 1024) -> Tile | None:
-    """The entry of TILES or SUM_TILES for a hidden size, or None if there is none that fits one program.
-
-    kind: as in TILES; target: "sm_80", "sm_90", "sm_100" or "gfx942"; shared_kb: what the device has for one program.
+    kind: as in TILES; target: "sm_80", "sm_90", "sm_100" or "gfx942"; rows_per_processor: batch rows times directions
+    over the device's multiprocessors.
     """
-    entries = tiles.get((kind, block_width(hidden_size)), ())
-    return next(
-        (tile for tile in entries if target in tile.targets and (target in AMD or tile.shared_kb <= shared_kb)), None
-    )
+    entries = TILES.get((kind, max(16, next_power_of_2(hidden_size))), ())
+    return next((tile for tile in entries if target in tile.targets and rows_per_processor <= tile.most), None)
+
+
+def sums_weight(tile: Tile, hidden_size: int, steps: int, programs: int, processors: int) -> bool:
+    """Whether the backward kernel sums the gradient of W itself; MAX_SUM_STEPS says when that pays."""
+    at_once = max(1, 8 // tile.warps) * processors
+    most = MAX_SUM_STEPS.get(max(16, next_power_of_2(hidden_size)), 0)
+    return tile.ahead_sums > 0 and steps <= most and programs <= at_once

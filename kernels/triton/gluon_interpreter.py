@@ -1,8 +1,9 @@
 """Gluon where a kernel is compiled, and a stand-in for it where TRITON_INTERPRET=1 has Triton interpret its kernels.
 
 Gluon (triton.experimental.gluon) has no interpreter. A kernel written for `gl`, `jit` and `mma_v2` of this module runs
-in Triton's: there `jit` is triton.jit, and `gl` has each operation as triton.language's, called with the same arguments
-but for the layout, which says where values lie on a GPU and nothing about what they are. Shared memory is an array, its
+in Triton's: there `jit` is triton.jit, what a kernel calls (`device_function`) stays plain Python, and `gl` has each
+operation as triton.language's, called with the same arguments but for the layout, which says where values lie on a GPU
+and nothing about what they are. Shared memory is an array, its
 views are the array's, and it starts as NaN, so that reading before storing shows. Programs run one after another and
 each as one thread, so there is nothing for a barrier to do. Only what the kernels use is here; add to it as needed.
 """
@@ -20,7 +21,7 @@ from .numerics import INTERPRETED, dot
 if TYPE_CHECKING:
     import numpy as np  # which need not be there where kernels are compiled
 
-__all__ = ["gl", "jit", "mma_v2"]
+__all__ = ["device_function", "gl", "jit", "mma_v2"]
 
 
 class SharedMemory:
@@ -43,6 +44,9 @@ class SharedMemory:
 
         return tl.tensor(TensorHandle(self.array.copy(), self.dtype), tl.block_type(self.dtype, self.shape))
 
+    def index(self, index: int) -> SharedMemory:
+        return SharedMemory(self.array[int(index)], self.dtype)
+
     def slice(self, start: int, length: int, dim: int = 0) -> SharedMemory:
         if not 0 <= start <= start + length <= self.shape[dim]:
             raise ValueError(f"{start}:{start + length} is not within {self.shape[dim]}")
@@ -64,6 +68,13 @@ def _layout(*arguments, **options) -> None:
     """Any layout: the interpreter has no use for it."""
 
 
+def _sum(value: tl.tensor, axis: int) -> tl.tensor:
+    from triton.runtime.interpreter import TensorHandle
+
+    total = value.handle.data.sum(axis=axis)
+    return tl.tensor(TensorHandle(total, value.dtype), tl.block_type(value.dtype, list(total.shape)))
+
+
 def _mma_v2(a: tl.tensor, b: tl.tensor, acc: tl.tensor) -> tl.tensor:
     return dot(a, b, acc, "ieee")
 
@@ -72,7 +83,7 @@ def _stand_in() -> types.SimpleNamespace:
     layouts = ("BlockedLayout", "SliceLayout", "DotOperandLayout", "NVMMADistributedLayout", "SwizzledSharedLayout")
     same = ("constexpr", "float16", "bfloat16", "float32", "float64", "int1", "int32", "int64")
     # The interpreter replaces these while a kernel runs, so they are looked up at each call.
-    called = ("load", "store", "where", "sum", "program_id", "num_programs", "expand_dims", "exp", "exp2", "abs", "fma")
+    called = ("load", "store", "where", "program_id", "num_programs", "expand_dims", "exp", "exp2", "abs", "fma")
 
     def late(name):
         return lambda *arguments, **options: getattr(tl, name)(*arguments, **options)
@@ -82,7 +93,8 @@ def _stand_in() -> types.SimpleNamespace:
         **{name: getattr(tl, name) for name in same},
         **{name: late(name) for name in called},
         arange=lambda start, end, layout=None: tl.arange(start, end),
-        zeros=lambda shape, dtype, layout=None: tl.zeros(shape, dtype),
+        sum=_sum,
+        zeros=lambda shape, dtype, layout=None: tl.full(shape, 0, dtype),
         full=lambda shape, value, dtype, layout=None: tl.full(shape, value, dtype),
         convert_layout=lambda value, layout: value,
         allocate_shared_memory=_allocate_shared_memory,
@@ -92,8 +104,12 @@ def _stand_in() -> types.SimpleNamespace:
 
 
 if INTERPRETED:
+    from .numerics import device_function
+
     gl, jit, mma_v2 = _stand_in(), triton.jit, _mma_v2
 else:
     from triton.experimental.gluon import jit
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+    device_function = jit

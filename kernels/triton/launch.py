@@ -29,6 +29,12 @@ def target_of(device: torch.device) -> tuple[str, float]:
     return target, properties.shared_memory_per_block_optin / 1024
 
 
+@functools.cache
+def processors_of(device: torch.device) -> int:
+    """Multiprocessors (compute units) of a device; of an H100 for the interpreter."""
+    return 132 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def precision_of(dtype: torch.dtype, precision: str, device: torch.device) -> str:
     """The dot's: what was asked for matters for float32 alone, and AMD's matrix instructions multiply that as it is."""
     return precision if dtype == torch.float32 and target_of(device)[0] not in AMD else "ieee"

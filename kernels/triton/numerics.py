@@ -24,7 +24,16 @@ import triton.language as tl
 INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 
 
-@triton.jit
+def device_function(function):
+    """Decorator of what kernels call. Interpreted it stays plain Python, which calls the same operations.
+
+    As a triton.jit of its own it would have the interpreter patch Triton's language anew at each call: a millisecond.
+    """
+    return function if INTERPRETED.value else triton.jit(function)
+
+
+
+@device_function
 def _tanh_small_fp32(a):
     z = a * a
     p = -0.00042069549386400472746
@@ -37,7 +46,7 @@ def _tanh_small_fp32(a):
     return a + a * z * p
 
 
-@triton.jit
+@device_function
 def _tanh_small_fp64(a):
     z = a * a
     p = -0.000017244874494844330172
@@ -54,7 +63,7 @@ def _tanh_small_fp64(a):
     return a + a * z * p
 
 
-@triton.jit
+@device_function
 def tanh(x):
     """tanh of a float32 or float64 tensor, to about 2 ulp over the whole range.
 
@@ -75,13 +84,13 @@ def tanh(x):
         return (r | sign).to(tl.float32, bitcast=True)
 
 
-@triton.jit
+@device_function
 def relu(x):
     """max(x, 0); NaN stays NaN, as in torch.relu."""
     return tl.where(x <= 0.0, 0.0, x)
 
 
-@triton.jit
+@device_function
 def activation(x, TANH: tl.constexpr):
     """The recurrence's nonlinearity: tanh if TANH, else relu."""
     if TANH:
@@ -90,7 +99,7 @@ def activation(x, TANH: tl.constexpr):
         return relu(x)
 
 
-@triton.jit
+@device_function
 def activation_backward(grad, h, TANH: tl.constexpr):
     """grad times the derivative of the nonlinearity, from its result h: 1 - h^2 for tanh, [h > 0] for relu."""
     if TANH:
@@ -99,7 +108,7 @@ def activation_backward(grad, h, TANH: tl.constexpr):
         return tl.where(h <= 0.0, 0.0, grad)
 
 
-@triton.jit
+@device_function
 def cast(x, dtype: tl.constexpr):
     """x in another float type, to nearest even; the interpreter cuts fp32 to bf16, so there its bits are rounded."""
     if INTERPRETED and dtype == tl.bfloat16:
@@ -109,7 +118,7 @@ def cast(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
-@triton.jit
+@device_function
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b. The interpreter multiplies the raw bits of bf16, so there the operands are widened."""
     if INTERPRETED:

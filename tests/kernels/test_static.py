@@ -55,26 +55,31 @@ OPTIONS = textwrap.dedent("""
     def without(case, *names):
         return dataclasses.replace(case, types={name: kind for name, kind in case.types.items() if name not in names})
 
-    cases = {case.name.split(" rows")[0] + case.name[-6:]: case for case in static.elman_cases("sm_90")}
-    for kind in ("tf32 H32", "16bit H128"):
-        forward, backward = cases[f"elman forward {kind} plain"], cases[f"elman backward {kind} plain"]
+    def plain(step, kind, width, form):
+        begin = f"elman {step} {kind} H{width} {form} "
+        cases = (case for case in static.elman_cases("sm_90") if case.name.startswith(begin))
+        return next(case for case in cases if case.name.endswith(" plain"))
+
+    for kind, width, form in (("fp32", 32, "fma"), ("bf16", 128, "mma")):
+        forward, backward = plain("forward", kind, width, form), plain("backward", kind, width, form)
         wide = {"stride_x_b": "i64", "stride_out_b": "i64", "stride_h0_b": "i64"}
-        compile_with(forward, wide, WIDE=True)
-        compile_with(forward, TANH=False)
+        wide_form = dataclasses.replace(forward.constants["F"], wide=True)
+        relu = dataclasses.replace(forward.constants["F"], tanh=False)
+        value = forward.types["x_ptr"]
+        compile_with(forward, wide, F=wide_form)
+        compile_with(forward, F=relu)
         compile_with(forward, stride_x_b=1, stride_out_b=1, stride_out_t=1)
-        compile_with(forward, {"tokens_ptr": "*i32"}, TOKENS=True)
-        compile_with(forward, {"tokens_ptr": "*i64", "stride_x_t": "i64"}, TOKENS=True, WIDE=True)
-        compile_with(backward, wide | {"stride_grad_out_b": "i64", "stride_grad_x_b": "i64"}, WIDE=True)
-        compile_with(backward, TANH=False)
-        compile_with(backward, {"grad_h_n_ptr": forward.types["x_ptr"]}, HAS_GRAD_H_N=True)
-        compile_with(without(backward, "grad_out_ptr"), HAS_GRAD_OUT=False)
-        compile_with(without(backward, "h_prev_ptr"), SAVE_H_PREV=False)
-    sums = cases["elman backward_sums tf32 H32 plain"]
-    compile_with(without(sums, "partial_weight_ptr"), GRAD_WEIGHT=False)
-    compile_with(
-        without(sums, "partial_table_ptr", "tokens_ptr"), {"grad_x_ptr": "*fp32"}, GRAD_TABLE=False, GRAD_X=True
-    )
-    compile_with(sums, {"tokens_ptr": "*i32"}, TANH=False)
+        compile_with(without(forward, "bias_ih_ptr", "bias_ih_reverse_ptr"))
+        compile_with(forward, {"tokens_ptr": "*i32"}, stride_x_h=1)
+        compile_with(forward, {"tokens_ptr": "*i64", "stride_x_t": "i64"}, F=wide_form)
+        compile_with(backward, wide | {"stride_grad_out_b": "i64"}, F=wide_form)
+        compile_with(backward, F=relu)
+        compile_with(backward, {"grad_h_n_ptr": value})
+        compile_with(without(backward, "grad_out_ptr"), {"h_prev_ptr": value})
+        compile_with(backward, {"h_prev_ptr": value, "h0_ptr": value})
+    sums = plain("backward_sums", "fp32", 32, "fma")
+    compile_with(sums, F=dataclasses.replace(sums.constants["F"], tanh=False))
+    compile_with(sums, {"h0_ptr": "*fp32", "steps_ptr": "*i64"})
     for case in static.generate_cases("sm_90"):
         if " fp32 H32 " in case.name:
             compile_with(case, TANH=False)
@@ -193,7 +198,7 @@ def test_no_figure_got_worse_on_sm_90():
 
 @needs_record
 @pytest.mark.slow
-@pytest.mark.parametrize("target", ["sm_80", "sm_100", "gfx942"])
+@pytest.mark.parametrize("target", ["sm_80", "sm_100", "sm_120", "gfx942"])
 def test_no_figure_got_worse_elsewhere(target):
     result = run("--check", "--target", target)
     assert result.returncode == 0, "\n".join(line for line in result.stdout.splitlines() if "FAILED" in line)
@@ -223,7 +228,7 @@ def test_launchers_of_the_loss_compile_what_they_launch_and_once_for_all_row_cou
 def test_record_covers_both_ends_of_the_supported_versions():
     assert {"3.6.0", "3.9.0"} <= RECORD.keys()
     for targets in RECORD.values():
-        assert targets.keys() == {"sm_80", "sm_90", "sm_100", "gfx942"}
+        assert targets.keys() == {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942"}
 
 
 def test_record_holds_every_shipped_tile_and_no_other(static):
@@ -232,18 +237,20 @@ def test_record_holds_every_shipped_tile_and_no_other(static):
             assert tiles.keys() == {case.name for case in static.all_cases(target)}
 
 
-def test_sums_have_tiles_only_where_the_backward_kernel_has(static):
-    tiles = static.load("elman_tiles")
-
-    def targets(table):
-        return {key: {target for tile in entries for target in tile.targets} for key, entries in table.items()}
-
-    plain = targets(tiles.TILES)
-    assert all(found <= plain[key] for key, found in targets(tiles.SUM_TILES).items())
+def test_a_step_of_the_recurrence_has_one_barrier_and_no_more_instructions_than_its_prototypes(static):
+    """The prototypes had no masks, biases, packed rows or h0, and 91, 93 and 149 instructions forward (Triton 3.9)."""
+    for version, targets in RECORD.items():
+        for target, tiles in targets.items():
+            for name, found in tiles.items():
+                if name.startswith("elman"):
+                    assert found["barriers"] <= 1, (version, target, name)
+        forward = "elman forward fp32 H{} fma rows1 lanes{} warps{} plain"
+        for width, lanes, warps, most in ((64, "16x2", 4, 103), (128, "16x2", 8, 149)):
+            assert targets["sm_90"][forward.format(width, lanes, warps)]["instructions"] <= most
 
 
 def test_check_notices_what_is_worse(static):
-    case = next(case for case in static.elman_cases("sm_90") if " tf32 H128 " in case.name)
+    case = next(case for case in static.elman_cases("sm_90") if " fp32 H128 mma " in case.name)
     good = RECORD["3.9.0"]["sm_90"][case.name]
     assert static.regressions(good, good) == []
     assert static.faults(case, good) == []

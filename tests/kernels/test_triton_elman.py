@@ -3,19 +3,23 @@
 Without a GPU the kernels are interpreted (tests/conftest.py), with one they run on it.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 
-from charrnn_fast.kernels.triton import elman
+from charrnn_fast.kernels.triton import elman, elman_tiles
 from charrnn_fast.kernels.triton.elman import elman_backward, elman_forward, elman_limits
+from charrnn_fast.kernels.triton.elman_tiles import TILES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SIZES = (1, 7, 16, 31, 33, 64, 100)
 STEPS = (1, 2, 17)
 DIRECTIONS = ((False,), (True,), (False, True))
 V = 5
+# As they are shipped, where the interpreter else has tiles of more rows and one piece: one row and two, several pieces
+# of W, pieces in shared memory, three products.
+SHIPPED = [("fp32", 32, 0), ("fp32", 64, 1), ("fp32", 128, 2), ("tf32", 64, 1), ("16bit", 256, 0), ("fp64", 16, 0)]
 
 
 @dataclass
@@ -25,6 +29,7 @@ class Problem:
     x: torch.Tensor
     weight_hh: list[torch.Tensor]
     h0: torch.Tensor | None
+    bias: torch.Tensor  # (2, D*H): bias_ih, bias_hh
     options: dict
     grad_out: torch.Tensor
     grad_h_n: torch.Tensor
@@ -34,7 +39,8 @@ class Problem:
             return None if tensor is None else tensor.to(dtype)
 
         weights = [cast(w) for w in self.weight_hh]
-        return Problem(cast(self.x), weights, cast(self.h0), self.options, cast(self.grad_out), cast(self.grad_h_n))
+        gradients = cast(self.grad_out), cast(self.grad_h_n)
+        return Problem(cast(self.x), weights, cast(self.h0), cast(self.bias), self.options, *gradients)
 
 
 def make_problem(
@@ -74,16 +80,17 @@ def make_problem(
         options={"tokens": ids, "batch_sizes": batch_sizes, "nonlinearity": nonlinearity, "reverse": reverse},
         grad_out=rows(random(*shape, D * H)),
         grad_h_n=random(D, B, H),
+        bias=random(2, D * H),
     )
 
 
 def oracle(p: Problem) -> list[torch.Tensor]:
-    """out, h_n, grad_x (or of the table), grad_weight_hh and grad_h0 (if h0), by autograd through plain operations."""
-    x, *weights = leaves = [t.detach().clone().requires_grad_() for t in (p.x, *p.weight_hh)]
+    """out, h_n, grad_x (or of the table), grad_weight_hh, grad of a bias and grad_h0 (if h0), through plain operations."""
+    x, *weights, bias = leaves = [t.detach().clone().requires_grad_() for t in (p.x, *p.weight_hh, p.bias.sum(0))]
     h0 = None if p.h0 is None else p.h0.detach().clone().requires_grad_()
     activation = torch.tanh if p.options["nonlinearity"] == "tanh" else torch.relu
     batch_sizes, ids = p.options["batch_sizes"], p.options["tokens"]
-    inputs = x if ids is None else x[ids]
+    inputs = (x if ids is None else x[ids]) + bias
     padded_shape = inputs.shape
     sizes = [padded_shape[1]] * padded_shape[0] if batch_sizes is None else batch_sizes.tolist()
     inputs = inputs.reshape(-1, padded_shape[-1])
@@ -110,16 +117,18 @@ def torch_rnn(p: Problem) -> list[torch.Tensor]:
     """The same from torch.nn.RNN in p's dtype: both its directions, the input through an identity as weight_ih."""
     D, H = len(p.weight_hh), p.weight_hh[0].shape[0]
     reverse, batch_sizes, ids = p.options["reverse"], p.options["batch_sizes"], p.options["tokens"]
-    leaves = [t.detach().clone().requires_grad_() for t in (p.x, *p.weight_hh)]
+    leaves = [t.detach().clone().requires_grad_() for t in (p.x, *p.weight_hh, p.bias[0])]
     h0 = None if p.h0 is None else p.h0.detach().clone().requires_grad_()
-    rnn = torch.nn.RNN(D * H, H, bidirectional=True, bias=False, nonlinearity=p.options["nonlinearity"])
+    rnn = torch.nn.RNN(D * H, H, bidirectional=True, nonlinearity=p.options["nonlinearity"])
     rnn.to(DEVICE, p.x.dtype)
     parameters = {name: torch.zeros_like(value) for name, value in rnn.named_parameters()}
     states = [p.x.new_zeros(p.grad_h_n.shape[1:]) for _ in range(2)]
     for d, backwards in enumerate(reverse):
         suffix = "_reverse" if backwards else ""
         identity = torch.eye(D * H, dtype=p.x.dtype, device=DEVICE)[d * H : (d + 1) * H]
+        units = slice(d * H, (d + 1) * H)
         parameters |= {f"weight_ih_l0{suffix}": identity, f"weight_hh_l0{suffix}": leaves[1 + d]}
+        parameters |= {f"bias_ih_l0{suffix}": leaves[-1][units], f"bias_hh_l0{suffix}": p.bias[1, units]}
         if h0 is not None:
             states[backwards] = h0[d]
     inputs = leaves[0] if ids is None else leaves[0][ids]
@@ -135,12 +144,18 @@ def torch_rnn(p: Problem) -> list[torch.Tensor]:
 
 def kernels(p: Problem, precision="ieee") -> list[torch.Tensor]:
     options = p.options | {"precision": precision}
-    out, h_n = elman_forward(p.x, p.weight_hh, p.h0, **options)
+    out, h_n = elman_forward(p.x, p.weight_hh, p.h0, **biases(p), **options)
     if options["tokens"] is not None:
         options["num_tokens"] = V
-    grad_x, grad_weight, grad_h0 = elman_backward(p.grad_out, p.grad_h_n, out, p.weight_hh, p.h0, **options)
+    grads = elman_backward(p.grad_out, p.grad_h_n, out, p.weight_hh, p.h0, **options)
+    grad_x, grad_weight, grad_h0, grad_bias = grads
     assert p.options["tokens"] is not None or grad_x.stride() == out.stride()
-    return [out, h_n, grad_x, *grad_weight, *([] if p.h0 is None else [grad_h0])]
+    return [out, h_n, grad_x, *grad_weight, grad_bias, *([] if p.h0 is None else [grad_h0])]
+
+
+def biases(p: Problem) -> dict:
+    """bias_ih and bias_hh, one tensor a direction."""
+    return {name: each.chunk(len(p.weight_hh)) for name, each in zip(("bias_ih", "bias_hh"), p.bias, strict=True)}
 
 
 def error(found: torch.Tensor, exact: torch.Tensor) -> float:
@@ -152,7 +167,7 @@ def check(p: Problem, precision="ieee") -> None:
     """At most twice torch.nn.RNN's own error, and 4 units of the dtype's precision for where that is next to none."""
     exact = oracle(p.to(torch.float64))
     slack = 4 * torch.finfo(p.x.dtype).eps
-    names = ["out", "h_n", "grad_x", *(f"grad_weight_hh[{d}]" for d in range(len(p.weight_hh))), "grad_h0"]
+    names = ["out", "h_n", "grad_x", *(f"grad_weight_hh[{d}]" for d in range(len(p.weight_hh))), "grad_bias", "grad_h0"]
     found = kernels(p, precision)
     if p.x.dtype == torch.float64:
         bounds = [32 * torch.finfo(torch.float64).eps] * len(found)
@@ -212,32 +227,37 @@ def test_16_bit_relu_error_is_at_most_twice_that_of_torch():
 @pytest.mark.skipif(
     DEVICE.type == "cuda", reason="a GPU's tf32 is not exact, as the interpreter's is: test_gpu_elman.py"
 )
-@pytest.mark.parametrize("precision", ["tf32x3", "tf32"])
-@pytest.mark.parametrize("H", [7, 31, 33, 100])
-def test_tiles_of_the_tensor_core_precisions(H, precision):
-    """They differ from ieee's in rows per program and in the side W stands on."""
-    for case in range(H, H + 3):
-        check(make_problem(3, H, **options_of(case)), precision)
+@pytest.mark.parametrize(("kind", "width", "index"), SHIPPED, ids=str)
+def test_shipped_tiles(monkeypatch, kind, width, index):
+    tile = TILES[kind, width][index]
+    dtype = {"16bit": torch.bfloat16, "fp64": torch.float64}.get(kind, torch.float32)
+    monkeypatch.setattr(elman, "choose_tile", lambda *arguments: tile)
+    check(make_problem(2, width - 3, dtype=dtype, B=2, packed=width < 64, seed=width))
 
 
 @pytest.mark.parametrize("tokens", [False, True])
 @pytest.mark.parametrize("packed", [False, True])
 def test_long_sequences_leave_their_weight_gradient_to_a_gemm(monkeypatch, packed, tokens):
-    monkeypatch.setattr(elman, "MAX_SUM_STEPS", 2)
+    monkeypatch.setattr(elman_tiles, "MAX_SUM_STEPS", {16: 2})
     for batch_first in (False, True):
-        check(make_problem(5, 7, packed=packed, tokens=tokens, reverse=(False, True), batch_first=batch_first))
+        for with_h0 in (False, True):
+            reverse = (False, True)
+            options = {"packed": packed, "tokens": tokens, "batch_first": batch_first, "with_h0": with_h0}
+            check(make_problem(5, 7, reverse=reverse, **options))
+    check(make_problem(1, 7, packed=packed, tokens=tokens, reverse=(False, True)))
 
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_several_programs_along_the_batch(packed):
     """More rows than a program has, and not a multiple; packed, some programs' rows end early."""
     check(make_problem(4, 16, B=21, packed=packed, reverse=(False, True)))
-    check(make_problem(4, 33, B=5, packed=packed, tokens=True, reverse=(False, True)))
+    check(make_problem(4, 33, B=37, packed=packed, tokens=True, reverse=(False, True)))
 
 
 def test_vocabulary_larger_than_the_kernel_sums(monkeypatch):
-    monkeypatch.setitem(globals(), "V", 90)
-    check(make_problem(3, 16, tokens=True))
+    for vocabulary in (90, 300):
+        monkeypatch.setitem(globals(), "V", vocabulary)
+        check(make_problem(3, 16, tokens=True))
 
 
 def test_results_are_bitwise_repeatable():
@@ -250,9 +270,9 @@ def test_results_are_bitwise_repeatable():
 def test_out_may_be_the_input_itself():
     for case in (0, 2, 6, 8):
         p = make_problem(5, 16, **options_of(case))
-        out, h_n = elman_forward(p.x, p.weight_hh, p.h0, **p.options)
+        out, h_n = elman_forward(p.x, p.weight_hh, p.h0, **biases(p), **p.options)
         x = p.x.clone()
-        in_place, h_n_in_place = elman_forward(x, p.weight_hh, p.h0, **p.options, out=x)
+        in_place, h_n_in_place = elman_forward(x, p.weight_hh, p.h0, **biases(p), **p.options, out=x)
         assert in_place.data_ptr() == x.data_ptr()
         assert torch.equal(in_place, out)
         assert torch.equal(h_n_in_place, h_n)
@@ -276,7 +296,7 @@ def test_strided_arguments():
 @pytest.mark.parametrize("packed", [False, True])
 def test_absent_gradients_count_as_zero(packed):
     p = make_problem(4, 7, packed=packed, reverse=(False, True))
-    out, _ = elman_forward(p.x, p.weight_hh, p.h0, **p.options)
+    out, _ = elman_forward(p.x, p.weight_hh, p.h0, **biases(p), **p.options)
     zero_out, zero_h_n = torch.zeros_like(p.grad_out), torch.zeros_like(p.grad_h_n)
     for given, full in (
         ((p.grad_out, None), (p.grad_out, zero_h_n)),
@@ -293,11 +313,14 @@ def test_absent_gradients_count_as_zero(packed):
 @pytest.mark.parametrize("tokens", [False, True])
 def test_weight_gradient_only_if_needed(tokens):
     p = make_problem(4, 7, tokens=tokens)
-    out, _ = elman_forward(p.x, p.weight_hh, p.h0, **p.options)
+    out, _ = elman_forward(p.x, p.weight_hh, p.h0, **biases(p), **p.options)
     options = p.options | ({"num_tokens": V} if tokens else {})
     with_weight = elman_backward(p.grad_out, p.grad_h_n, out, p.weight_hh, p.h0, **options)
-    without = elman_backward(p.grad_out, p.grad_h_n, out, p.weight_hh, p.h0, **options, need_weight_grad=False)
+    without = elman_backward(
+        p.grad_out, p.grad_h_n, out, p.weight_hh, p.h0, **options, need_weight_grad=False, need_bias_grad=False
+    )
     assert without[1] is None
+    assert without[3] is None
     torch.testing.assert_close(without[0], with_weight[0])
     assert torch.equal(without[2], with_weight[2])
 
@@ -311,6 +334,7 @@ def test_token_ids_outside_the_table_read_and_add_nothing(H):
     out, h_n, grad_table, *rest = kernels(p)
     dense = make_problem(3, H)
     dense.weight_hh, dense.h0, dense.grad_out, dense.grad_h_n = p.weight_hh, p.h0, p.grad_out, p.grad_h_n
+    dense.bias = p.bias
     dense.x = p.x[ids.masked_fill(wrong, 0)].masked_fill(wrong[..., None], 0)
     out_dense, h_n_dense, grad_x, *rest_dense = kernels(dense)
     assert torch.equal(out, out_dense)
@@ -318,6 +342,15 @@ def test_token_ids_outside_the_table_read_and_add_nothing(H):
     wanted = torch.zeros_like(grad_table).index_add_(0, ids[~wrong], grad_x[~wrong])
     torch.testing.assert_close(grad_table, wanted)
     torch.testing.assert_close(rest, rest_dense)
+
+
+def test_table_may_be_a_transpose():
+    """The input weight itself, (H, V), serves as the table."""
+    p = make_problem(3, 7, tokens=True)
+    wanted = kernels(p)
+    p.x = p.x.t().contiguous().t()
+    for found, right in zip(kernels(p), wanted, strict=True):
+        assert torch.equal(found, right)
 
 
 def test_int32_token_ids():
@@ -332,11 +365,13 @@ def test_int32_token_ids():
 @pytest.mark.parametrize(("T", "B"), [(0, 3), (3, 0)])
 def test_empty_input(T, B, tokens):
     p = make_problem(T, 7, B=B, tokens=tokens)
-    out, h_n = elman_forward(p.x, p.weight_hh, p.h0, **p.options)
+    out, h_n = elman_forward(p.x, p.weight_hh, p.h0, **biases(p), **p.options)
     assert out.shape == (T, B, 7)
     assert torch.equal(h_n, p.h0)
     options = p.options | ({"num_tokens": V} if tokens else {})
-    grad_x, grad_weight, grad_h0 = elman_backward(p.grad_out, p.grad_h_n, out, p.weight_hh, p.h0, **options)
+    grads = elman_backward(p.grad_out, p.grad_h_n, out, p.weight_hh, p.h0, **options)
+    grad_x, grad_weight, grad_h0, grad_bias = grads
+    assert not grad_bias.any()
     assert grad_x.shape == ((V, 7) if tokens else (T, B, 7))
     assert not grad_x.any()
     assert not grad_weight[0].any()
@@ -346,9 +381,26 @@ def test_empty_input(T, B, tokens):
 def test_nan_input_stays_in_its_row():
     p = make_problem(3, 7)
     p.x[0, 1] = torch.nan
-    out, _ = elman_forward(p.x, p.weight_hh, p.h0, **p.options)
+    out, _ = elman_forward(p.x, p.weight_hh, p.h0, **biases(p), **p.options)
     assert out[:, 1].isnan().all()
     assert not out[:, [0, 2]].isnan().any()
+
+
+@pytest.mark.parametrize("form", ["fma", "mma", "mma3"])
+def test_infinities_stay_in_their_units(monkeypatch, form):
+    """What fills up the width, and the weights' zeros there, make no NaN of an overflow (0 times inf)."""
+    if form != "fma":
+        tile = next(tile for tiles in TILES.values() for tile in tiles if tile.form == "mma" and tile.in_shared == 0)
+        monkeypatch.setattr(elman, "choose_tile", lambda *arguments: replace(tile, form=form))
+    p = make_problem(3, 7, nonlinearity="relu")
+    p.bias.zero_()
+    p.h0 = torch.full_like(p.h0, 1e38)
+    p.weight_hh = [torch.rand_like(p.weight_hh[0]) + 1.1]
+    out, h_n = elman_forward(p.x, p.weight_hh, p.h0, **p.options)
+    assert torch.equal(h_n, torch.full_like(h_n, torch.inf))
+    p.grad_out.fill_(3e38)
+    _, _, grad_h0, _ = elman_backward(p.grad_out, p.grad_h_n, out, p.weight_hh, p.h0, **p.options)
+    assert torch.equal(grad_h0, torch.full_like(grad_h0, torch.inf))
 
 
 def test_limits():
@@ -361,7 +413,7 @@ def test_limits():
 
 def test_arguments_out_of_reach_are_refused():
     p = make_problem(2, 7)
-    with pytest.raises(ValueError, match=r"x: expected a last stride of 1, got strides"):
+    with pytest.raises(ValueError, match=r"x: expected a last stride of 1, got strides"):  # but a table may have any
         elman_forward(p.x.transpose(1, 2).contiguous().transpose(1, 2), p.weight_hh)
     with pytest.raises(ValueError, match=r"h0: expected a tensor on .*, got meta"):
         elman_forward(p.x, p.weight_hh, p.h0.to("meta"))

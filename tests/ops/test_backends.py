@@ -108,18 +108,21 @@ def test_every_row_but_the_last_has_kernels():
 
 @pytest.mark.skipif(torch.version.hip is not None, reason="TF32 is NVIDIA's")
 def test_tf32_follows_torchs_switch_for_rnns(monkeypatch):
-    from charrnn_fast.kernels.triton import elman as kernels
-
-    limits = {"ieee": None, "tf32x3": None}
-    monkeypatch.setattr(kernels, "elman_limits", lambda hidden_size, dtype, precision, device: limits[precision])
     gpu = torch.device("cuda")
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
-        assert backends._precision(gpu, torch.float32, 64) == "tf32"
-        assert backends._precision(gpu, torch.float64, 64) == backends._precision(CPU, torch.float32, 64) == "ieee"
+        assert backends._precision(gpu, torch.float32) == "tf32"
+        assert backends._precision(gpu, torch.float64) == backends._precision(CPU, torch.float32) == "ieee"
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        assert backends._precision(gpu, torch.float32, 64) == "ieee"
-        limits["ieee"] = "spills"
-        assert backends._precision(gpu, torch.float32, 64) == "tf32x3"
+        assert backends._precision(gpu, torch.float32) == "ieee"
+
+
+@pytest.mark.skipif(backends.triton_cannot_run_on(CPU) is not None, reason="Triton is not interpreted here")
+def test_explain_says_which_kernel_and_why():
+    few = str(backends.explain(128, backend="triton", batch_size=1))
+    many = str(backends.explain(128, backend="triton", batch_size=4096))
+    assert few.startswith("triton: runs: FMA, ")
+    assert "cuDNN" in few
+    assert many.startswith("triton: runs: tensor cores in three products, 8 rows and 8 warps a program (derived")
 
 
 @pytest.mark.gpu

@@ -1,0 +1,84 @@
+"""Sums that follow the Elman kernels' backward pass. Imports Triton alone. Every sum has one order: bitwise repeatable."""
+
+import triton
+import triton.language as tl
+
+from .numerics import device_function, dot
+
+
+@triton.jit(do_not_specialize=["num_rows", "V", "C", "chunk"])
+def rows_by_token_kernel(
+    grad_x_ptr,  # (num_rows, C), gradient of the pre-activations
+    tokens_ptr,  # (num_rows,) int32 or int64
+    partial_ptr,  # (programs along the rows, V, C) fp32 or fp64
+    num_rows,
+    V,
+    C,  # D*H
+    chunk,  # rows of a program, a multiple of BLOCK_N
+    stride_grad_x,
+    stride_tokens,
+    BLOCK_N: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Sum of grad_x's rows by token id, over this program's rows: a product with ones and zeros, exact in each term."""
+    pid = tl.program_id(0)
+    offs_v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
+    offs_c = tl.program_id(2) * BLOCK_C + tl.arange(0, BLOCK_C)
+    acc_type: tl.constexpr = partial_ptr.dtype.element_ty
+    sums = tl.zeros((BLOCK_V, BLOCK_C), acc_type)
+    first = pid.to(tl.int64) * chunk
+    for start in range(0, chunk, BLOCK_N):
+        rows = first + start + tl.arange(0, BLOCK_N)
+        ids = tl.load(tokens_ptr + rows * stride_tokens, mask=rows < num_rows, other=-1)
+        mask = (rows < num_rows)[:, None] & (offs_c < C)[None, :]
+        d = tl.load(grad_x_ptr + rows[:, None] * stride_grad_x + offs_c[None, :], mask=mask, other=0.0)
+        one_hot = (offs_v[:, None] == ids[None, :]).to(tl.float32).to(d.dtype)
+        sums = dot(one_hot, d, sums, PRECISION)
+    offsets = (pid.to(tl.int64) * V + offs_v[:, None]) * C + offs_c[None, :]
+    tl.store(partial_ptr + offsets, sums, mask=(offs_v < V)[:, None] & (offs_c < C)[None, :])
+
+
+@device_function
+def _sum_partials(partial_ptr, out_ptr, count, numel, first, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr):
+    offs = first + tl.arange(0, BLOCK)
+    sums = tl.zeros((BLOCK_P, BLOCK), partial_ptr.dtype.element_ty)
+    for start in range(0, count, BLOCK_P):
+        p = start + tl.arange(0, BLOCK_P)
+        mask = (p < count)[:, None] & (offs < numel)[None, :]
+        sums += tl.load(partial_ptr + p.to(tl.int64)[:, None] * numel + offs[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + offs, tl.sum(sums, axis=0).to(out_ptr.dtype.element_ty), mask=offs < numel)
+
+
+@triton.jit(do_not_specialize=["programs", "chunks", "weight_numel", "bias_numel", "table_numel"])
+def sum_partials_kernel(
+    partial_weight_ptr,  # (programs, D, H, H), or None
+    partial_bias_ptr,  # (programs, D, H), or None
+    partial_table_ptr,  # (chunks, V, D*H), or None
+    grad_weight_ptr,
+    grad_bias_ptr,
+    grad_table_ptr,
+    programs,
+    chunks,
+    weight_numel,  # 0 if there is none
+    bias_numel,
+    table_numel,
+    BLOCK_P: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Add up the partial sums of all gradients: a block of one of them for each program of this kernel."""
+    block = tl.program_id(0)
+    weight_blocks = tl.cdiv(weight_numel, BLOCK)
+    bias_blocks = tl.cdiv(bias_numel, BLOCK)
+    if block < weight_blocks:
+        if partial_weight_ptr is not None:
+            _sum_partials(partial_weight_ptr, grad_weight_ptr, programs, weight_numel, block * BLOCK, BLOCK_P, BLOCK)
+    elif block < weight_blocks + bias_blocks:
+        if partial_bias_ptr is not None:
+            first = (block - weight_blocks) * BLOCK
+            _sum_partials(partial_bias_ptr, grad_bias_ptr, programs, bias_numel, first, BLOCK_P, BLOCK)
+    else:
+        if partial_table_ptr is not None:
+            first = (block - weight_blocks - bias_blocks) * BLOCK
+            _sum_partials(partial_table_ptr, grad_table_ptr, chunks, table_numel, first, BLOCK_P, BLOCK)
