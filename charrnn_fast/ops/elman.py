@@ -247,10 +247,10 @@ def _setup_op_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
 
 
 def _op_backward(ctx: Any, grad_out: Tensor | None, grad_h_n: Tensor | None) -> tuple[Any, ...]:
-    out, input, h0, batch_sizes, *weights = ctx.saved_tensors
+    out, input, h0, batch_sizes, *weights = saved = ctx.saved_tensors
     needs_input, needs_h0, _, needs_weights, *_ = ctx.needs_input_grad
     needs_grad = [needs_input, needs_h0, *needs_weights]
-    if registered_operators_only() or not must_recompute(grad_out, grad_h_n, *ctx.saved_tensors):
+    if registered_operators_only() or not must_recompute(grad_out, grad_h_n, *saved):
         arguments = (batch_sizes, weights, ctx.backend, ctx.nonlinearity, ctx.reverse, needs_grad)
         found = iter(_elman_layer_backward_op(grad_out, grad_h_n, out, input, h0, *arguments))
         grads = [next(found) if needs else None for needs in needs_grad]
