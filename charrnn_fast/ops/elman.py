@@ -16,7 +16,7 @@ from torch import Tensor
 
 from . import backends
 from .autograd import must_recompute, recomputed, saved_tensors
-from .context import autocast, plain, registered_operators_only, tensor_operations_only
+from .context import addressable, autocast, plain, registered_operators_only, tensor_operations_only
 from .elman_layer import check_tokens, is_tokens, layer_backward, layer_forward
 from .elman_torch import layer_by_tensor_operations
 
@@ -102,10 +102,8 @@ def elman_layer(
         return _ElmanLayer.apply(backend, nonlinearity, reverse, batch_first, batch_sizes, input, h0, *weights)
     else:
         out, h_n = layer_forward(backend, input, h0, weights, batch_sizes, nonlinearity, reverse)
-    if batch_first and (tensor_operations_only() or registered_operators_only()):
-        out = out.transpose(0, 1)
-    elif batch_first:
-        out.transpose_(0, 1)
+    if batch_first:
+        out = out.transpose_(0, 1) if addressable(out) else out.transpose(0, 1)
     return out, h_n
 
 
@@ -261,10 +259,10 @@ def _setup_op_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
 
 
 def _op_backward(ctx: Any, grad_out: Tensor | None, grad_h_n: Tensor | None) -> tuple[Any, ...]:
-    out, input, h0, batch_sizes, *weights = saved_tensors(ctx)
+    out, input, h0, batch_sizes, *weights = saved = saved_tensors(ctx)
     needs_input, needs_h0, _, needs_weights, *_ = ctx.needs_input_grad
     needs_grad = [needs_input, needs_h0, *needs_weights]
-    if registered_operators_only() or not must_recompute(grad_out, grad_h_n, out, input, h0, batch_sizes, *weights):
+    if registered_operators_only() or not must_recompute(grad_out, grad_h_n, *saved):
         arguments = (batch_sizes, weights, ctx.backend, ctx.nonlinearity, ctx.reverse, needs_grad)
         found = iter(_elman_layer_backward_op(grad_out, grad_h_n, out, input, h0, *arguments))
         grads = [next(found) if needs else None for needs in needs_grad]
