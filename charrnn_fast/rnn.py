@@ -29,8 +29,9 @@ class FusedRNN(nn.RNNBase):
             ``charrnn_fast.ops.backends``: one that cannot run is a RuntimeError at the call.
 
     Inputs and outputs of ``forward`` are those of torch.nn.RNN; ``forward_tokens`` takes token ids for one-hot rows.
-    Backward reads the outputs, so changing them in place before it is an error, as it is with cuDNN. Dropout draws
-    torch.nn.RNN's random numbers on a CPU, in the order of the layers' memory: (B, T, C) with ``batch_first``.
+    The output lies in memory as torch.nn.RNN's does, (T, B, D*H) whatever the input's strides, and may be changed in
+    place; where backward still reads it, that is an error then, as it is with cuDNN. Dropout draws torch.nn.RNN's
+    random numbers on a CPU.
     """
 
     def __init__(
@@ -149,8 +150,6 @@ class FusedRNN(nn.RNNBase):
         if self.batch_first:
             input = input.transpose(0, 1)
         output, hidden = self._stack(input, hx, None, tokens)
-        if self.batch_first:
-            output = output.transpose(0, 1)
         return (output.squeeze(batch_dim), hidden.squeeze(1)) if dims == 2 else (output, hidden)
 
     def _check(self, input: Tensor, hx: Tensor | None, batch_sizes: Tensor | None, tokens: bool) -> None:
@@ -172,7 +171,9 @@ class FusedRNN(nn.RNNBase):
     def _stack(
         self, input: Tensor, hx: Tensor | None, batch_sizes: Tensor | None, tokens: bool
     ) -> tuple[Tensor, Tensor]:
-        """input (T, B, I), ids (T, B) or packed; hx (L*D, B, H) or None -> output (T, B, D*H) or packed, h_n."""
+        """input (T, B, I), ids (T, B) or packed; hx (L*D, B, H) or None -> output (T, B, D*H), (B, T, D*H) if
+        ``batch_first``, or packed, and h_n.
+        """
         weights: list[Any] = self._flat_weights  # None where a user has taken a parameter away
         operands = autocast(input.device.type, [input, hx, *weights])
         backend = self._layerwise_backend(operands, tokens)
@@ -209,7 +210,7 @@ class FusedRNN(nn.RNNBase):
         """Layer upon layer, each with all its directions at once."""
         output, state = self._layer(backend, input, hx, weights, batch_sizes, 0)
         states = [state]
-        for layer in range(1, self.num_layers):
+        for layer in range(1, self.num_layers):  # dropout draws for (T, B, C), as torch.nn.RNN's does
             output, state = self._layer(backend, self._dropout(output), hx, weights, batch_sizes, layer)
             states.append(state)
         return output, state if self.num_layers == 1 else torch.cat(states)
@@ -233,7 +234,8 @@ class FusedRNN(nn.RNNBase):
                 own += weights[2 * row : 2 * (row + 1)]
         h0 = None if hx is None else hx[layer * directions : (layer + 1) * directions]
         nonlinearity = "tanh" if self.mode == "RNN_TANH" else "relu"
-        return elman_layer(backend, input, h0, own, batch_sizes, nonlinearity, (False, True)[:directions])
+        batch_first = self.batch_first and batch_sizes is None and layer == self.num_layers - 1
+        return elman_layer(backend, input, h0, own, batch_sizes, nonlinearity, (False, True)[:directions], batch_first)
 
     def _dropout(self, output: Tensor) -> Tensor:
         return F.dropout(output, self.dropout, self.training) if self.dropout > 0 else output
@@ -241,9 +243,10 @@ class FusedRNN(nn.RNNBase):
     def _torch_layers(
         self, input: Tensor, hx: Tensor, weights: list[Tensor], batch_sizes: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The layers whose weights these are, by torch's own path; input (T, B, C) or packed."""
+        """The layers whose weights these are, by torch's own path; input and output as in :meth:`_stack`."""
+        batch_first = self.batch_first and batch_sizes is None
         return torch_rnn(
-            input,
+            input.transpose(0, 1) if batch_first else input,
             hx,
             weights,
             batch_sizes,
@@ -253,6 +256,7 @@ class FusedRNN(nn.RNNBase):
             self.dropout,
             self.training,
             self.bidirectional,
+            batch_first,
         )
 
     def _one_hot(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:

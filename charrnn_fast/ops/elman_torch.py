@@ -35,20 +35,22 @@ def torch_rnn(
     dropout: float,
     training: bool,
     bidirectional: bool,
+    batch_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """What torch.nn.RNN runs for a stack of layers: ATen on a CPU, cuDNN or MIOpen on a GPU.
 
     Args:
-        input: (T, B, I) or packed (N, I). hx: (L*D, B, H). weights: flat, as ``RNNBase._flat_weights``.
+        input: (T, B, I), (B, T, I) if batch_first, or packed (N, I). hx: (L*D, B, H).
+        weights: flat, as ``RNNBase._flat_weights``.
 
     Returns:
-        output (T, B, D*H) or (N, D*H), and h_n (L*D, B, H).
+        output like input with D*H columns, and h_n (L*D, B, H).
     """
     run = _VF.rnn_tanh if nonlinearity == "tanh" else _VF.rnn_relu
     # cuDNN has a backward only for what ran in training mode, so that says "a gradient may follow", not "drop out".
     dropout, training = (dropout if training else 0.0), training or torch.is_grad_enabled()
     if batch_sizes is None:
-        return run(input, hx, weights, has_biases, num_layers, dropout, training, bidirectional, False)
+        return run(input, hx, weights, has_biases, num_layers, dropout, training, bidirectional, batch_first)
     return run(input, batch_sizes, hx, weights, has_biases, num_layers, dropout, training, bidirectional)
 
 
