@@ -69,7 +69,7 @@ def test_other_files(tmp_path):
     _write(path)
     content = torch.load(path)
     torch.save({**content, "version": 99}, path)
-    with pytest.raises(InputError, match="has checkpoint version 99: this charrnn_fast reads versions 1 and 2"):
+    with pytest.raises(InputError, match="has checkpoint version 99: this charrnn_fast reads versions 1 to 3"):
         checkpoint.load(path)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from charrnn_fast.errors import TrainingError
 from charrnn_fast.kernels import native
-from charrnn_fast.lm import checkpoint, corpora, data, training
+from charrnn_fast.lm import checkpoint, corpora, data, step
 from charrnn_fast.lm.model import CharRNN
 from charrnn_fast.lm.recipes import RECIPES, build_model, build_sampler
 from charrnn_fast.lm.training import MAX_GRAPH_BATCHES, Trainer, train_batches, validate
@@ -201,10 +201,10 @@ def test_bad_options(options, message):
 def test_plain_sgd_is_told_from_other_optimizers():
     """Its step may be taken by the clip's launch; every other one, and one with hooks, by the optimizer itself."""
     p = torch.zeros(3, requires_grad=True)
-    assert training._plain_sgd_lr(torch.optim.SGD([p], 0.5)) == 0.5
+    assert step._plain_sgd_lr(torch.optim.SGD([p], 0.5)) == 0.5
     others = [torch.optim.SGD([p], 0.5, momentum=0.9), torch.optim.SGD([p], 0.5, weight_decay=0.1)]
     others += [torch.optim.SGD([p], 0.5, maximize=True), torch.optim.Adam([p], 0.5)]
     others += [torch.optim.SGD([{"params": [p]}, {"params": [torch.zeros(2, requires_grad=True)]}], 0.5)]
     watched = torch.optim.SGD([p], 0.5)
     watched.register_step_pre_hook(lambda *arguments: None)
-    assert [training._plain_sgd_lr(optimizer) for optimizer in [*others, watched]] == [None] * 6
+    assert [step._plain_sgd_lr(optimizer) for optimizer in [*others, watched]] == [None] * 6
