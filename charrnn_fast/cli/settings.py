@@ -67,8 +67,8 @@ def add_settings(p: argparse.ArgumentParser) -> None:
         "--text",
         metavar="F",
         nargs="+",
-        help="train on these files instead of the recipe's book: one after the other; a folder stands for all of its "
-        "files, - for standard input",
+        help="train on these files instead of the recipe's book: one after the other; a folder stands for the files "
+        "in it, - for standard input",
     )
     p.add_argument("--encoding", metavar="C", help="the files' encoding (default: utf-8)")
     p.add_argument("--errors", choices=("strict", "replace", "ignore"), help="what to do with bytes that are not in it")

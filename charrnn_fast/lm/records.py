@@ -139,9 +139,13 @@ class EpochSoFar:
     def from_state_dict(cls, state: Mapping[str, Any]) -> "EpochSoFar":
         counts = [int(count) for count in state["counts"]]
         found = cls(state["generator"], counts, list(state["losses"].double()), list(state["norms"].double()))
-        if len(found.losses) != len(counts):
-            raise ValueError(f"{len(counts)} batches and {len(found.losses)} losses")
         found.updates, found.skipped = int(state["updates"]), int(state["skipped"])
+        if len(found.losses) != len(counts) or len(found.norms) not in (0, found.updates):
+            raise ValueError(
+                f"{len(counts)} batches and {found.updates} updates with {len(found.losses)} losses and "
+                f"{len(found.norms)} norms"
+            )
+        torch.Generator().set_state(found.generator.cpu())  # raises for what is no generator's state
         found.seconds, found.state = float(state["seconds"]), state["state"]
         found.checked = len(counts)
         return found

@@ -59,9 +59,9 @@ class LargeText:
 def read_texts(
     paths: Sequence[str], encoding: str = "utf-8", errors: str = "strict", *, large: int = LARGE
 ) -> Corpus | LargeText:
-    """The texts of files one after the other, as `cat` puts them; a folder stands for all files in it and below, by
-    name, without hidden ones; "-" for standard input. A byte-order mark at the beginning of a file is left out, line
-    ends are kept as they are.
+    """The texts of files one after the other, as `cat` puts them; a folder stands for the files in it, by name, without
+    hidden ones and without folders below; "-" for standard input. A byte-order mark at the beginning of a file is left
+    out, line ends are kept as they are.
 
     Raises InputError if something is missing, unreadable, or not in the encoding.
     """
@@ -90,11 +90,7 @@ def _files(path: str) -> list[tuple[str, Path | BinaryIO]]:
     try:
         if not place.is_dir():
             return [(path, place)]
-        found = sorted(
-            file
-            for file in place.rglob("*")
-            if file.is_file() and not any(part.startswith(".") for part in file.relative_to(place).parts)
-        )
+        found = sorted(file for file in place.iterdir() if file.is_file() and not file.name.startswith("."))
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
         raise _unreadable(path, error) from None
     if not found:

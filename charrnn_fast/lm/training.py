@@ -316,7 +316,8 @@ class Trainer:
         """Is the step finite? Asked after each one where that does not wait for a device, or where on_nan wants it."""
         if plain is not None and plain.guard and plain.refused > so_far.skipped:
             if self.on_nan != "skip":
-                raise TrainingError(self._what_happened(so_far, so_far.batches - 1))
+                bad = so_far.first_not_finite()
+                raise TrainingError(self._what_happened(so_far, so_far.batches - 1 if bad is None else bad))
             so_far.skipped = plain.refused
             for i in range(so_far.checked, so_far.batches):  # what was not learned from does not count
                 if not math.isfinite(float(so_far.losses[i])):
@@ -480,6 +481,11 @@ class Trainer:
         self._so_far = None if so_far is None else EpochSoFar.from_state_dict(so_far)
         if self._so_far is not None and self._so_far.state is not None:
             self._so_far.state = _moved(self._so_far.state, device)
+            if isinstance(self.model, CharRNN) and isinstance(self.model.rnn, torch.nn.RNNBase):
+                L, H = self.model.num_layers, self.model.hidden_size
+                got = tuple(getattr(self._so_far.state, "shape", ()))
+                if len(got) != 3 or (got[0], got[2]) != (L, H):
+                    raise ValueError(f"a state ({L}, B, {H}) was expected, got {got}")
         random = state.get("random")
         if random is not None:
             torch.set_rng_state(random["cpu"].cpu())

@@ -95,7 +95,7 @@ def test_a_folder_that_cannot_be_written_keeps_the_old_file(tmp_path, monkeypatc
     def full(*arguments, **options):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(torch, "save", full)
+    monkeypatch.setattr("charrnn_fast.lm.files.os.fsync", full)
     with pytest.raises(InputError, match=r"cannot write the checkpoint .*No space left on device"):
         _write(path)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
