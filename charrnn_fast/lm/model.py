@@ -14,7 +14,8 @@ from charrnn_fast.lm.data import Vocabulary
 from charrnn_fast.ops import generate as decoder
 from charrnn_fast.ops import language_model_loss as one_call
 from charrnn_fast.ops.clip_grad_norm import clip_grad_norm_
-from charrnn_fast.ops.elman_torch import TorchRNN
+from charrnn_fast.ops.elman_layer import check_tokens
+from charrnn_fast.ops.elman_torch import TOKEN_TYPES, TorchRNN, one_hot_rows
 from charrnn_fast.ops.linear_cross_entropy import linear_cross_entropy
 from charrnn_fast.reference import generate as reference_generate
 from charrnn_fast.reference.language_model import RNNLM, Cell
@@ -107,8 +108,10 @@ class CharRNN(nn.Module):
         rnn = self.rnn
         if isinstance(rnn, FusedRNN) and why_called(self, ("rnn",)) is None:
             return rnn.forward_tokens(tokens, state)
-        ids = tokens.long() if tokens.dtype == torch.int32 else tokens
-        return self._call_rnn(F.one_hot(ids, self.vocab_size).to(self._a_weight().dtype), state)
+        if tokens.dtype not in TOKEN_TYPES:
+            raise ValueError(f"tokens: expected int64 or int32 ids, got {tokens.dtype}")
+        check_tokens(tokens, self.vocab_size)
+        return self._call_rnn(one_hot_rows(tokens, self.vocab_size, self._a_weight().dtype), state)
 
     def forward(self, tokens: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits (B, T, V) and the final states (L, B, H), from token ids (B, T) int64 and h_0 (L, B, H), zero if
@@ -119,8 +122,8 @@ class CharRNN(nn.Module):
 
     def loss(self, tokens: Tensor, targets: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The mean loss in nats over targets (B, T) int64, and the final states (L, B, H)."""
-        if not self._is_own("forward"):
-            logits, state = self.forward(tokens, state)
+        if not self._is_own("forward") or self._is_watched():
+            logits, state = self(tokens, state)
             return F.cross_entropy(logits.flatten(0, 1), targets.flatten()), state
         in_one_call = self._loss_in_one_call(tokens, targets, state)
         if in_one_call is not None:
@@ -185,7 +188,7 @@ class CharRNN(nn.Module):
         """
         sampling: dict[str, Any] = {"uniforms": uniforms, "temperature": temperature, "alpha": alpha, "top_k": top_k}
         as_built = self._is_own("forward") and self._is_own("hidden") and why_called(self) is None
-        if not isinstance(self.rnn, FusedRNN) or not as_built:
+        if not isinstance(self.rnn, FusedRNN) or not as_built or self._is_watched():
             with evaluating(self):
                 return reference_generate.generate(self, prompt, num_tokens, state=state, **sampling)
         layers = []
@@ -262,6 +265,10 @@ class CharRNN(nn.Module):
     def _is_own(self, method: str) -> bool:
         """Whether a method is the one of this class, not a subclass's or an instance's."""
         return getattr(type(self), method) is getattr(CharRNN, method) and method not in self.__dict__
+
+    def _is_watched(self) -> bool:
+        """Whether hooks make a call of the model more than its forward, as those of fully_shard do."""
+        return bool(self._forward_hooks or self._forward_pre_hooks)
 
     def _a_weight(self) -> Tensor:
         """A floating-point tensor of the model, whose dtype and device are those of its inputs and states."""
