@@ -8,6 +8,7 @@ keep each row's log-sum-exp and make the logits again when that gradient is know
 would (another pass over the gradient of h, and in fp16 what is below its range), and nobody waits to see if it is 1.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,10 +59,10 @@ def linear_cross_entropy(
     Raises: ValueError for another reduction; IndexError for a target outside 0..V-1, on a CPU (a GPU fails a device
     assertion, as torch.nn.functional.cross_entropy does); RuntimeError for shapes that do not match, in its words.
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{reduction} is not a valid value for reduction")
     ignore_index = -100 if ignore_index is None else ignore_index
-    plain = weight is None and label_smoothing == 0.0
+    # What is no reduction and no index torch refuses in its turn, after shapes and types.
+    known = reduction in REDUCTIONS and isinstance(ignore_index, int) and -(2**63) <= ignore_index < 2**63
+    plain = weight is None and label_smoothing == 0.0 and known
     backend = _backend(input, linear_weight, linear_bias, target) if plain else "torch"
     if backend == "triton":
         return _by_triton(input, linear_weight, linear_bias, target, reduction, ignore_index)
@@ -77,6 +78,8 @@ def linear_cross_entropy(
 
 def _backend(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> str:
     """The backend of this call: "torch" for shapes, types and kinds of tensors that the kernels do not take."""
+    if not all(isinstance(t, Tensor) for t in (input, weight, target)):
+        return "torch"  # which says so in its own words
     if tensor_operations_only() or not plain(input, weight, bias, target):
         return "torch"
     shapes = input.dim() == 2 and weight.dim() == 2 and input.shape[1] == weight.shape[1] and weight.numel() > 0
@@ -111,7 +114,7 @@ def _by_tensor_operations(
     class_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    if weight.dim() > 2:  # (V, d_1, ..., d_K, H)
+    if isinstance(weight, Tensor) and weight.dim() > 2:  # (V, d_1, ..., d_K, H)
         rows = F.linear(input, weight.flatten(0, -2), None if bias is None else bias.flatten())
         logits = rows.unflatten(-1, weight.shape[:-1])
     else:
@@ -150,21 +153,24 @@ class _NativeLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_loss,) = grad_outputs
-        input, weight, bias, target = ctx.saved_tensors
+        input, weight, bias, target = saved = ctx.saved_tensors  # once: checkpointing makes them anew for one reading
         arguments = (input, weight, bias, target, ctx.ignore_index, ctx.reduction)
         # The gradients made in forward are given away, so that nobody finds them changed, and a loss that is kept does
         # not keep them. A graph that is retained and walked again makes them anew, the same bits.
         gradients = ctx.gradients.take()
-        if must_recompute(grad_loss, *ctx.saved_tensors):
+        unusual = must_recompute(grad_loss, *saved)
+        factor = None if unusual or ctx.reduction == "none" else grad_loss.item()
+        # One that is not finite leaves zeros where no row counts, which a product would not.
+        if unusual or (factor is not None and not math.isfinite(factor)):
             gradients = _recomputed(
                 grad_loss, input, weight, bias, target, ctx.reduction, ctx.ignore_index, ctx.needs_input_grad
             )
-        elif ctx.reduction == "none":
+        elif factor is None:
             _, *gradients = native.linear_cross_entropy(*arguments, need_grad=True, grad_loss=grad_loss)
         else:
             if gradients is None:
                 _, *gradients = native.linear_cross_entropy(*arguments, need_grad=True)
-            if grad_loss.item() != 1.0:  # nearly never, and scaling is another pass over (N, H)
+            if factor != 1.0:  # nearly never, and scaling is another pass over (N, H)
                 gradients = [None if g is None else g.mul_(grad_loss) for g in gradients]
         wanted = [g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False)]
         return (*wanted, None, None, None)
@@ -279,9 +285,9 @@ class _TritonLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_loss,) = grad_outputs
-        input, weight, bias, target, lse, count = ctx.saved_tensors
+        input, weight, bias, target, lse, count = saved = ctx.saved_tensors
         options = (ctx.reduction, ctx.ignore_index, ctx.needs_input_grad)
-        if must_recompute(grad_loss, *ctx.saved_tensors):
+        if must_recompute(grad_loss, *saved):
             gradients = _recomputed(grad_loss, input, weight, bias, target, *options)
         else:
             gradients = _triton_backward(grad_loss, input, weight, bias, target, lse, count, *options)
@@ -358,12 +364,12 @@ def _setup_op_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
 
 def _op_backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
     needs_grad = list(ctx.needs_input_grad[:3])
-    options = (ctx.reduction, ctx.ignore_index, needs_grad)
-    if registered_operators_only() or not must_recompute(grad_loss, *ctx.saved_tensors):
-        found = iter(_loss_backward_op(grad_loss, *ctx.saved_tensors, *options))
+    options, saved = (ctx.reduction, ctx.ignore_index, needs_grad), ctx.saved_tensors
+    if registered_operators_only() or not must_recompute(grad_loss, *saved):
+        found = iter(_loss_backward_op(grad_loss, *saved, *options))
         gradients = [next(found) if needs else None for needs in needs_grad]
     else:
-        input, weight, bias, target, _, _ = ctx.saved_tensors
+        input, weight, bias, target, _, _ = saved
         gradients = _recomputed(grad_loss, input, weight, bias, target, *options)
     return (*gradients, None, None, None, None)
 

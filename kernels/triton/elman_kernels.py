@@ -103,9 +103,7 @@ def _load_ids(tokens_ptr, places, stride_t, offs, rows, F: tl.constexpr):
 
 
 @device_function
-def _load_input(
-    x_ptr, tokens_ptr, ids, places, k, V, stride_t, offs, rows, in_width, F: tl.constexpr
-):
+def _load_input(x_ptr, tokens_ptr, ids, places, k, V, stride_t, offs, rows, in_width, F: tl.constexpr):
     """Input tile of step k of a group; with tokens the rows `ids` of the table, zero for an id outside it."""
     if tokens_ptr is None:
         return _load_tile(x_ptr, places, k, stride_t, offs, rows, in_width, F)

@@ -7,7 +7,7 @@ entry, per warp and step, are in bench/results/static.json; bench/NOTES.md says 
 
 from dataclasses import dataclass, replace
 
-from .targets import AMD, NVIDIA, launch_options
+from .targets import AMD, AMPERE_HOPPER, BLACKWELL, NVIDIA, launch_options
 
 SOME, ALL = 2.0, float("inf")
 
@@ -64,6 +64,7 @@ _FMA_128 = _fma(
 )
 _FMA_128_ROWS = _fma(2, 16, 2, 8, "0.49 and 0.50 at B=256; cuDNN 0.53 and 0.89", 4.0)
 
+_MMA3_128 = "derived: tf32's 0.58 at B=1024 with three products; fma 1.9"
 _MMA_256 = "0.72 forward at B=1, 0.93 at B=1024, with all of W in registers; backward derived"
 
 # (kind, width): entries for each target, those for few rows first. Kind: "fp32" exact, "tf32" where ten bits of mantissa
@@ -75,7 +76,8 @@ TILES: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("fp32", 128): (
         _FMA_128,
         _FMA_128_ROWS,
-        _mma("mma3", 8, "derived: tf32's 0.58 at B=1024 with three products, fma 1.9", ahead=2, in_shared=4),
+        _mma("mma3", 8, _MMA3_128, ahead=2, in_shared=4, targets=AMPERE_HOPPER),
+        _mma("mma3", 8, _MMA3_128, ahead=2, in_shared=8, targets=BLACKWELL),
         _AMD_128,
     ),
     ("tf32", 16): (_FMA_16,),
@@ -100,7 +102,7 @@ TILES: dict[tuple[str, int], tuple[Tile, ...]] = {
     ),
     ("16bit", 256): (
         _mma("mma", 8, _MMA_256, ahead=2, in_shared=4, targets=("sm_90", "sm_100")),
-        _mma("mma", 8, _MMA_256, ahead=2, in_shared=6, targets=("sm_80",)),
+        _mma("mma", 8, _MMA_256, ahead=2, in_shared=8, targets=("sm_80",)),
     ),
     ("fp64", 16): (_fma(1, 16, 2, 1, "derived from fp32's"), replace(_AMD_16, ahead_sums=0)),
     ("fp64", 32): (_fma(1, 32, 1, 1, "derived from fp32's"), replace(_AMD_32, ahead_sums=0)),

@@ -32,7 +32,6 @@ def device_function(function):
     return function if INTERPRETED.value else triton.jit(function)
 
 
-
 @device_function
 def _tanh_small_fp32(a):
     z = a * a

@@ -192,14 +192,13 @@ def test_one_bias_alone(backend, device):
     torch.testing.assert_close(elman(*arguments[:4], None, arguments[4], backend=backend), expected)
 
 
-def test_memory_order_follows_the_input(device):
-    """A (B, T, I) buffer seen time-major is neither copied nor turned: the output has the same order."""
+def test_the_output_is_contiguous_whatever_the_order_of_the_input(backend, device):
     arguments, _ = make_case(device=device)
     batch_first = arguments[0].detach().transpose(0, 1).contiguous()
-    expected, _ = elman(*arguments, backend="triton")
-    output, _ = elman(batch_first.transpose(0, 1), *arguments[1:], backend="triton")
+    expected, _ = elman(*arguments, backend=backend)
+    output, _ = elman(batch_first.transpose(0, 1), *arguments[1:], backend=backend)
     torch.testing.assert_close(output, expected)
-    assert expected.is_contiguous() and output.transpose(0, 1).is_contiguous()
+    assert expected.is_contiguous() and output.is_contiguous() and not output._is_view()
 
 
 def test_autocast(backend, device):
@@ -295,3 +294,18 @@ torch.cuda.synchronize()
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode != 0
     assert "device-side assert" in result.stderr
+
+
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+def test_nan_is_in_the_gradients_where_torch_has_it(backend, device, nonlinearity):
+    """relu's derivative of NaN is not 0, which would hide it."""
+    from charrnn_fast import FusedRNN
+
+    rnn = FusedRNN(3, 5, nonlinearity=nonlinearity, backend=backend).to(device)
+    theirs = torch.nn.RNN(3, 5, nonlinearity=nonlinearity).to(device)
+    theirs.load_state_dict(rnn.state_dict())
+    x = torch.randn(6, 4, 3).to(device)
+    x[2, 1, 0] = torch.nan
+    found, expected = (torch.autograd.grad(net(x)[0].pow(2).sum(), list(net.parameters())) for net in (rnn, theirs))
+    for ours, right in zip(found, expected, strict=True):
+        assert torch.equal(ours.isnan(), right.isnan())

@@ -159,6 +159,9 @@ MISFITS = {
     "a top_k of 0": dict(top_k=0),
     "a head of another size": dict(head_weight=torch.zeros(11, 7)),
     "a head with another bias": dict(head_bias=torch.zeros(12)),
+    "a head bias of another type": dict(head_bias=torch.zeros(11, dtype=torch.float64)),
+    "a head of another type": dict(head_weight=torch.zeros(11, 8, dtype=torch.bfloat16)),
+    "a state of another type": dict(state=torch.zeros(1, 1, 8, dtype=torch.float64)),
     "a prompt on another device": dict(prompt=torch.zeros(1, 4, dtype=torch.int64, device="meta")),
 }
 
@@ -204,3 +207,14 @@ def test_the_flattest_sampling_is_uniform(backend, device):
     uniforms = torch.rand(1, 9, device=device)
     ids, _ = generate(operands[0], 9, layers, *operands[1:], uniforms=uniforms, temperature=1e308, backend=backend)
     assert ids.tolist() == (uniforms.double() * 11).long().tolist()
+
+
+def test_sampling_evenly_among_the_most_probable(backend, device):
+    """alpha = 0 makes those that take part equally probable, and gives the others nothing."""
+    torch.manual_seed(4)
+    layers, head_weight, head_bias = _small_model()
+    operands = [t.to(device) for t in (torch.tensor([[3, 1]]), head_weight, head_bias)]
+    layers = [tuple(t.to(device) for t in layer) for layer in layers]
+    call = (operands[0], 9, layers, *operands[1:])
+    sampled, _ = generate(*call, uniforms=torch.rand(1, 9, device=device), alpha=0.0, top_k=1, backend=backend)
+    assert sampled.tolist() == generate(*call, backend=backend)[0].tolist()
