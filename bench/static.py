@@ -76,16 +76,22 @@ def elman_cases(target: str) -> list[Case]:
     """Every tile of the Elman table as the kernel with every option that adds work, and on sm_90 as the plain one too.
 
     "full" has packed input, tokens, h0, grad_h_n and an H that does not fill the width. "plain" has an H that does, and
-    no such options but token input forward up to H = 32 (recipe d2l). The backward kernel leaves the gradient of W to a
-    product that needs h_{t-1}, or sums it.
+    no such options but token input forward up to H = 32 (recipe d2l). The forward kernel gets
+    projected input or features; the backward kernel sums the gradient of W or leaves it to a product.
     """
     tiles = load("elman_tiles")
     cases = [
-        elman_case(step, kind, width, tile, full, target)
+        elman_case(step, kind, width, replace(tile, ahead=ahead), full, target)
         for (kind, width), entries in tiles.TILES.items()
         for tile in entries
         if TILES_OF.get(target, target) in tile.targets
-        for step in ("forward", "backward", *(["backward_sums"] if tile.ahead_sums else []))
+        for step, ahead in {
+            "forward": tile.ahead,
+            "forward_inputs": tile.ahead_inputs,
+            "backward": tile.ahead,
+            "backward_sums": tile.ahead_sums,
+        }.items()
+        if ahead
         for full in ((False, True) if target == "sm_90" else (True,))
     ]
     return list({case.name: case for case in cases}.values())  # fp32 and tf32 share tiles
@@ -109,11 +115,14 @@ def elman_case(step: str, kind: str, width: int, tile, full: bool, target: str) 
     types = {name: value for name in ("weight_ptr", "weight_reverse_ptr", "out_ptr")}
     if full:
         types |= {"h0_ptr": value, "steps_ptr": "*i64", "grad_h_n_ptr": value}
-    if step == "forward":
+    if step.startswith("forward"):
         kernel = "elman_forward_kernel"
         types |= {name: value for name in ("x_ptr", "h_n_ptr", "bias_ih_ptr", "bias_ih_reverse_ptr")}
         types |= {"bias_hh_ptr": value, "bias_hh_reverse_ptr": value} if full else {}
-        types |= {"tokens_ptr": "*i64"} if full or width <= 32 else {}
+        if step == "forward_inputs":
+            types |= {"weight_ih_ptr": value, "weight_ih_reverse_ptr": value}
+        elif full or width <= 32:
+            types |= {"tokens_ptr": "*i64"}
     else:
         kernel = "elman_backward_kernel"
         accumulator = "*fp64" if kind == "fp64" else "*fp32"
@@ -123,9 +132,8 @@ def elman_case(step: str, kind: str, width: int, tile, full: bool, target: str) 
             types |= {"partial_weight_ptr": accumulator}
         elif full:
             types |= {"h_prev_ptr": value}
-    if step == "backward_sums":
-        tile = replace(tile, ahead=tile.ahead_sums)
-    constants: dict[str, object] = {"F": elman_form(kind, width - 1 if full else width, tile)}
+    features = tile.most_inputs - full if step == "forward_inputs" else 0
+    constants: dict[str, object] = {"F": elman_form(kind, width - 1 if full else width, tile, inputs=features)}
     if "tokens_ptr" not in types:
         constants |= {"stride_x_h": 1}
     return Case(

@@ -63,7 +63,7 @@ def _triton_kernels(
 
 
 def _precision(device: torch.device, dtype: torch.dtype) -> str:
-    """How the kernels may multiply float32: with TF32's ten bits of mantissa where torch's switch for RNNs allows it."""
+    """How the kernels may multiply float32: with TF32's ten bits of mantissa where torch's switch for RNNs says so."""
     if dtype != torch.float32 or device.type != "cuda" or torch.version.hip is not None:
         return "ieee"
     return "tf32" if _tf32_allowed() else "ieee"
@@ -80,6 +80,15 @@ def matmul_precision(device: torch.device, dtype: torch.dtype) -> str:
     if dtype != torch.float32 or device.type != "cuda" or torch.version.hip is not None:
         return "ieee"
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
+
+
+def projects_in_kernel(
+    features: int, hidden_size: int, dtype: torch.dtype, device: torch.device, rows: int, steps: int
+) -> bool:
+    """Whether the triton backend's forward kernel takes an input of so many features as it is, not projected."""
+    from charrnn_fast.kernels.triton import elman as kernels
+
+    return kernels.makes_projection(features, hidden_size, dtype, _precision(device, dtype), device, rows, steps)
 
 
 def _native_cannot(device: torch.device, dtype: torch.dtype, hidden_size: int) -> str | None:

@@ -32,15 +32,17 @@ def layer_forward(
     if h0 is not None and batch_sizes is not None and len(batch_sizes) and h0.shape[1] != batch_sizes[0]:
         expected = (directions, int(batch_sizes[0]), hidden)
         raise RuntimeError(f"Expected hidden size {expected}, got {list(h0.shape)}")
-    in_kernel = _adds_bias(backend) and len(weights) == 3 * directions
-    biases = {"bias_ih": weights[2::3]} if in_kernel else {}
+    in_kernel = {"bias_ih": weights[2::3]} if _adds_bias(backend) and len(weights) == 3 * directions else {}
     if is_tokens(input):
-        tokens, x = input, _table(weights, directions, in_kernel)
+        tokens, x = input, _table(weights, directions, bool(in_kernel))
         if backend != "native":  # which looks at the ids itself, in a fraction of the time
             check_tokens(tokens, x.shape[0])
         out = x.new_empty(*tokens.shape, x.shape[1])
+    elif _projects(backend, input, weights, directions, batch_sizes):
+        tokens, x, out = None, _unit_stride(input), input.new_empty(*input.shape[:-1], directions * hidden)
+        in_kernel["weight_ih"] = weights[:: len(weights) // directions]
     else:
-        tokens, x = None, _project(input, weights, directions, in_kernel)
+        tokens, x = None, _project(input, weights, directions, bool(in_kernel))
         out = x
     forward, _ = backends.kernels_of(backend, x.device, x.dtype, hidden)
     try:
@@ -53,7 +55,7 @@ def layer_forward(
             nonlinearity=nonlinearity,
             reverse=tuple(reverse),
             out=out,
-            **biases,
+            **in_kernel,
         )
     except IndexError:
         check_tokens(input, x.shape[0])  # names the id
@@ -115,6 +117,19 @@ def layer_backward(
 def _adds_bias(backend: str) -> bool:
     """Whether the backend's kernels add the bias and sum its gradient, and take a table of any strides."""
     return backend == "triton"
+
+
+def _projects(
+    backend: str, input: Tensor, weights: Sequence[Tensor], directions: int, batch_sizes: Tensor | None
+) -> bool:
+    """Whether the backend's kernels make the product of input and W_ih."""
+    if backend != "triton":
+        return False
+    steps = input.shape[0] if batch_sizes is None else len(batch_sizes)
+    batch = input.shape[1] if batch_sizes is None else int(batch_sizes[0]) if steps else 0
+    return backends.projects_in_kernel(
+        input.shape[-1], weights[1].shape[0], input.dtype, input.device, batch * directions, steps
+    )
 
 
 # Reading a row of the input weight itself as a column takes a sector of 32 bytes an element: from the first cache, a

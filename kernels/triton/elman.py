@@ -4,9 +4,9 @@
     backward   d_t = (g_t + c_t) * f'(h_t)          c_{t-1} = d_t @ W        grad_W = sum_t d_t^T @ h_{t-1}
 
 Time-major views: T time steps, B batch, H hidden units, V vocabulary, D directions, N packed rows. Strides are free,
-except that the last one is 1 (a table of tokens has any); so a (B, T, C) buffer is passed as its transpose. Nothing here
-validates token ids: an id outside 0..V-1 counts as a zero row and adds to no gradient of the table. Every result is
-bitwise repeatable: sums across programs are made by a second reduction or a GEMM, never by atomics.
+except that the last one is 1 (a table of tokens has any); so a (B, T, C) buffer is passed as its transpose. Nothing
+here validates token ids: an id outside 0..V-1 counts as a zero row and adds to no gradient of the table. Every result
+is bitwise repeatable: sums across programs are made by a second reduction or a GEMM, never by atomics.
 """
 
 import functools
@@ -51,7 +51,7 @@ def choose_tile(
 
 
 @functools.cache
-def _form(tile: Tile, hidden_size: int, dtype: torch.dtype, tanh: bool, wide: bool) -> Form:
+def _form(tile: Tile, hidden_size: int, dtype: torch.dtype, tanh: bool, wide: bool, features: int = 0) -> Form:
     return Form(
         hidden=hidden_size,
         rows=tile.rows,
@@ -62,6 +62,7 @@ def _form(tile: Tile, hidden_size: int, dtype: torch.dtype, tanh: bool, wide: bo
         mma=tile.form != "fma",
         three=tile.form == "mma3",
         in_shared=tile.in_shared,
+        inputs=features,
         ahead=tile.ahead,
         tanh=tanh,
         wide=wide,
@@ -88,6 +89,14 @@ def elman_limits(
     if choose_tile(hidden_size, dtype, precision, device) is None:
         return f"hidden size {hidden_size} is too large for one program ({dtype})"
     return None
+
+
+def makes_projection(
+    features: int, hidden_size: int, dtype: torch.dtype, precision: str, device: torch.device, rows: int, steps: int
+) -> bool:
+    """Whether elman_forward takes features and W_ih in place of projected input. rows: batch times directions."""
+    tile = choose_tile(hidden_size, dtype, precision, device, rows)
+    return tile is not None and elman_tiles.projects_input(tile, features, steps)
 
 
 def elman_reason(
@@ -152,6 +161,7 @@ def elman_forward(
     weight_hh,
     h0: torch.Tensor | None = None,
     *,
+    weight_ih=None,
     bias_ih=None,
     bias_hh=None,
     tokens: torch.Tensor | None = None,
@@ -164,6 +174,7 @@ def elman_forward(
     """h_t = f(x_t + bias_ih[d] + bias_hh[d] + h_{t-1} @ weight_hh[d]^T) over all steps of D directions, in one launch.
 
     x: (T, B, D*H) or packed (N, D*H), projected input; with tokens: the table (V, D*H), of any strides.
+    weight_ih: D tensors (H, I), where makes_projection says so: x is then (T, B, I) or (N, I), and x_t W_ih^T is added.
     weight_hh: D tensors (H, H). h0: (D, B, H), None for zeros. bias_ih, bias_hh: D tensors (H,), or None.
     tokens: (T, B) or packed (N,), int64 or int32. batch_sizes: (T,) int64 on the CPU, active rows of each step,
     non-increasing; None for padded input. reverse: D bools. out: buffer for the result, may be x.
@@ -184,6 +195,10 @@ def elman_forward(
     tile = choose_tile(H, x.dtype, precision, x.device, B * D)
     if tile is None:
         raise RuntimeError(f"elman_forward: {elman_limits(H, x.dtype, precision, x.device)}")
+    features = 0
+    if weight_ih is not None:
+        features = x.shape[-1]
+        tile = replace(tile, ahead=tile.ahead_inputs)
     if out is None:
         out = _like_rows(x if tokens is None else tokens.unsqueeze(-1), D * H, x.dtype)
     h_n = torch.empty((D, B, H), dtype=x.dtype, device=x.device)
@@ -198,6 +213,8 @@ def elman_forward(
             tokens,
             _of_direction(weight_hh, 0),
             _of_direction(weight_hh, 1),
+            _of_direction(weight_ih, 0),
+            _of_direction(weight_ih, 1),
             _of_direction(bias_ih, 0),
             _of_direction(bias_ih, 1),
             _of_direction(bias_hh, 0),
@@ -215,7 +232,7 @@ def elman_forward(
             *_row_strides(tokens, packed),
             *(h0.stride()[:2] if h0 is not None else (0, 0)),
             *_row_strides(out, packed),
-            F=_form(tile, H, x.dtype, nonlinearity == "tanh", wide),
+            F=_form(tile, H, x.dtype, nonlinearity == "tanh", wide, features),
             **tile.launch_options(target_of(x.device)[0]),
         )
     return out, h_n

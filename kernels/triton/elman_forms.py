@@ -6,12 +6,12 @@ summed over, is cut into pieces of KP, and W is a tuple of one register tensor a
 
 - FMA: state tile (R, N), products in a tensor (R, N, KP). A thread owns N / (lanes_n * warps) units and of each piece
   the 16 bytes of k that one of lanes_k lanes has; these share a unit and add by shuffles. Neighbouring lanes read
-  neighbouring values of the state, which conflicts with nothing. Every product is an exact FMA in float32 or float64, in
-  chains as long as there are pieces: the sum over pieces is written out, because Triton 3.8 and newer make a tree of
+  neighbouring values of the state, which conflicts with nothing. Every product is an exact FMA in float32 or float64,
+  in chains as long as there are pieces: the sum over pieces is written out, because Triton 3.8 and newer make a tree of
   products and sums of what is left to a reduction.
-- MMA: state tile (N, R), W the left operand of mma.sync, the pieces dealt out to chains that do not wait for each other.
-  Operands of 16 bits, or float32 in one product of ten bits each (tf32), or in three (tf32x3: high and low part of
-  both, all but low times low). Where registers do not hold all of W, the last pieces stay in shared memory.
+- MMA: state tile (N, R), W the left operand of mma.sync, the pieces dealt out to chains that do not wait for each
+  other. Operands of 16 bits, or float32 in one product of ten bits each (tf32), or in three (tf32x3: high and low part
+  of both, all but low times low). Where registers do not hold all of W, the last pieces stay in shared memory.
 """
 
 import functools
@@ -35,6 +35,7 @@ class Form:
     mma: bool = False
     three: bool = False  # tf32x3
     in_shared: int = 0  # MMA: pieces of W that stay in shared memory
+    inputs: int = 0  # FMA, forward: I features whose product with W_ih the kernel makes itself; 0: input is projected
     ahead: int = 4  # steps by which input is loaded before it is needed; even
     tanh: bool = True  # else relu
     wide: bool = False  # offsets inside a tile need int64
@@ -42,7 +43,7 @@ class Form:
     def __repr__(self) -> str:
         """Names the layouts as well: Triton's cache of compiled kernels tells constants apart by this."""
         values = [self.hidden, self.rows, self.warps, self.dtype, self.mma, self.three, self.in_shared]
-        values += [self.ahead, self.tanh, self.wide]
+        values += [self.inputs, self.ahead, self.tanh, self.wide]
         return f"Form({values}, {self.piece}, {self.products}, {self.tile}, {self.weight}, {self.shared})"
 
     @functools.cached_property
@@ -71,6 +72,22 @@ class Form:
     @property
     def pieces(self) -> int:
         return -(-self.hidden // self.piece)
+
+    @property
+    def input_pieces(self) -> int:
+        return -(-self.inputs // self.piece)
+
+    @property
+    def input_shape(self) -> list[int]:
+        """Of a tile of features."""
+        return [self.rows, max(self.piece, 1 << (self.inputs - 1).bit_length())]
+
+    @property
+    def input_tile(self):
+        """Layout of a tile of features, neighbouring lanes at neighbouring features."""
+        lanes = self.lanes_n * self.lanes_k
+        each = max(1, self.input_shape[1] // (lanes * self.warps))
+        return gl.BlockedLayout([self.rows, each], [1, lanes], [1, self.warps], [1, 0])
 
     @property
     def chains(self) -> int:
@@ -146,6 +163,21 @@ def tile_units(F: tl.constexpr):
 
 
 @device_function
+def feature_rows(F: tl.constexpr):
+    """Batch rows of a tile of features, shaped to broadcast over these."""
+    rows = gl.arange(0, F.rows, layout=gl.SliceLayout(1, F.input_tile))
+    if F.wide:
+        rows = rows.to(gl.int64)
+    return rows.expand_dims(1)
+
+
+@device_function
+def features(F: tl.constexpr):
+    """Features of such a tile, shaped to broadcast over its rows."""
+    return gl.arange(0, F.input_shape[1], layout=gl.SliceLayout(0, F.input_tile)).expand_dims(0)
+
+
+@device_function
 def zero_tile(F: tl.constexpr):
     return gl.full(F.shape, 0.0, F.acc, layout=F.tile)
 
@@ -201,6 +233,31 @@ def load_weight(weight_ptr, TRANSPOSE: tl.constexpr, F: tl.constexpr):
 
 
 @device_function
+def load_input_weight(weight_ptr, F: tl.constexpr):
+    """W_ih (H, I) contiguous, zero outside, as a tuple of pieces like W's. FMA form."""
+    PIECES: tl.constexpr = F.input_pieces
+    n = gl.arange(0, F.width, layout=gl.SliceLayout(1, F.weight)).expand_dims(1)
+    k = gl.arange(0, F.piece, layout=gl.SliceLayout(0, F.weight)).expand_dims(0)
+    pieces = ()
+    for a in gl.static_range(PIECES):
+        column = k + a * F.piece
+        mask = (n < F.hidden) & (column < F.inputs)
+        pieces = pieces + (gl.load(weight_ptr + n * F.inputs + column, mask=mask, other=0.0).to(F.acc),)
+    return pieces
+
+
+@device_function
+def fma_product(buffer, w, PIECES: tl.constexpr, F: tl.constexpr):
+    """The rows in `buffer` times the pieces w, (R, N)."""
+    rows = buffer.slice(0, F.piece, dim=1).load(gl.SliceLayout(1, F.products))
+    products = w[0].expand_dims(0) * rows.expand_dims(1)
+    for a in gl.static_range(1, PIECES):
+        rows = buffer.slice(a * F.piece, F.piece, dim=1).load(gl.SliceLayout(1, F.products))
+        products += w[a].expand_dims(0) * rows.expand_dims(1)
+    return gl.sum(products, axis=2)
+
+
+@device_function
 def _chain_step(chain, w, stored, state, a, F: tl.constexpr):
     """chain + piece a of W times its piece of the state."""
     IN_REGISTERS: tl.constexpr = F.pieces - F.in_shared
@@ -246,12 +303,7 @@ def product(buffer, weight, x, F: tl.constexpr):
             total += chains[c]
         return total
     else:
-        state = buffer.slice(0, F.piece, dim=1).load(gl.SliceLayout(1, F.products))
-        products = w[0].expand_dims(0) * state.expand_dims(1)
-        for a in gl.static_range(1, PIECES):
-            state = buffer.slice(a * F.piece, F.piece, dim=1).load(gl.SliceLayout(1, F.products))
-            products += w[a].expand_dims(0) * state.expand_dims(1)
-        total = gl.sum(products, axis=2)
+        total = fma_product(buffer, w, PIECES, F)
         if x is not None:
             total += x
         return total
@@ -261,7 +313,7 @@ def product(buffer, weight, x, F: tl.constexpr):
 def product_and_outer(buffer, weight, outer, h_prev, F: tl.constexpr):
     """state W, and `outer` plus, over the rows, h_prev x state, in pieces like W's. FMA form.
 
-    Both take the state from one reading, and h_prev as it lies: the sum over time is the transpose of a weight gradient.
+    Both take the state from one reading, and h_prev as it lies: the sum over time is a weight gradient's transpose.
     """
     PIECES: tl.constexpr = F.pieces
     w, _ = weight

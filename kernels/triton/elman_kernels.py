@@ -9,6 +9,10 @@ later than a step takes, so steps go by groups of `ahead`, and as soon as a step
 step of the next group is loaded in its place. With packed input the positions are loaded three groups ahead, and token
 ids, whose addresses depend on them, two.
 
+With `inputs` the forward kernel gets features and makes their product with W_ih itself: features reach shared memory
+two steps before they are needed, behind the barriers that are there anyway, and their product is made one step before,
+beside that of the state, which does not wait for it.
+
 Row b of step t lies at p_t * stride_t + b * stride_b. p_t is t itself and B rows are active, or, with packed input, p_t
 is steps_ptr[t], the packed rows before step t, and steps_ptr[T + t] are active. A row that is not active keeps its
 state; past the last step, where the last group is not full, none is. Where a program's rows and steps begin is computed
@@ -19,6 +23,10 @@ the form is `wide`. A pointer that is None stands for input that is not there.
 import triton.language as tl
 
 from .elman_forms import (
+    feature_rows,
+    features,
+    fma_product,
+    load_input_weight,
     load_weight,
     product,
     product_and_outer,
@@ -53,7 +61,7 @@ def _walk(steps_ptr, T, first_row, backwards):
 
 @device_function
 def _places(steps_ptr, i, walk, T, B, first_row, F: tl.constexpr):
-    """Of the group of steps from number i of the walk: positions, and rows active from `first_row` on, none past the end."""
+    """Positions of the group of steps from number i of the walk, and rows from `first_row` on active in them."""
     AHEAD: tl.constexpr = F.ahead
     steps, start, way = walk
     positions = ()
@@ -127,10 +135,12 @@ def _load_bias(bias_ptr, bias_reverse_ptr, pid_d, units, F: tl.constexpr):
 @jit(do_not_specialize=["T", "B", "V", "reverse"])
 def elman_forward_kernel(
     # pointers
-    x_ptr,  # (T, B, D*H) or packed (N, D*H), projected input; with tokens (V, D*H), the table
+    x_ptr,  # (T, B, D*H) or packed (N, D*H), projected input; with tokens (V, D*H), the table; features (T, B, I)
     tokens_ptr,  # (T, B) or packed (N,) int32 or int64, token ids, or None
     weight_ptr,  # (H, H) contiguous, recurrent weight of direction 0
     weight_reverse_ptr,  # (H, H) contiguous, recurrent weight of direction 1
+    weight_ih_ptr,  # (H, I) contiguous, input weight of direction 0, or None
+    weight_ih_reverse_ptr,
     bias_ih_ptr,  # (H,) of direction 0, added to every input, or None
     bias_ih_reverse_ptr,
     bias_hh_ptr,  # (H,) of direction 0, added as well, or None
@@ -167,11 +177,22 @@ def elman_forward_kernel(
     bias = _load_bias(bias_ih_ptr, bias_ih_reverse_ptr, pid_d, units, F)
     bias += _load_bias(bias_hh_ptr, bias_hh_reverse_ptr, pid_d, units, F)
 
-    x_ptr += pid_d * F.hidden * stride_x_h
-    offs_x = units * stride_x_h
+    if weight_ih_ptr is not None:
+        if pid_d == 1:
+            weight_ih_ptr = weight_ih_reverse_ptr
+        w_ih = load_input_weight(weight_ih_ptr, F)
+        rows_x, columns_x = feature_rows(F), features(F)
+        in_width_x = columns_x < F.inputs
+        even_x = gl.allocate_shared_memory(F.acc, F.input_shape, F.shared)
+        odd_x = gl.allocate_shared_memory(F.acc, F.input_shape, F.shared)
+        INPUT_PIECES: tl.constexpr = F.input_pieces
+    else:
+        x_ptr += pid_d * F.hidden * stride_x_h
+        rows_x, columns_x, in_width_x = rows, units, in_width
+    offs_x = columns_x * stride_x_h
     if tokens_ptr is None:
         x_ptr += first_row.to(gl.int64) * stride_x_b
-        offs_x += rows * stride_x_b
+        offs_x += rows_x * stride_x_b
     else:
         tokens_ptr += first_row.to(gl.int64) * stride_tokens_b
     offs_tokens = rows * stride_tokens_b
@@ -195,7 +216,11 @@ def elman_forward_kernel(
     ids = _load_ids(tokens_ptr, places, stride_tokens_t, offs_tokens, rows, F)
     x = ()
     for k in gl.static_range(AHEAD):
-        x = x + (_load_input(x_ptr, tokens_ptr, ids, places, k, V, stride_x_t, offs_x, rows, in_width, F),)
+        x = x + (_load_input(x_ptr, tokens_ptr, ids, places, k, V, stride_x_t, offs_x, rows_x, in_width_x, F),)
+    if weight_ih_ptr is not None:
+        even_x.store(x[0].to(F.acc))
+        projected = fma_product(even_x, w_ih, INPUT_PIECES, F)
+        odd_x.store(x[1].to(F.acc))  # so that what the loop begins with waits for is what it waits for when it repeats
     ids = _load_ids(tokens_ptr, following, stride_tokens_t, offs_tokens, rows, F)
     for i in range(0, steps, F.ahead):
         if steps_ptr is None:
@@ -205,9 +230,22 @@ def elman_forward_kernel(
         ids_next = _load_ids(tokens_ptr, third, stride_tokens_t, offs_tokens, rows, F)
         x_next = ()
         for k in gl.static_range(AHEAD):
-            added = x[k].to(F.acc) + bias
-            tile = _load_input(x_ptr, tokens_ptr, ids, following, k, V, stride_x_t, offs_x, rows, in_width, F)
+            tile = _load_input(x_ptr, tokens_ptr, ids, following, k, V, stride_x_t, offs_x, rows_x, in_width_x, F)
             x_next = x_next + (tile,)
+            if weight_ih_ptr is None:
+                added = x[k].to(F.acc) + bias
+            else:
+                added = projected + bias
+                if k + 2 < AHEAD:
+                    later = x[k + 2]
+                else:
+                    later = x_next[k + 2 - AHEAD]
+                if k % 2 == 0:
+                    projected = fma_product(odd_x, w_ih, INPUT_PIECES, F)
+                    even_x.store(later.to(F.acc))
+                else:
+                    projected = fma_product(even_x, w_ih, INPUT_PIECES, F)
+                    odd_x.store(later.to(F.acc))
             if k % 2 == 0:
                 pre = product(even, w, added, F)
             else:

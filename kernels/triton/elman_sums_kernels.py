@@ -1,4 +1,4 @@
-"""Sums that follow the Elman kernels' backward pass. Imports Triton alone. Every sum has one order: bitwise repeatable."""
+"""Sums after the Elman kernels' backward pass, each in one order: bitwise repeatable. Imports Triton alone."""
 
 import triton
 import triton.language as tl

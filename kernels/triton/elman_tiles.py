@@ -1,4 +1,4 @@
-"""Which form and tile an Elman kernel takes, by operand, width, target and rows (plain Python, the standard library alone).
+"""Which form and tile an Elman kernel takes, by operand, width, target and rows. Imports the standard library alone.
 
 No autotuning: these programs take microseconds. Each entry says why it is there: a measurement in microseconds a step
 (H200, Triton 3.6, November 2026; cuDNN's own kernel beside it) or what it was derived from. Static figures of every
@@ -26,7 +26,13 @@ class Tile:
     most: float = ALL  # batch rows, of all directions, for each multiprocessor, up to which this entry is taken
     ahead: int = 4  # steps by which input is loaded before it is needed
     ahead_sums: int = 0  # the same of the backward kernel that sums the gradient of W; 0: it does not compile to fit
+    ahead_inputs: int = 0  # the same of the forward kernel that makes the product with W_ih; 0: there is none
     in_shared: int = 0  # mma: pieces of W in shared memory
+
+    @property
+    def most_inputs(self) -> int:
+        """Features of which the forward kernel makes the product with W_ih itself."""
+        return min(64, 32 * self.lanes_k) if self.ahead_inputs else 0
 
     def launch_options(self, target: str) -> dict[str, object]:
         return launch_options(self.warps, target)
@@ -42,11 +48,11 @@ def _mma(form, warps, why, most=ALL, targets=NVIDIA, **options) -> Tile:
 
 # AMD has the fma form alone: mma.sync is NVIDIA's, and sixty-four lanes make a warp.
 _AMD_32, _AMD_64, _AMD_128 = (
-    _fma(1, 32, 2, warps, "derived from NVIDIA's tile, 64 lanes a warp", targets=AMD, ahead_sums=4)
+    _fma(1, 32, 2, warps, "derived from NVIDIA's tile, 64 lanes a warp", targets=AMD, ahead_sums=4, ahead_inputs=6)
     for warps in (1, 2, 4)
 )
-_AMD_16 = _fma(1, 16, 4, 1, "derived from NVIDIA's tile, 64 lanes a warp", targets=AMD, ahead_sums=4)
-_FMA_16 = _fma(1, 16, 2, 1, "derived from width 32: a warp holds all of W", ahead_sums=4)
+_AMD_16 = _fma(1, 16, 4, 1, "derived from NVIDIA's tile, 64 lanes a warp", targets=AMD, ahead_sums=4, ahead_inputs=6)
+_FMA_16 = _fma(1, 16, 2, 1, "derived from width 32: a warp holds all of W", ahead_sums=4, ahead_inputs=6)
 _FMA_32 = _fma(
     1,
     32,
@@ -54,9 +60,17 @@ _FMA_32 = _fma(
     1,
     "0.12 forward and 0.10 backward at B=1, 0.23 and 0.32 at B=1024; cuDNN 0.24, 0.37, 0.47, 0.62",
     ahead_sums=4,
+    ahead_inputs=6,
 )
 _FMA_64 = _fma(
-    1, 16, 2, 4, "0.15 and 0.13 at B=1, 0.22 and 0.27 at B=256; cuDNN 0.30, 0.45, 0.42, 0.69", SOME, ahead_sums=4
+    1,
+    16,
+    2,
+    4,
+    "0.15 and 0.13 at B=1, 0.22 and 0.27 at B=256; cuDNN 0.30, 0.45, 0.42, 0.69",
+    SOME,
+    ahead_sums=4,
+    ahead_inputs=6,
 )
 _FMA_64_ROWS = _fma(2, 32, 1, 2, "0.54 and 0.56 at B=1024; cuDNN 0.57 and 0.78")
 _FMA_128 = _fma(
@@ -67,8 +81,8 @@ _FMA_128_ROWS = _fma(2, 16, 2, 8, "0.49 and 0.50 at B=256; cuDNN 0.53 and 0.89",
 _MMA3_128 = "derived: tf32's 0.58 at B=1024 with three products; fma 1.9"
 _MMA_256 = "0.72 forward at B=1, 0.93 at B=1024, with all of W in registers; backward derived"
 
-# (kind, width): entries for each target, those for few rows first. Kind: "fp32" exact, "tf32" where ten bits of mantissa
-# are allowed, "16bit" for fp16 and bf16, "fp64".
+# (kind, width): entries for each target, those for few rows first. Kind: "fp32" exact, "tf32" where ten bits of
+# mantissa are allowed, "16bit" for fp16 and bf16, "fp64".
 TILES: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("fp32", 16): (_FMA_16, _AMD_16),
     ("fp32", 32): (_FMA_32, _AMD_32),
@@ -113,6 +127,11 @@ TILES: dict[tuple[str, int], tuple[Tile, ...]] = {
     ),
 }
 
+# Of the forward kernel that makes the product with W_ih: no more features than 32 registers a thread hold, and so few
+# steps that a matrix product before it, near 5 us and a launch, would take longer. Derived from instructions: a step
+# becomes 0.02 (16 features) to 0.06 us (64) longer.
+MAX_INPUT_STEPS = 256
+
 # Of the backward kernel that sums the gradient of W as well, in registers that cost it neighbours: where it compiles
 # without spills, while all programs run at once, and for so few steps that a matrix product afterwards, near 10 us
 # however few they are, would take longer. Derived from instructions: a step becomes 0.03 (width 32) to 0.1 us (128)
@@ -132,6 +151,11 @@ def find_tile(kind: str, hidden_size: int, target: str, rows_per_processor: floa
     """
     entries = TILES.get((kind, max(16, next_power_of_2(hidden_size))), ())
     return next((tile for tile in entries if target in tile.targets and rows_per_processor <= tile.most), None)
+
+
+def projects_input(tile: Tile, features: int, steps: int) -> bool:
+    """Whether the forward kernel makes the product of input and W_ih itself; MAX_INPUT_STEPS says when that pays."""
+    return 0 < features <= tile.most_inputs and steps <= MAX_INPUT_STEPS
 
 
 def sums_weight(tile: Tile, hidden_size: int, steps: int, programs: int, processors: int) -> bool:

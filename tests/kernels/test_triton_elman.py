@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from charrnn_fast.kernels.triton import elman, elman_tiles
-from charrnn_fast.kernels.triton.elman import elman_backward, elman_forward, elman_limits
+from charrnn_fast.kernels.triton.elman import elman_backward, elman_forward, elman_limits, makes_projection
 from charrnn_fast.kernels.triton.elman_tiles import TILES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -85,7 +85,7 @@ def make_problem(
 
 
 def oracle(p: Problem) -> list[torch.Tensor]:
-    """out, h_n, grad_x (or of the table), grad_weight_hh, grad of a bias and grad_h0 (if h0), through plain operations."""
+    """out, h_n, grads of x (or the table), weight_hh, a bias and h0 (if there is one), through plain operations."""
     x, *weights, bias = leaves = [t.detach().clone().requires_grad_() for t in (p.x, *p.weight_hh, p.bias.sum(0))]
     h0 = None if p.h0 is None else p.h0.detach().clone().requires_grad_()
     activation = torch.tanh if p.options["nonlinearity"] == "tanh" else torch.relu
@@ -227,6 +227,26 @@ def test_16_bit_relu_error_is_at_most_twice_that_of_torch():
 @pytest.mark.skipif(
     DEVICE.type == "cuda", reason="a GPU's tf32 is not exact, as the interpreter's is: test_gpu_elman.py"
 )
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("features", [1, 5, 16, 33])
+def test_input_projected_in_the_kernel(features, dtype):
+    """The same states as with the projection made before; in 16 bit closer to fp64's, since it is not rounded."""
+    for case, H in enumerate((7, 33)):
+        options = options_of(case * 6 + features) | {"tokens": False}
+        p = make_problem(7, H, dtype=dtype, B=19, **options)
+        D = len(p.weight_hh)
+        x = torch.randn(*p.x.shape[:-1], features, device=DEVICE, dtype=torch.float64).to(dtype)
+        weight_ih = [torch.randn(H, features, device=DEVICE, dtype=torch.float64).to(dtype) for _ in range(D)]
+        assert makes_projection(features, H, dtype, "ieee", DEVICE, 19 * D, 7)
+        found = elman_forward(x, p.weight_hh, p.h0, weight_ih=weight_ih, **biases(p), **p.options)
+        projected = x.double() @ torch.cat(weight_ih).double().T + p.bias.double().sum(0)
+        weights = [w.double() for w in p.weight_hh]
+        exact = elman_forward(projected, weights, None if p.h0 is None else p.h0.double(), **p.options)
+        for ours, right in zip(found, exact, strict=True):
+            assert ours.dtype == dtype
+            assert error(ours, right) <= 16 * torch.finfo(dtype).eps
+
+
 @pytest.mark.parametrize(("kind", "width", "index"), SHIPPED, ids=str)
 def test_shipped_tiles(monkeypatch, kind, width, index):
     tile = TILES[kind, width][index]
