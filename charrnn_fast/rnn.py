@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .ops import backends
+from .ops.compiling import allow_in_graphs
 from .ops.context import autocast, plain, tensor_operations_only, transforms_active
 from .ops.elman import elman_layer, wrong_batch_sizes
 from .ops.elman_layer import check_tokens
 from .ops.elman_torch import TOKEN_TYPES, TorchRNN, one_hot_rows, torch_rnn
 
 
-class FusedRNN(nn.RNNBase):
+class FusedRNN(TorchRNN):
     """Elman RNN with torch.nn.RNN's constructor, parameters, state_dict, shapes and errors.
 
     Args:
@@ -50,25 +51,19 @@ class FusedRNN(nn.RNNBase):
         backend: str = "auto",
         **kwargs: Any,
     ) -> None:
-        # Further keywords are refused in torch.nn.RNN's words: here, or by the base class.
-        if "proj_size" in kwargs:
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        if nonlinearity not in ("tanh", "relu"):
-            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
-        self.nonlinearity = nonlinearity
         self.backend = backends.check_name(backend)
         super().__init__(
-            "RNN_TANH" if nonlinearity == "tanh" else "RNN_RELU",
             input_size,
             hidden_size,
             num_layers,
+            nonlinearity,
             bias,
             batch_first,
             dropout,
             bidirectional,
             device=device,
             dtype=dtype,
-            **kwargs,
+            **kwargs,  # which torch.nn.RNN refuses
         )
 
     def forward(self, input: Any, hx: Tensor | None = None) -> Any:
@@ -343,3 +338,6 @@ def _fused_from(rnn: nn.Module) -> FusedRNN:
     state.pop("_compiled_call_impl", None)
     fused.__dict__.update(state, backend="auto")
     return fused
+
+
+allow_in_graphs(FusedRNN)
