@@ -9,8 +9,8 @@ compiler, and it has to be an instance of torch.nn.RNN to users, whose initialis
   parametrizations, FSDP2;
 - allow_rnn set for good: it then holds for the user's own torch.nn.RNN, LSTM and GRU too, which are unrolled and
   compiled anew for each number of steps;
-- allow_rnn set for the moment in which the compiler looks at a FusedRNN: this file. The method that it wraps is private;
-  under a PyTorch that has no such method the graph breaks at a FusedRNN, as at a torch.nn.RNN, and results are the same.
+- allow_rnn set for the moment in which the compiler looks at a FusedRNN: this file. The method that it wraps is
+  private; under a PyTorch that lacks it the graph breaks at a FusedRNN, as at a torch.nn.RNN, with the same results.
 """
 
 import functools
@@ -23,7 +23,8 @@ def allow_in_graphs(kind: type) -> None:
         from torch._dynamo import config
         from torch._dynamo.variables.builder import VariableBuilder
 
-        wrap_module, patch = VariableBuilder.wrap_module, config.patch
+        builder: Any = VariableBuilder
+        wrap_module, patch = builder.wrap_module, config.patch
     except (ImportError, AttributeError):
         return
     if not hasattr(config, "allow_rnn"):
@@ -36,5 +37,4 @@ def allow_in_graphs(kind: type) -> None:
         with patch(allow_rnn=True):
             return wrap_module(self, value)
 
-    builder: Any = VariableBuilder
     builder.wrap_module = wrap
