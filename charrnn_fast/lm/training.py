@@ -503,7 +503,8 @@ class Trainer:
 
 MAX_SKIPPED = 100  # updates in a row at an epoch's beginning: more will not help
 WHAT_TO_TRY = (
-    "expected a finite number; lower the learning rate, clip the gradients, or go on with on_nan skip or restore"
+    "expected a finite number; try a lower learning rate (--lr), clipping (--clip), or to go on with --on-nan skip or "
+    "restore"
 )
 
 
