@@ -103,7 +103,7 @@ class Run:
                 self._stopped(received)
             except TrainingError as error:
                 raise TrainingError(f"{error}{self._last_good()}") from None
-        if self.out is not None and history:
+        if self.out is not None and history and (self._keeper is None or self._keeper.failure is None):
             self._plot()
         return history
 

@@ -56,7 +56,7 @@ def _environment() -> dict[str, str]:
     return {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(HERE.parent)}
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(50, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("form", ["windows", "carried", "pieces"])
 def test_killed_at_random_moments_and_resumed_to_the_same_bits(form, kills, tmp_path):
     command = [sys.executable, str(HERE / "killing.py"), form, str(kills), str(tmp_path)]
