@@ -396,7 +396,7 @@ class Trainer:
         if self.schedule.changes:  # a number would be part of the recording
             for group in optimizer.param_groups:
                 if not isinstance(group["lr"], Tensor):
-                    group["lr"] = torch.tensor(float(group["lr"]), device=model.device)
+                    group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=model.device)
         if self._recorded is None or self._recorded_for != (carry_state, plain):
             self._recorded_for = (carry_state, plain)
             self._recorded = RecordedSteps(
