@@ -12,6 +12,7 @@ import sys
 import time
 from pathlib import Path
 
+import matplotlib.figure  # noqa: F401  (loaded here once, not in every child)
 import torch
 
 torch.set_num_threads(1)  # a process with threads of its own must not fork
