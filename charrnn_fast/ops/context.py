@@ -52,9 +52,7 @@ def plain(*tensors: Tensor | None) -> bool:
 
 def tensor_operations_only() -> bool:
     """Must eager code stay within PyTorch's own operators: in a transform, under torch.jit.trace, in a user's mode?"""
-    return (
-        transforms_active() or torch._C._get_tracing_state() is not None or _function_modes() or _users_dispatch_modes()
-    )
+    return transforms_active() or traced() or _function_modes() or _users_dispatch_modes()
 
 
 def registered_operators_only() -> bool:
@@ -69,6 +67,16 @@ def _users_dispatch_modes() -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() == 0:
         return False
     return is_in_torch_dispatch_mode(include_infra_modes=False)
+
+
+def traced() -> bool:
+    """Are torch.jit.trace or the ONNX exporter that is built on it writing down the operators of this call?"""
+    return torch._C._get_tracing_state() is not None
+
+
+def exported_to_onnx() -> bool:
+    """Is torch.onnx.export(dynamo=True) reading this call, which can be told the ONNX operator that it is?"""
+    return torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
 
 
 def transforms_active() -> bool:
