@@ -103,9 +103,9 @@ TILES: dict[tuple[str, int], tuple[Tile, ...]] = {
         _mma("mma", 8, "0.58 forward at B=1024; cuDNN 1.92; backward derived"),
     ),
     ("16bit", 16): (_FMA_16, _AMD_16),
-    ("16bit", 32): (_fma(1, 32, 1, 1, "as in fp32: W is float32 in registers", ahead_sums=4), _AMD_32),
+    ("16bit", 32): (_fma(1, 32, 1, 1, "as in fp32: W is float32 in registers", ahead_sums=4, ahead_inputs=6), _AMD_32),
     ("16bit", 64): (
-        _fma(1, 16, 2, 4, "as in fp32; mma 0.20 at B=1 and 0.37 at B=256", SOME, ahead_sums=4),
+        _fma(1, 16, 2, 4, "as in fp32; mma 0.20 at B=1 and 0.37 at B=256", SOME, ahead_sums=4, ahead_inputs=6),
         _mma("mma", 4, "0.44 forward at B=1024; fma 0.54; backward derived"),
         _AMD_64,
     ),

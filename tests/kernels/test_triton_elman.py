@@ -233,6 +233,8 @@ def test_input_projected_in_the_kernel(features, dtype):
     """The same states as with the projection made before; in 16 bit closer to fp64's, since it is not rounded."""
     for case, H in enumerate((7, 33)):
         options = options_of(case * 6 + features) | {"tokens": False}
+        if dtype == torch.bfloat16:
+            options["nonlinearity"] = "tanh"  # relu's states grow, and their errors with them
         p = make_problem(7, H, dtype=dtype, B=19, **options)
         D = len(p.weight_hh)
         x = torch.randn(*p.x.shape[:-1], features, device=DEVICE, dtype=torch.float64).to(dtype)
