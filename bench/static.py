@@ -15,11 +15,9 @@ import importlib
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import triton
@@ -42,15 +40,22 @@ TOLERANCE = {
     "shared": (1.0, 0),
     "instructions": (1.05, 4),
     "barriers": (1.0, 0),
+    "conflicts": (1.0, 0),
+    "conflicts_once": (1.0, 0),
+    "unknown_accesses": (1.0, 0),
 }
 POINTER = {"fp64": "*fp64", "ieee": "*fp32", "tf32x3": "*fp32", "tf32": "*fp32", "16bit": "*bf16"}
 
 
-def load(module: str):
+def load(module: str, folder: str = "kernels.triton"):
     """A module of the kernels folder, imported from this checkout without charrnn_fast (and so without torch)."""
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
-    return importlib.import_module(f"kernels.triton.{module}")
+    return importlib.import_module(f"{folder}.{module}")
+
+
+_figures = load("static_figures", "bench")
+longest_loop, nvidia_figures, of_compiled = _figures.longest_loop, _figures.nvidia_figures, _figures.of_compiled
 
 
 @dataclass(frozen=True)
@@ -67,6 +72,7 @@ class Case:
     options: dict[str, object]
     matrix: bool | None  # whether a matrix instruction is meant; None: either will do
     shared: int  # bytes of shared memory that it may have
+    values: tuple[tuple[str, int], ...] = ()  # arguments on which the accesses that are counted depend
 
 
 def elman_cases(target: str) -> list[Case]:
@@ -251,7 +257,8 @@ def clip_case(kernel: str, name: str, target: str, numels: tuple[int, ...], bloc
     }
     title = f"clip {kernel.removesuffix('_kernel')} {name}"
     options = load("targets").launch_options(warps, target, all_registers=False)
-    return Case(title, target, "clip_grad_norm_kernels", kernel, types, constants, False, options, False, 48 * 1024)
+    case = Case(title, target, "clip_grad_norm_kernels", kernel, types, constants, False, options, False, 48 * 1024)
+    return case if kernel == "clip_small_kernel" else replace(case, values=(("chunks", 12),))
 
 
 def generate_cases(target: str) -> list[Case]:
@@ -287,7 +294,9 @@ def generate_case(target: str, kind: str, H: int, V: int, L: int, sampled: bool)
     constants = tile.constants() | {"TANH": True, "STACKED": L > 1, "SAMPLE": sampled, "TOP_K": sampled}
     name = f"generate {kind} H{H} V{V} L{L} warps{tile.warps} {'sampled' if sampled else 'greedy'}"
     options = tile.launch_options(target)
-    return Case(name, target, "generate_kernels", "generate_kernel", types, constants, False, options, False, 48 * 1024)
+    values = (("P", 1), ("N", 1000), ("V", V), ("L", L))
+    case = Case(name, target, "generate_kernels", "generate_kernel", types, constants, False, options, False, 48 * 1024)
+    return replace(case, values=values)
 
 
 def all_cases(target: str) -> list[Case]:
@@ -296,123 +305,48 @@ def all_cases(target: str) -> list[Case]:
     return [case for cases in makers for case in cases(target)]
 
 
-def compile_case(case: Case):
+def signature_of(case: Case) -> dict[str, str | tuple[str, ...]]:
+    """The types of a kernel's arguments by name; "constexpr" for those that are compiled in."""
     kernel = getattr(load(case.module), case.kernel)
-    signature, constants, attributes = {}, dict(case.constants), {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in case.types:
-            signature[name] = case.types[name]
-        elif name in constants or name.endswith("_ptr"):
-            signature[name] = "constexpr"
-            constants.setdefault(name, None)
-        else:
-            signature[name] = "i32"
-        if isinstance(signature[name], tuple):
-            attributes |= {(index, i): [["tt.divisibility", 16]] for i in range(len(signature[name]))}
+    return {
+        name: case.types.get(name, "constexpr" if name in case.constants or name.endswith("_ptr") else "i32")
+        for name in kernel.arg_names
+    }
+
+
+def positions(case: Case) -> dict[int, int]:
+    """A case's values by their position among the arguments of the compiled kernel."""
+    names: list[str] = []
+    for name, kind in signature_of(case).items():
+        names += [name] * (0 if kind == "constexpr" else len(kind) if isinstance(kind, tuple) else 1)
+    return {names.index(name): value for name, value in case.values}
+
+
+def compile_case(case: Case):
+    kernel, signature, attributes = getattr(load(case.module), case.kernel), signature_of(case), {}
+    for index, (name, kind) in enumerate(signature.items()):
+        if isinstance(kind, tuple):
+            attributes |= {(index, i): [["tt.divisibility", 16]] for i in range(len(kind))}
             continue
         divisible = case.divisible and name.startswith("stride_") and "tokens" not in name
-        if signature[name].startswith("*") or (divisible and signature[name] == "i32"):
+        if kind.startswith("*") or (divisible and kind == "i32"):
             attributes[(index,)] = [["tt.divisibility", 16]]
-    constants = {name: value for name, value in constants.items() if signature.get(name) == "constexpr"}
-    source = ASTSource(kernel, signature, constants, attributes)
+    constants = {name: case.constants.get(name) for name, kind in signature.items() if kind == "constexpr"}
+    source = source_class(kernel)(kernel, signature, constants, attributes)
     target, _ = TARGETS[case.target]
     return triton.compile(source, target=target, options=case.options)
 
 
-def longest_loop(lines: list[tuple[str, str]], branch_target) -> list[str]:
-    """Instructions of the longest loop. lines: ("label", name) or ("instruction", text)."""
-    labels, code = {}, []
-    for what, text in lines:
-        if what == "label":
-            labels[text] = len(code)
-        else:
-            code.append(text)
-    best = (0, 0)
-    for end, text in enumerate(code, 1):
-        begin = labels.get(branch_target(text), end)
-        if end - begin > best[1] - best[0]:
-            best = (begin, end)
-    return code[best[0] : best[1]]
-
-
-def count(code: list[str], pattern: str) -> int:
-    return sum(re.search(pattern, text) is not None for text in code)
-
-
-def nvidia_figures(cubin: bytes, shared: int) -> dict:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-
-        def tool(*command):
-            return subprocess.run([*map(str, command), file.name], capture_output=True, text=True, check=True).stdout
-
-        usage = tool(tools / "cuobjdump", "--dump-resource-usage")
-        sass = tool(tools / "nvdisasm", "-c")
-    lines = []
-    for line in sass.splitlines():
-        if match := re.match(r"\s*(\.L\w+):", line):
-            lines.append(("label", match[1]))
-        elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            lines.append(("instruction", match[1]))
-
-    def branch_target(text):
-        match = re.search(r"\bBRA\b.*?(\.L\w+)", text)
-        return match and match[1]
-
-    loop = longest_loop(lines, branch_target)
-    matrix = r"\b(HGMMA|HMMA|DMMA|UTC\w*MMA)\b"
-    return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
-        "shared": shared,
-        "matrix": sorted({found for text in loop for found in re.findall(matrix, text)}),
-        "instructions": len(loop),
-        "barriers": count(loop, r"\bBAR\.SYNC"),
-        "shared_loads": count(loop, r"\bLDS"),
-        "shared_stores": count(loop, r"\bSTS"),
-        "matrix_instructions": count(loop, matrix),
-        "fma": count(loop, r"\b[FD]FMA"),
-    }
-
-
-def amd_figures(assembly: str, shared: int) -> dict:
-    def value(name):
-        return int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
-
-    lines = []
-    for line in assembly.splitlines():
-        if match := re.match(r"(\.LBB\w+):", line):
-            lines.append(("label", match[1]))
-        elif match := re.match(r"\s+((?:[svd]|ds|global|buffer|flat|scratch)_.*)", line):
-            lines.append(("instruction", match[1].split(";")[0]))
-
-    def branch_target(text):
-        match = re.match(r"s_c?branch\w*\s+(\.LBB\w+)", text)
-        return match and match[1]
-
-    loop = longest_loop(lines, branch_target)
-    return {
-        "registers": value("vgpr_count"),
-        "stack": value("private_segment_fixed_size"),
-        "shared": shared,
-        "matrix": ["MFMA"] if count(loop, r"\bv_mfma") else [],
-        "instructions": len(loop),
-        "barriers": count(loop, r"\bs_barrier"),
-        "shared_loads": count(loop, r"\bds_(read|load)"),
-        "shared_stores": count(loop, r"\bds_(write|store)"),
-        "matrix_instructions": count(loop, r"\bv_mfma"),
-        "fma": count(loop, r"\bv_(pk_)?fma"),
-    }
+def source_class(kernel) -> type:
+    """How triton.compile takes a kernel: of Triton's own language or of Gluon."""
+    if getattr(kernel, "is_gluon", bool)():
+        return importlib.import_module("triton.experimental.gluon._runtime").GluonASTSource
+    return ASTSource
 
 
 def figures(case: Case) -> dict:
     """Compile one case and measure it."""
-    compiled = compile_case(case)
-    if "cubin" in compiled.asm:
-        return nvidia_figures(compiled.asm["cubin"], compiled.metadata.shared)
-    return amd_figures(compiled.asm["amdgcn"], compiled.metadata.shared)
+    return of_compiled(compile_case(case), positions(case))
 
 
 def faults(case: Case, found: dict) -> list[str]:
@@ -434,7 +368,7 @@ def regressions(found: dict, recorded: dict | None) -> list[str]:
     problems = [
         f"{name} {found[name]}, recorded {recorded[name]}"
         for name, (ratio, slack) in TOLERANCE.items()
-        if found[name] > max(recorded[name] * ratio, recorded[name] + slack)
+        if name in found and found[name] > max(recorded[name] * ratio, recorded[name] + slack)
     ]
     if found["matrix"] != recorded["matrix"]:
         problems.append(f"matrix instructions {found['matrix']}, recorded {recorded['matrix']}")
