@@ -15,7 +15,8 @@ from torch.nn.utils.rnn import PackedSequence
 from .ops import backends
 from .ops.context import autocast, plain, tensor_operations_only, transforms_active
 from .ops.elman import elman_layer, wrong_batch_sizes
-from .ops.elman_torch import TOKEN_TYPES, TorchRNN, torch_rnn
+from .ops.elman_layer import check_tokens
+from .ops.elman_torch import TOKEN_TYPES, TorchRNN, one_hot_rows, torch_rnn
 
 
 class FusedRNN(nn.RNNBase):
@@ -28,8 +29,9 @@ class FusedRNN(nn.RNNBase):
             ``charrnn_fast.ops.backends``: one that cannot run is a RuntimeError at the call.
 
     Inputs and outputs of ``forward`` are those of torch.nn.RNN; ``forward_tokens`` takes token ids for one-hot rows.
-    Backward reads the outputs, so changing them in place before it is an error, as it is with cuDNN. Dropout draws
-    torch.nn.RNN's random numbers on a CPU, in the order of the layers' memory: (B, T, C) with ``batch_first``.
+    The output lies in memory as torch.nn.RNN's does, (T, B, D*H) whatever the input's strides, and may be changed in
+    place; where backward still reads it, that is an error then, as it is with cuDNN. Dropout draws torch.nn.RNN's
+    random numbers on a CPU.
     """
 
     def __init__(
@@ -148,8 +150,6 @@ class FusedRNN(nn.RNNBase):
         if self.batch_first:
             input = input.transpose(0, 1)
         output, hidden = self._stack(input, hx, None, tokens)
-        if self.batch_first:
-            output = output.transpose(0, 1)
         return (output.squeeze(batch_dim), hidden.squeeze(1)) if dims == 2 else (output, hidden)
 
     def _check(self, input: Tensor, hx: Tensor | None, batch_sizes: Tensor | None, tokens: bool) -> None:
@@ -171,8 +171,10 @@ class FusedRNN(nn.RNNBase):
     def _stack(
         self, input: Tensor, hx: Tensor | None, batch_sizes: Tensor | None, tokens: bool
     ) -> tuple[Tensor, Tensor]:
-        """input (T, B, I), ids (T, B) or packed; hx (L*D, B, H) or None -> output (T, B, D*H) or packed, h_n."""
-        weights = [weight for weight in self._flat_weights if weight is not None]
+        """input (T, B, I), ids (T, B) or packed; hx (L*D, B, H) or None -> output (T, B, D*H), (B, T, D*H) if
+        ``batch_first``, or packed, and h_n.
+        """
+        weights: list[Any] = self._flat_weights  # None where a user has taken a parameter away
         operands = autocast(input.device.type, [input, hx, *weights])
         backend = self._layerwise_backend(operands, tokens)
         if backend is not None:
@@ -185,27 +187,22 @@ class FusedRNN(nn.RNNBase):
         if tokens and input.size(0) == 0:
             raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
         if tokens and input.device.type == "cpu":
-            return self._torch_layers_of_tokens(input, hx, weights, batch_sizes)
+            if _alike(operands, tokens) and plain(*operands):
+                return self._torch_layers_of_tokens(input, hx, weights, batch_sizes)
+            check_tokens(input, self.input_size)
         if tokens:  # cuDNN walks one-hot rows faster than a loop of launches walks a table
-            rows = torch.zeros(*input.shape, self.input_size, dtype=weights[0].dtype, device=input.device)
-            input = rows.scatter_(-1, input.long().unsqueeze(-1), 1)
+            input = self._one_hot(input, weights[0].dtype)
         return self._torch_layers(input, hx, weights, batch_sizes)
 
     def _layerwise_backend(self, operands: list[Any], tokens: bool) -> str | None:
         """The backend that takes layer after layer; None for torch's own RNN, which also refuses malformed calls."""
-        weight = operands[-1]
-        if tensor_operations_only():
-            if not transforms_active():
-                return None
-            name = "torch"  # whose own RNN has no rule for vmap
-        else:
-            name = backends.choose(self.backend, weight.device, weight.dtype, self.hidden_size)
-            if name == "torch":
-                return None
-        numbers = operands[1 if tokens else 0 :]
-        if operands[0].size(0) == 0 or not _alike(numbers, operands[0].device):
+        if operands[0].size(0) == 0 or not _alike(operands, tokens):
             return None
-        return name if name == "torch" or plain(*operands) else None
+        if tensor_operations_only():
+            return "torch" if transforms_active() else None  # torch's own RNN has no rule for vmap
+        weight = operands[-1]
+        name = backends.choose(self.backend, weight.device, weight.dtype, self.hidden_size)
+        return name if name != "torch" and plain(*operands) else None
 
     def _layers(
         self, backend: str, input: Tensor, hx: Tensor | None, weights: list[Tensor], batch_sizes: Tensor | None
@@ -213,7 +210,7 @@ class FusedRNN(nn.RNNBase):
         """Layer upon layer, each with all its directions at once."""
         output, state = self._layer(backend, input, hx, weights, batch_sizes, 0)
         states = [state]
-        for layer in range(1, self.num_layers):
+        for layer in range(1, self.num_layers):  # dropout draws for (T, B, C), as torch.nn.RNN's does
             output, state = self._layer(backend, self._dropout(output), hx, weights, batch_sizes, layer)
             states.append(state)
         return output, state if self.num_layers == 1 else torch.cat(states)
@@ -237,7 +234,8 @@ class FusedRNN(nn.RNNBase):
                 own += weights[2 * row : 2 * (row + 1)]
         h0 = None if hx is None else hx[layer * directions : (layer + 1) * directions]
         nonlinearity = "tanh" if self.mode == "RNN_TANH" else "relu"
-        return elman_layer(backend, input, h0, own, batch_sizes, nonlinearity, (False, True)[:directions])
+        batch_first = self.batch_first and batch_sizes is None and layer == self.num_layers - 1
+        return elman_layer(backend, input, h0, own, batch_sizes, nonlinearity, (False, True)[:directions], batch_first)
 
     def _dropout(self, output: Tensor) -> Tensor:
         return F.dropout(output, self.dropout, self.training) if self.dropout > 0 else output
@@ -245,9 +243,10 @@ class FusedRNN(nn.RNNBase):
     def _torch_layers(
         self, input: Tensor, hx: Tensor, weights: list[Tensor], batch_sizes: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The layers whose weights these are, by torch's own path; input (T, B, C) or packed."""
+        """The layers whose weights these are, by torch's own path; input and output as in :meth:`_stack`."""
+        batch_first = self.batch_first and batch_sizes is None
         return torch_rnn(
-            input,
+            input.transpose(0, 1) if batch_first else input,
             hx,
             weights,
             batch_sizes,
@@ -257,7 +256,17 @@ class FusedRNN(nn.RNNBase):
             self.dropout,
             self.training,
             self.bidirectional,
+            batch_first,
         )
+
+    def _one_hot(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
+        """Rows (T, B, I) or (N, I) of ids (T, B) or (N,); on a CPU in the order of memory that a user's rows have, by
+        which torch chooses the operators that run.
+        """
+        batch_major = self.batch_first and tokens.dim() == 2 and tokens.device.type == "cpu"
+        if batch_major:
+            return one_hot_rows(tokens.t(), self.input_size, dtype).transpose(0, 1)
+        return one_hot_rows(tokens, self.input_size, dtype)
 
     def _torch_layers_of_tokens(
         self, tokens: Tensor, hx: Tensor, weights: list[Tensor], batch_sizes: Tensor | None
@@ -272,10 +281,16 @@ class FusedRNN(nn.RNNBase):
         return output, torch.cat([state, states])
 
 
-def _alike(tensors: list[Any], device: torch.device) -> bool:
-    """Tensors (or None) of one type on ``device``? If not, torch runs them or refuses them in its own words."""
-    dtype = tensors[-1].dtype
-    return all(x is None or (x.dtype == dtype and x.device == device) for x in tensors)
+def _alike(operands: list[Any], tokens: bool) -> bool:
+    """Are input, hx (or None) and all weights there, of one type (ids aside) on one device? If not, torch runs them or
+    refuses them in its own words.
+    """
+    input, hx, *weights = operands
+    if any(weight is None for weight in weights):
+        return False
+    device, dtype = input.device, weights[-1].dtype
+    numbers = weights if hx is None else [hx, *weights]
+    return (tokens or input.dtype == dtype) and all(x.dtype == dtype and x.device == device for x in numbers)
 
 
 def _wrong_packing(packed: PackedSequence) -> str | None:

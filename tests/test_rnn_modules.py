@@ -137,12 +137,6 @@ def test_packed_sequences_keep_their_order(rnn, theirs, device):
         torch.testing.assert_close(got, wanted)
 
 
-def test_batch_first_is_turned_not_copied(device, x):
-    """The layers work in the (B, T, C) memory of the input; only torch's own path gives another order."""
-    rnn = FusedRNN(3, 4, batch_first=True, backend="triton", device=device)
-    assert rnn(x)[0].is_contiguous()
-
-
 def test_batches_of_none(rnn, theirs):
     for options in ({}, {"batch_first": True}):
         for module in (rnn, theirs):

@@ -7,6 +7,7 @@ import os
 import torch
 
 from charrnn_fast.errors import InputError
+from charrnn_fast.lm.keeping import Every
 
 
 def add_text(p: argparse.ArgumentParser, *, required: bool, help: str) -> None:
@@ -23,6 +24,7 @@ def add_text(p: argparse.ArgumentParser, *, required: bool, help: str) -> None:
 SEED = (-(2**63), 2**63 - 1)  # what a torch.Generator takes, with room for the epochs that are added
 WIDTH = 2**20  # of a layer or an embedding: one matrix of this size has 4 TB
 LAYERS = 1024
+BATCH = 2**24  # sequences in a batch, characters in a window
 COUNT = 10**9  # of epochs
 CHARACTERS = 10**7  # to decode in one go
 
@@ -45,6 +47,51 @@ def positive(text: str) -> float:
     if not (value > 0 and math.isfinite(value)):
         raise argparse.ArgumentTypeError(f"must be a number above 0, got {text}")
     return value
+
+
+def between(low: float, high: float, *, first: bool = True, last: bool = True):
+    """A number in an interval; first, last: whether its ends belong to it."""
+
+    def parse(text: str) -> float:
+        value = float(text)
+        if not (low < value < high or (first and value == low) or (last and value == high)) or math.isinf(value):
+            raise argparse.ArgumentTypeError(
+                f"must be {'at least' if first else 'above'} {low:g} and {'at most' if last else 'below'} {high:g}, "
+                f"got {text}"
+            )
+        return value
+
+    parse.__name__ = "number"
+    return parse
+
+
+def or_none(kind):
+    """A value of `kind`, or the word none."""
+
+    def parse(text: str):
+        return text if text == "none" else kind(text)
+
+    parse.__name__ = getattr(kind, "__name__", "value")
+    return parse
+
+
+def shares(text: str) -> tuple[float, ...]:
+    """Two or three shares above 0, at most 1 together."""
+    values = tuple(float(part) for part in text.split(","))
+    if not 2 <= len(values) <= 3 or not all(value > 0 for value in values) or not sum(values) <= 1 + 1e-9:
+        raise argparse.ArgumentTypeError(f"must be two or three shares above 0, together at most 1, got {text}")
+    return values
+
+
+def every(text: str) -> Every:
+    """A number of steps, or with a unit (s, m, h) a time."""
+    units = {"s": 1, "m": 60, "h": 3600}
+    if text[-1:] in units:
+        return Every(positive(text[:-1]) * units[text[-1]], seconds=True)
+    return Every(at_least(1)(text))
+
+
+every.__name__ = "number of steps or time"
 
 
 def clip_norm(text: str) -> float:

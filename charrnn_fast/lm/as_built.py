@@ -96,7 +96,7 @@ def _expected(model: "CharRNN", name: str) -> dict[str, object]:
         "num_layers": model.num_layers,
         "bias": True,
         "batch_first": True,
-        "dropout": 0.0,
+        "dropout": model.dropout if model.num_layers > 1 else 0.0,
         "bidirectional": False,
     }
 

@@ -3,8 +3,9 @@ move.
 """
 
 import hashlib
+import io
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from charrnn_fast.lm.training import Trainer
 from charrnn_fast.reference.language_model import RNNLM
 
 FORMAT = "charrnn_fast checkpoint"
-VERSION = 2  # 1 had neither a checksum nor the text's hash
+VERSION = 3  # 1 had neither a checksum nor the text's hash; 2 only whole epochs
 LAST, BEST = "last.ckpt", "best.ckpt"
+MAY_DIFFER = ("epochs", "patience", "on_nan", "prompts", "report_every", "sample_at_reports")  # in a resumed run
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,22 @@ def save(
     """Write a checkpoint. The file is complete or absent at every moment: it is written beside its place and moved
     there.
     """
+    content = as_bytes(trainer, sampler, vocab, recipe, kind=kind, seed=seed, source=source, text_sha256=text_sha256)
+    write_whole(path, content, "the checkpoint")
+
+
+def as_bytes(
+    trainer: Trainer,
+    sampler: Sampler,
+    vocab: Vocabulary,
+    recipe: Recipe,
+    *,
+    kind: str,
+    seed: int,
+    source: str,
+    text_sha256: str | None = None,
+) -> bytes:
+    """The content of a checkpoint file of this moment. Raises InputError if the model is not as it was built."""
     model = trainer.model
     if isinstance(model, RNNLM):
         model = _as_char_rnn(model)
@@ -98,7 +116,9 @@ def save(
         "text_sha256": text_sha256,
     }
     content["checksum"] = digest(content)
-    write_whole(path, lambda file: torch.save(content, file), "the checkpoint")
+    file = io.BytesIO()
+    torch.save(content, file)
+    return file.getvalue()
 
 
 def digest(content: Mapping[str, Any]) -> str:
@@ -154,8 +174,8 @@ def load(path: str | Path) -> Checkpoint:
             f"{path} is not a charrnn_fast checkpoint: expected a file that `charrnn-fast train --out` wrote"
         )
     version = content.get("version")
-    if version not in (1, VERSION):
-        raise InputError(f"{path} has checkpoint version {version}: this charrnn_fast reads versions 1 and {VERSION}")
+    if version not in (1, 2, VERSION):
+        raise InputError(f"{path} has checkpoint version {version}: this charrnn_fast reads versions 1 to {VERSION}")
     try:
         whole = "checksum" not in content if version == 1 else content.get("checksum") == digest(content)
     except Exception:  # tensors that are no plain memory, keys of strange types
@@ -249,12 +269,14 @@ def resume(checkpoint: Checkpoint, trainer: Trainer, sampler: Sampler, recipe: R
     """Bring a fresh trainer and sampler to where the checkpoint was written, so that the run goes on as if never
     stopped.
 
-    Raises InputError if the run was started with other settings; the number of epochs may differ.
+    Raises InputError if the run was started with other settings; those of MAY_DIFFER may be others.
     """
     then, now = dict(checkpoint.recipe), _plain(asdict(recipe))
-    other = [name for name in now if name != "epochs" and then.get(name) != now[name]]
+    defaults = {f.name: _plain(f.default) for f in fields(Recipe)}  # for what an older file does not know
+    then = defaults | then
+    other = [name for name in now if name not in MAY_DIFFER and then[name] != now[name]]
     if other:
-        shown = ", ".join(f"{name} {then.get(name)!r} there, {now[name]!r} now" for name in other)
+        shown = ", ".join(f"{name} {then[name]!r} there, {now[name]!r} now" for name in other)
         raise InputError(f"{checkpoint.path} was written by a run with other settings: {shown}")
     if isinstance(trainer.model, RNNLM):
         raise InputError(

@@ -39,6 +39,12 @@ BOOKS = {
         "b1ec2016df86577bc3093399adf1f749be82f61ed1002f4d3cdbfac3bb103ece",
         "https://www.gutenberg.org/files/520/520.txt",
     ),
+    "shakespeare": Book(
+        "tinyshakespeare.txt",
+        "tiny Shakespeare",
+        "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed",
+        "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt",
+    ),
 }
 
 
@@ -63,16 +69,21 @@ def decode(data: bytes, name: str, encoding: str = "utf-8", errors: str = "stric
     except LookupError as error:
         raise InputError(f"{name}: {error}; expected a Python codec and one of strict, replace, ignore") from None
     except UnicodeDecodeError as error:
-        raise InputError(
-            f"{name}: byte 0x{error.object[error.start]:02x} at offset {error.start} is not {encoding}; "
-            "name the file's encoding with --encoding, or pass --errors replace"
-        ) from None
+        raise not_in_encoding(error, name, encoding) from None
     except Exception as error:  # Python's rarer codecs raise whatever they like
         raise InputError(f"{name} cannot be read as {encoding!r}: {error or type(error).__name__}") from None
     text = text.removeprefix("\ufeff")
     replaced = text.count("\ufffd") if errors == "replace" else 0
     notice = f"{name}: {replaced} undecodable places were read as U+FFFD" if replaced else ""
     return Corpus(text, name, notice)
+
+
+def not_in_encoding(error: UnicodeDecodeError, name: str, encoding: str, offset: int = 0) -> InputError:
+    """The error for a bad byte, whose decoder was given the bytes from `offset` on."""
+    return InputError(
+        f"{name}: byte 0x{error.object[error.start]:02x} at offset {offset + error.start} is not {encoding}; "
+        "name the file's encoding with --encoding, or pass --errors replace"
+    )
 
 
 def read_text(path: str | Path, encoding: str = "utf-8", errors: str = "strict") -> Corpus:

@@ -1,14 +1,16 @@
 """From a text to batches of token ids: the vocabulary and the four samplers of the recipes.
 
-A corpus is one int64 tensor on the training device. A batch (X, Y) is a gather from it, or a view of it: X (B, T) are
-characters, Y (B, T) the characters that follow them. All random choices come from one CPU torch.Generator, so they do
-not depend on the device; what crosses to it is an epoch's choices, once, and nothing waits for it.
+A corpus is one tensor of integers on the training device, of the smallest type that holds the vocabulary where it is
+large. A batch (X, Y) is gathered from it: X (B, T) int64 are characters, Y (B, T) int64 the characters that follow
+them. All random choices come from one CPU torch.Generator, so they do not depend on the device; what crosses to it is
+an epoch's choices, once, and nothing waits for it.
 """
 
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,14 +37,16 @@ class Vocabulary:
         self.symbols = symbols
         self.letters = letters
         self._ids = {symbol: i for i, symbol in enumerate(symbols)}
+        self._ids_by_code: np.ndarray | None = None
+        self._no_id = -1
 
     @classmethod
     def of(cls, text: str, letters: bool) -> "Vocabulary":
         """The vocabulary of a text. Raises InputError if nothing is left of it after its preparation."""
-        prepared = letters_only(text) if letters else text
-        if not prepared.strip():
+        symbols = set(letters_only(text) if letters else text)
+        if not any(symbol.strip() for symbol in symbols):
             raise InputError("the text is empty: expected at least one character that is not blank")
-        return cls(sorted(set(prepared) | ({UNKNOWN} if letters else set())), letters)
+        return cls(sorted(symbols | ({UNKNOWN} if letters else set())), letters)
 
     def __len__(self) -> int:
         return len(self.symbols)
@@ -51,22 +55,37 @@ class Vocabulary:
         """The text as it is tokenised."""
         return letters_only(text) if self.letters else text
 
-    def encode(self, text: str) -> Tensor:
-        """Token ids (number of characters,) int64 of a text."""
-        prepared = self.prepare(text)
-        if self.letters:
-            unknown = self._ids[UNKNOWN]
-            return torch.tensor([self._ids.get(c, unknown) for c in prepared], dtype=torch.int64, device="cpu")
-        try:
-            return torch.tensor([self._ids[c] for c in prepared], dtype=torch.int64, device="cpu")
-        except KeyError:
+    @property
+    def dtype(self) -> torch.dtype:
+        """The smallest integer type that holds every id."""
+        return torch.uint8 if len(self) <= 256 else torch.int16 if len(self) <= 2**15 else torch.int32
+
+    def encode(self, text: str, dtype: torch.dtype = torch.int64) -> Tensor:
+        """Token ids (number of characters,) of a text. Raises InputError for a character without an id."""
+        return self.ids_of(self.prepare(text), dtype)
+
+    def ids_of(self, prepared: str, dtype: torch.dtype = torch.int64) -> Tensor:
+        """`encode` of a text that is prepared already."""
+        codes = np.frombuffer(prepared.encode("utf-32-le", "surrogatepass"), dtype=np.uint32)
+        ids = self._table()[np.minimum(codes, self._table().size - 1)]
+        if not self.letters and (ids == self._no_id).any():
             strange = sorted(set(prepared) - self._ids.keys())
             shown = " ".join(repr(c) for c in strange[:8])
             more = f" and {len(strange) - 8} more" if len(strange) > 8 else ""
             raise InputError(
                 f"characters outside the model's vocabulary of {len(self)}: {shown}{more}; "
                 "use characters of the text that the model was trained on"
-            ) from None
+            )
+        return torch.from_numpy(ids).to(dtype)
+
+    def _table(self) -> np.ndarray:
+        """By code point: the id, or `_no_id`, which the last entry is; made when it is first needed."""
+        if self._ids_by_code is None:
+            codes = {ord(symbol): i for symbol, i in self._ids.items() if len(symbol) == 1}
+            self._no_id = self._ids[UNKNOWN] if self.letters else -1
+            self._ids_by_code = np.full(max(codes, default=0) + 2, self._no_id, dtype=np.int32)
+            self._ids_by_code[list(codes)] = list(codes.values())
+        return self._ids_by_code
 
     def decode(self, ids: Tensor) -> str:
         """The text of token ids (N,). Raises InputError for an id outside 0..V-1."""
@@ -83,14 +102,32 @@ def _need(tokens: Tensor, count: int, what: str) -> None:
 
 
 class Sampler(ABC):
-    """What Trainer draws batches from. `carry_state`: whether a batch continues where the one before ended."""
+    """What Trainer draws batches from.
+
+    Attributes: tokens (N,), integers of any type; generator, the only source of its choices; carry_state, whether a
+    batch continues where the one before ended; held_out (M,) or None, a text to validate on.
+    """
 
     carry_state = False
     has_validation = False
+    batch_size = 1
+    num_steps = 64
 
     def __init__(self, tokens: Tensor, generator: torch.Generator):
         self.tokens = tokens
         self.generator = generator
+        self.held_out: Tensor | None = None
+
+    @property
+    def num_batches(self) -> int | None:
+        """Batches in an epoch; where random offsets make one more or less, with offset 0. None if it is not known."""
+        return None
+
+    def hold_out(self, tokens: Tensor) -> "Sampler":
+        """Validate on this text (M,) from now on; returns self. Raises InputError if it is too short for a batch."""
+        _need(tokens, 2, "a character to validate on and its successor")
+        self.held_out, self.has_validation = tokens, True
+        return self
 
     @abstractmethod
     def train(self) -> Iterator[Batch]:
@@ -98,23 +135,48 @@ class Sampler(ABC):
 
     def validation(self) -> Iterator[Batch]:
         """The validation batches, in order; none for a sampler without validation."""
-        return iter(())
+        return iter(()) if self.held_out is None else self.walk(self.held_out)
+
+    def walk(self, tokens: Tensor) -> Iterator[Batch]:
+        """A text (M,) once and in order, as `train` would batch it but without a choice: B parallel streams to carry
+        the state along, or windows one after the other. Characters that fill no stream or window are left out, as many
+        as B or T at most.
+        """
+        if self.carry_state:
+            batch = max(1, min(self.batch_size, (len(tokens) - 1) // self.num_steps))
+            yield from _streams(tokens, batch, self.num_steps, 0, rest=True)
+        else:
+            steps = min(self.num_steps, len(tokens) - 1)
+            starts = torch.arange(0, len(tokens) - steps, steps, dtype=torch.int64, device="cpu")
+            yield from self._windows(starts, self.batch_size, steps, tokens)
 
     def to(self, device: torch.device | str) -> "Sampler":
-        """Move the corpus to a device; returns self."""
+        """Move the corpus, and what is held out, to a device; returns self."""
         self.tokens = self.tokens.to(device)
+        self.held_out = None if self.held_out is None else self.held_out.to(device)
         return self
 
-    def _windows(self, starts: Tensor, batch_size: int, num_steps: int) -> Iterator[Batch]:
+    def _windows(
+        self, starts: Tensor, batch_size: int, num_steps: int, tokens: Tensor | None = None
+    ) -> Iterator[Batch]:
         """Batches of the windows that begin at `starts` (N,), a CPU tensor, in this order; the last may be smaller."""
-        device = self.tokens.device
+        tokens = self.tokens if tokens is None else tokens
+        device = tokens.device
         if device.type == "cuda":
             starts = starts.pin_memory()  # without it the copy would wait
         starts = starts.to(device, non_blocking=True)
         steps = torch.arange(num_steps + 1, device=device)
         for some in starts.split(batch_size):
-            window = self.tokens[some[:, None] + steps]  # (B, T + 1)
+            window = tokens[some[:, None] + steps].long()  # (B, T + 1)
             yield window[:, :-1], window[:, 1:]
+
+
+def _streams(tokens: Tensor, batch_size: int, num_steps: int, offset: int, rest: bool = False) -> Iterator[Batch]:
+    """B parallel streams of the text after `offset`, walked T characters at a time; with `rest` to their last one."""
+    width = (len(tokens) - offset - 1) // batch_size
+    X, Y = (tokens[begin:][: batch_size * width].view(-1, width) for begin in (offset, offset + 1))
+    for step in range(0, width if rest else width - num_steps + 1, num_steps):
+        yield X[:, step : step + num_steps].long(), Y[:, step : step + num_steps].long()
 
 
 class Windows(Sampler):
@@ -152,7 +214,19 @@ class Windows(Sampler):
         order = torch.randperm(self.num_train, generator=self.generator, device="cpu")
         yield from self._windows(order, self.batch_size, self.num_steps)
 
+    @property
+    def num_batches(self) -> int:
+        return -(-self.num_train // self.batch_size)
+
+    def hold_out(self, tokens: Tensor) -> "Windows":
+        super().hold_out(tokens)
+        self.num_train, self.shortened = len(self.tokens) - self.num_steps, False  # all of its own text is for training
+        return self
+
     def validation(self) -> Iterator[Batch]:
+        if self.held_out is not None:
+            yield from super().validation()
+            return
         order = torch.arange(self.num_train, self.num_train + self.num_val, dtype=torch.int64, device="cpu")
         yield from self._windows(order, self.batch_size, self.num_steps)
 
@@ -175,10 +249,11 @@ class Sequential(Sampler):
 
     def train(self) -> Iterator[Batch]:
         offset = int(torch.randint(self.num_steps, (1,), generator=self.generator, device="cpu"))
-        width = (len(self.tokens) - offset - 1) // self.batch_size
-        X, Y = (self.tokens[begin:][: self.batch_size * width].view(-1, width) for begin in (offset, offset + 1))
-        for step in range(0, width - self.num_steps + 1, self.num_steps):
-            yield X[:, step : step + self.num_steps], Y[:, step : step + self.num_steps]
+        yield from _streams(self.tokens, self.batch_size, self.num_steps, offset)
+
+    @property
+    def num_batches(self) -> int:
+        return (len(self.tokens) - 1) // self.batch_size // self.num_steps
 
 
 class RandomWindows(Sampler):
@@ -197,6 +272,10 @@ class RandomWindows(Sampler):
         order = torch.randperm(count, generator=self.generator, device="cpu")
         yield from self._windows(offset + order * self.num_steps, self.batch_size, self.num_steps)
 
+    @property
+    def num_batches(self) -> int:
+        return -(-((len(self.tokens) - 1) // self.num_steps) // self.batch_size)
+
 
 class Pieces(Sampler):
     """One random contiguous piece of the text an epoch, walked in chunks of T characters, batch 1; the last chunk is
@@ -212,10 +291,14 @@ class Pieces(Sampler):
 
     def train(self) -> Iterator[Batch]:
         start = int(torch.randint(len(self.tokens) - self.piece + 1, (1,), generator=self.generator, device="cpu"))
-        piece = self.tokens[start : start + self.piece].unsqueeze(0)  # (1, piece)
+        piece = self.tokens[start : start + self.piece].long().unsqueeze(0)  # (1, piece)
         for begin in range(0, self.piece - 1, self.num_steps):
             end = min(begin + self.num_steps, self.piece - 1)
             yield piece[:, begin:end], piece[:, begin + 1 : end + 1]
+
+    @property
+    def num_batches(self) -> int:
+        return -(-(self.piece - 1) // self.num_steps)
 
 
 def consecutive(tokens: Tensor, num_steps: int) -> Iterator[Batch]:
@@ -223,4 +306,4 @@ def consecutive(tokens: Tensor, num_steps: int) -> Iterator[Batch]:
     _need(tokens, 2, "a character and its successor")
     for begin in range(0, len(tokens) - 1, num_steps):
         end = min(begin + num_steps, len(tokens) - 1)
-        yield tokens[None, begin:end], tokens[None, begin + 1 : end + 1]
+        yield tokens[None, begin:end].long(), tokens[None, begin + 1 : end + 1].long()

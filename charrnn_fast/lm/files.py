@@ -9,15 +9,19 @@ from typing import BinaryIO
 from charrnn_fast.errors import InputError
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object], what: str) -> None:
-    """Make or replace a file by what `write` writes. Raises InputError if that fails; the old file is then untouched.
+def write_whole(path: Path, write: Callable[[BinaryIO], object] | bytes, what: str) -> None:
+    """Make or replace a file by what `write` writes, or is. Raises InputError if that fails; the old file is then
+    untouched.
 
     The new file, and the folder that now names it, are on the disk when this returns.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
-            write(file)
+            if isinstance(write, bytes):
+                file.write(write)
+            else:
+                write(file)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
@@ -28,6 +32,13 @@ def write_whole(path: Path, write: Callable[[BinaryIO], object], what: str) -> N
         raise InputError(f"cannot write {what} {path}: {str(error).splitlines()[0]}") from None
     finally:
         with suppress(OSError):
+            part.unlink(missing_ok=True)
+
+
+def remove_parts(folder: Path) -> None:
+    """Remove what writers that were killed have left beside the files of a folder."""
+    with suppress(OSError):
+        for part in folder.glob(".*.part"):
             part.unlink(missing_ok=True)
 
 

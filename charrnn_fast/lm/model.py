@@ -1,6 +1,7 @@
 """The character language model: token ids -> Elman layers -> linear head, and its decoder."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -13,7 +14,8 @@ from charrnn_fast.lm.data import Vocabulary
 from charrnn_fast.ops import generate as decoder
 from charrnn_fast.ops import language_model_loss as one_call
 from charrnn_fast.ops.clip_grad_norm import clip_grad_norm_
-from charrnn_fast.ops.elman_torch import TorchRNN
+from charrnn_fast.ops.elman_layer import check_tokens
+from charrnn_fast.ops.elman_torch import TOKEN_TYPES, TorchRNN, one_hot_rows
 from charrnn_fast.ops.linear_cross_entropy import linear_cross_entropy
 from charrnn_fast.reference import generate as reference_generate
 from charrnn_fast.reference.language_model import RNNLM, Cell
@@ -33,6 +35,9 @@ class CharRNN(nn.Module):
             trained, which makes the cell the textbook's with its one b_h.
         cell: "fused" for FusedRNN, or "torch" for PyTorch alone to compare with: torch.nn.RNN on one-hot inputs, and
             PyTorch's own loss and clip.
+        dropout: the probability with which, in training, each number that a layer hands on to the next one or to the
+            head is set to zero, and the others divided by 1 - dropout (W. Zaremba, I. Sutskever and O. Vinyals,
+            "Recurrent neural network regularization", 2014). The recurrence itself is left alone, and so is decoding.
         backend: FusedRNN's backend; see charrnn_fast.ops.backends.
 
     Attributes: rnn (FusedRNN or torch.nn.RNN), head (nn.Linear), embed (nn.Embedding or None). They may be hooked,
@@ -50,22 +55,26 @@ class CharRNN(nn.Module):
         embedding: str | int = "onehot",
         second_bias: bool = True,
         cell: str = "fused",
+        dropout: float = 0.0,
         backend: str = "auto",
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be a probability of at least 0 and below 1, got {dropout}")
         if not (embedding == "onehot" or (isinstance(embedding, int) and embedding > 0)):
             raise ValueError(f"embedding must be 'onehot' or a width of at least 1, got {embedding!r}")
         if cell not in ("fused", "torch"):
             raise ValueError(f"cell must be 'fused' or 'torch', got {cell!r}")
         self.vocab_size, self.hidden_size, self.num_layers = vocab_size, hidden_size, num_layers
         self.nonlinearity, self.embedding, self.second_bias, self.cell = nonlinearity, embedding, second_bias, cell
+        self.dropout = float(dropout)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         width = embedding if isinstance(embedding, int) else vocab_size
         self.embed = nn.Embedding(vocab_size, width, **factory) if isinstance(embedding, int) else None
         shape: dict[str, Any] = {"input_size": width, "hidden_size": hidden_size, "num_layers": num_layers}
-        shape.update(nonlinearity=nonlinearity, batch_first=True)
+        shape.update(nonlinearity=nonlinearity, batch_first=True, dropout=self.dropout if num_layers > 1 else 0.0)
         self.rnn: nn.RNNBase
         if cell == "fused":
             self.rnn = FusedRNN(**shape, backend=backend, **factory)
@@ -99,25 +108,28 @@ class CharRNN(nn.Module):
         rnn = self.rnn
         if isinstance(rnn, FusedRNN) and why_called(self, ("rnn",)) is None:
             return rnn.forward_tokens(tokens, state)
-        ids = tokens.long() if tokens.dtype == torch.int32 else tokens
-        return self._call_rnn(F.one_hot(ids, self.vocab_size).to(self._a_weight().dtype), state)
+        if tokens.dtype not in TOKEN_TYPES:
+            raise ValueError(f"tokens: expected int64 or int32 ids, got {tokens.dtype}")
+        check_tokens(tokens, self.vocab_size)
+        return self._call_rnn(one_hot_rows(tokens, self.vocab_size, self._a_weight().dtype), state)
 
     def forward(self, tokens: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Logits (B, T, V) and the final states (L, B, H), from token ids (B, T) int64 and h_0 (L, B, H), zero if
         None.
         """
         outputs, state = self.hidden(tokens, state)
-        return self.head(outputs), state
+        return self.head(self._drop(outputs)), state
 
     def loss(self, tokens: Tensor, targets: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The mean loss in nats over targets (B, T) int64, and the final states (L, B, H)."""
-        if not self._is_own("forward"):
-            logits, state = self.forward(tokens, state)
+        if not self._is_own("forward") or self._is_watched():
+            logits, state = self(tokens, state)
             return F.cross_entropy(logits.flatten(0, 1), targets.flatten()), state
         in_one_call = self._loss_in_one_call(tokens, targets, state)
         if in_one_call is not None:
             return in_one_call
         outputs, state = self.hidden(tokens, state)
+        outputs = self._drop(outputs)
         if why_called(self, ("head",)) is not None:
             return F.cross_entropy(self.head(outputs).flatten(0, 1), targets.flatten()), state
         # Loss rows in the outputs' own memory order, whichever of (B, T) and (T, B) it is: no copy of (B*T, H).
@@ -138,6 +150,8 @@ class CharRNN(nn.Module):
     def _loss_in_one_call(self, tokens: Tensor, targets: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """`loss` by the kernel that computes it together with all gradients, or None where that does not apply."""
         if not isinstance(self.rnn, FusedRNN) or self.embed is not None or self.num_layers > 1:
+            return None
+        if self.dropout > 0 and self.training:
             return None
         if not self._is_own("hidden") or why_called(self) is not None:
             return None
@@ -174,8 +188,9 @@ class CharRNN(nn.Module):
         """
         sampling: dict[str, Any] = {"uniforms": uniforms, "temperature": temperature, "alpha": alpha, "top_k": top_k}
         as_built = self._is_own("forward") and self._is_own("hidden") and why_called(self) is None
-        if not isinstance(self.rnn, FusedRNN) or not as_built:
-            return reference_generate.generate(self, prompt, num_tokens, state=state, **sampling)
+        if not isinstance(self.rnn, FusedRNN) or not as_built or self._is_watched():
+            with evaluating(self):
+                return reference_generate.generate(self, prompt, num_tokens, state=state, **sampling)
         layers = []
         for layer in range(self.num_layers):
             weight_ih: Tensor = self._cell_parameter("weight_ih", layer)
@@ -199,6 +214,8 @@ class CharRNN(nn.Module):
         """The same model from scratch, in tensor operations only: a copy of the parameters under their textbook
         names. Raises ValueError if hooks, parametrizations or other modules make it another model than it was built as.
         """
+        if self.dropout > 0:
+            raise ValueError(f"the reference form has no dropout, and this model's is {self.dropout}")
         if (why := why_called(self)) is not None:
             raise ValueError(f"the reference form is made of a model as it was built, but {why}")
 
@@ -241,9 +258,17 @@ class CharRNN(nn.Module):
             if (why := why_changed(self, name)) is not None:
                 raise ValueError(f"{what} a model as it was built, but {name} {why}")
 
+    def _drop(self, outputs: Tensor) -> Tensor:
+        """Dropout between the last layer and the head."""
+        return F.dropout(outputs, self.dropout, self.training) if self.dropout > 0 else outputs
+
     def _is_own(self, method: str) -> bool:
         """Whether a method is the one of this class, not a subclass's or an instance's."""
         return getattr(type(self), method) is getattr(CharRNN, method) and method not in self.__dict__
+
+    def _is_watched(self) -> bool:
+        """Whether hooks make a call of the model more than its forward, as those of fully_shard do."""
+        return bool(self._forward_hooks or self._forward_pre_hooks)
 
     def _a_weight(self) -> Tensor:
         """A floating-point tensor of the model, whose dtype and device are those of its inputs and states."""
@@ -262,6 +287,19 @@ class CharRNN(nn.Module):
 
     def _cell_parameter(self, kind: str, layer: int) -> nn.Parameter:
         return getattr(self.rnn, f"{kind}_l{layer}")
+
+
+@contextmanager
+def evaluating(model: CharRNN | RNNLM) -> Iterator[None]:
+    """The model in evaluation mode for a while; each module is then left in the mode that it was in."""
+    modes = {} if isinstance(model, RNNLM) else {module: module.training for module in model.modules()}
+    try:
+        for module in modes:
+            module.training = False
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
 
 
 def generate(

@@ -1,11 +1,16 @@
-"""The four recipes, with every constant of theirs, and how a model and a sampler are built from one.
+"""The five recipes, with every constant of theirs, and how a model and a sampler are built from one.
 
 Sources: D2L (Dive into Deep Learning), "RNN from scratch" and "Concise implementation" (scratch, concise), its older
 chapter 8 (ch8); santa is a character model trained on pieces of one book with truncated backpropagation through time.
+shakespeare is the task of char-rnn and nanoGPT: one million characters, the last tenth to validate on.
 """
 
+import tempfile
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,6 +18,8 @@ from charrnn_fast.errors import InputError
 from charrnn_fast.lm import data
 from charrnn_fast.lm.data import Sampler, Vocabulary
 from charrnn_fast.lm.model import CharRNN
+from charrnn_fast.lm.schedule import Schedule
+from charrnn_fast.lm.texts import LargeText
 from charrnn_fast.reference.language_model import RNNLM
 
 
@@ -36,9 +43,11 @@ class Recipe:
     batch_size: int
     num_steps: int
     hidden_size: int
-    init: str  # "normal": N(0, 1) * 0.01, biases zero; "uniform": PyTorch's default
+    init: (
+        str  # "normal": N(0, 1) * 0.01, biases zero; "uniform": PyTorch's default; "orthogonal": W_hh so, else uniform
+    )
     second_bias: bool
-    optimizer: str  # sgd, adam
+    optimizer: str  # sgd, adam, adamw, rmsprop
     lr: float
     clip: float | None
     epochs: int
@@ -50,11 +59,28 @@ class Recipe:
     nonlinearity: str = "tanh"
     embedding: str | int = "onehot"
     graph_batches: int = 1
+    dropout: float = 0.0
+    momentum: float = 0.0
+    weight_decay: float = 0.0
+    schedule: str = "constant"  # constant, cosine, step
+    warmup: int = 0  # updates
+    lr_final: float = 0.0  # share of lr that a cosine ends at
+    lr_every: int = 10  # epochs between two steps down
+    lr_gamma: float = 0.5  # what each of them multiplies lr by
+    accumulate: int = 1  # batches for one update
+    precision: str = "fp32"  # fp32, bf16
+    patience: int | None = None  # epochs without a better loss
+    on_nan: str = "stop"  # stop, skip, restore
+    split: tuple[float, ...] | None = None  # shares of the text, by place: training, validation, test
 
     @property
     def unit(self) -> str:
         """What one epoch of the sampler is called."""
         return "iteration" if self.sampler == "pieces" else "epoch"
+
+    def reports(self, epoch: int) -> bool:
+        """Whether a line is printed, and the state saved, after this epoch."""
+        return epoch % self.report_every == 0 or epoch in (1, self.epochs)
 
 
 SCRATCH = Recipe(
@@ -108,6 +134,27 @@ RECIPES = {
             report_every=10,
             sample_at_reports=True,
         ),
+        Recipe(
+            name="shakespeare",
+            book="shakespeare",
+            letters=False,
+            sampler="sequential",
+            batch_size=32,
+            num_steps=64,
+            hidden_size=512,
+            num_layers=2,
+            init="uniform",
+            second_bias=True,
+            optimizer="adamw",
+            lr=2e-3,
+            clip=1.0,
+            epochs=16,
+            prompts=(Prompt("ROMEO:\n", 400, temperature=0.7),),
+            dropout=0.2,
+            schedule="cosine",
+            warmup=100,
+            split=(0.9, 0.1),
+        ),
     )
 }
 
@@ -127,6 +174,8 @@ def build_model(
     """
     if kind not in ("fused", "reference", "torch"):
         raise InputError(f"the model must be fused, reference or torch, got {kind}")
+    if kind == "reference" and recipe.dropout > 0:
+        raise InputError(f"the reference model has no dropout, and this run's is {recipe.dropout:g}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = CharRNN(
@@ -137,8 +186,12 @@ def build_model(
             embedding=recipe.embedding,
             second_bias=recipe.second_bias,
             cell="torch" if kind == "torch" else "fused",
+            dropout=recipe.dropout,
             backend=backend if kind == "fused" else "auto",
         )
+        if recipe.init == "orthogonal":
+            for layer in range(recipe.num_layers):
+                torch.nn.init.orthogonal_(getattr(model.rnn, f"weight_hh_l{layer}"))
     if recipe.init == "normal":
         scratch = RNNLM.from_scratch(
             vocab_size,
@@ -155,17 +208,91 @@ def build_model(
 def build_sampler(recipe: Recipe, tokens: Tensor, seed: int) -> Sampler:
     """The recipe's sampler over token ids (N,) that lie on the training device. Raises InputError if the text is too
     short.
+
+    With a split the sampler trains on the first part and validates on the second; `split_by_place` gives all three.
     """
     generator = torch.Generator().manual_seed(seed)
-    if recipe.sampler == "pieces":
-        return data.Pieces(tokens, generator, num_steps=recipe.num_steps)
+    train, val, _ = split_by_place(recipe, tokens)
+    options: dict[str, Any] = {"num_steps": recipe.num_steps}
     kinds = {"windows": data.Windows, "sequential": data.Sequential, "random": data.RandomWindows}
-    if recipe.sampler not in kinds:
+    if recipe.sampler in kinds:
+        options["batch_size"] = recipe.batch_size
+    elif recipe.sampler != "pieces":
         raise InputError(f"the sampler must be one of pieces, {', '.join(kinds)}; got {recipe.sampler}")
-    return kinds[recipe.sampler](tokens, generator, batch_size=recipe.batch_size, num_steps=recipe.num_steps)
+    sampler: Sampler = {**kinds, "pieces": data.Pieces}[recipe.sampler](train, generator, **options)
+    return sampler if val is None else sampler.hold_out(val)
 
 
-def prepare_text(recipe: Recipe, text: str) -> tuple[Vocabulary, Tensor]:
-    """The vocabulary of a text (of the whole of it), and the token ids (N,) int64 that the recipe trains on."""
-    vocab = Vocabulary.of(text, recipe.letters)
-    return vocab, vocab.encode(text)[: recipe.max_chars]
+def split_by_place(recipe: Recipe, tokens: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """The training, validation and test parts of a text (N,), one after the other; None for a part without a share.
+
+    Shares count from the beginning, as char-rnn and nanoGPT cut: part i ends at the character int(N * (sum of the
+    shares up to i)). Raises InputError if a part comes out with less than two characters.
+    """
+    if recipe.split is None:
+        return tokens, None, None
+    ends = [int(len(tokens) * min(1.0, round(sum(recipe.split[: i + 1]), 9))) for i in range(len(recipe.split))]
+    parts = [tokens[begin:end] for begin, end in zip([0, *ends], ends, strict=False)]
+    for name, share, part in zip(("training", "validation", "test"), recipe.split, parts, strict=False):
+        if len(part) < 2:
+            raise InputError(
+                f"the text of {len(tokens):,} characters is too short for a {name} part of {share:g} of it: expected "
+                f"at least 2 characters, got {len(part)}"
+            )
+    padded: list[Tensor | None] = [*parts, None, None]
+    return parts[0], padded[1], padded[2]
+
+
+def schedule_of(recipe: Recipe) -> Schedule:
+    """The recipe's learning-rate schedule. Raises ValueError for values out of range."""
+    return Schedule(recipe.schedule, recipe.warmup, recipe.lr_final, recipe.lr_every, recipe.lr_gamma)
+
+
+def prepare_text(recipe: Recipe, text: str | LargeText) -> tuple[Vocabulary, Tensor]:
+    """The vocabulary of a text (of the whole of it), and the token ids (N,) that the recipe trains on, of the smallest
+    integer type; for a LargeText mapped from a file without a name. Raises InputError if the text is empty, or that
+    file cannot be written.
+    """
+    if isinstance(text, str):
+        vocab = Vocabulary.of(text, recipe.letters)
+        return vocab, vocab.encode(text, vocab.dtype)[: recipe.max_chars]
+    symbols: set[str] = set()
+    for piece in text.chunks():
+        symbols |= set(piece)
+    vocab = Vocabulary.of("".join(sorted(symbols)), recipe.letters)
+    return vocab, mapped(_ids(text, vocab, recipe.max_chars), vocab.dtype)
+
+
+def _ids(text: LargeText, vocab: Vocabulary, max_chars: int | None) -> Iterator[Tensor]:
+    """The token ids of a text, piece by piece, as they would be of the whole of it."""
+    blank, count = False, 0  # whether the piece before ended in a space
+    for piece in text.chunks():
+        prepared = vocab.prepare(piece)
+        if vocab.letters and blank:
+            prepared = prepared.removeprefix(" ")
+        if not prepared:
+            continue
+        blank = prepared.endswith(" ")
+        prepared = prepared if max_chars is None else prepared[: max_chars - count]
+        count += len(prepared)
+        yield vocab.ids_of(prepared, vocab.dtype)
+        if count == max_chars:
+            return
+
+
+def mapped(pieces: Iterable[Tensor], dtype: torch.dtype) -> Tensor:
+    """Pieces of ids (n,) as one tensor (N,) whose memory is a file without a name in the folder for temporary files.
+    Raises InputError if it cannot be written.
+    """
+    try:
+        with tempfile.TemporaryFile() as file:
+            count = 0
+            for piece in pieces:
+                file.write(piece.numpy().data)
+                count += len(piece)
+            file.flush()
+            of_numpy = torch.empty(0, dtype=dtype, device="cpu").numpy().dtype
+            return torch.from_numpy(np.memmap(file, of_numpy, "r+", shape=(count,)))
+    except OSError as error:
+        place = tempfile.gettempdir()
+        raise InputError(f"cannot write the token ids to {place}: {error.strerror}; TMPDIR names another") from None

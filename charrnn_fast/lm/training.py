@@ -1,172 +1,36 @@
-"""Trainer: epochs over a sampler, with truncated backpropagation through time, clipping, validation and exact resume.
-
-The loop of `train_batches` is the one of charrnn_fast.reference.training, which trains the reference model; the two
-take the same arguments and follow the same curve.
+"""Trainer: epochs over a sampler, with truncated backpropagation through time, clipping, a schedule, validation, exact
+resume from any step, and a way out when a loss is not finite.
 """
 
+import copy
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from charrnn_fast.errors import TrainingError
-from charrnn_fast.lm.capture import CudaGraphRecorder, RecordedSteps, Step, dependencies, why_not, why_not_optimizer
+from charrnn_fast.lm.callbacks import Callback
+from charrnn_fast.lm.capture import CudaGraphRecorder, RecordedSteps, dependencies, why_not, why_not_optimizer
 from charrnn_fast.lm.data import Batch, Sampler
+from charrnn_fast.lm.evaluation import Stopped, validate
 from charrnn_fast.lm.model import CharRNN
-from charrnn_fast.ops.clip_grad_norm import clip_and_sgd_step_, steps_in_one_launch
+from charrnn_fast.lm.optimizers import check_optimizer, for_this_device, make_optimizer
+from charrnn_fast.lm.records import EpochRecord, EpochSoFar, StepRecord, perplexity
+from charrnn_fast.lm.schedule import Schedule
+from charrnn_fast.lm.step import TrainingStep, Updater, train_batches
 from charrnn_fast.reference import training as reference
 from charrnn_fast.reference.language_model import RNNLM
 
 MAX_GRAPH_BATCHES = 16  # each one more keeps the activations of one more batch alive
-
-
-@dataclass(frozen=True)
-class EpochRecord:
-    """What one epoch came to. Losses are means over characters in nats; train_ppl and val_ppl are their exponentials.
-
-    val_ppl_batch_mean is the mean of the per-batch perplexities, which D2L plots. tokens_per_s counts training only.
-    """
-
-    epoch: int
-    train_loss: float
-    train_ppl: float
-    val_ppl: float | None
-    val_ppl_batch_mean: float | None
-    tokens: int
-    seconds: float
-
-    @property
-    def tokens_per_s(self) -> float:
-        return self.tokens / self.seconds
-
-
-def perplexity(loss: float) -> float:
-    """exp of a mean loss in nats; infinite where it overflows."""
-    try:
-        return math.exp(loss)
-    except OverflowError:
-        return math.inf
-
-
-class TrainingStep:
-    """Forward, loss, backward, clip and update for one batch, without a look at a value.
-
-    Args:
-        model, optimizer: what is trained, and what updates its parameters.
-        clip: largest global gradient norm, None for none.
-        graph_batches: the number of batches k that the graph is kept across; one update is made for every k of them,
-            on the mean of their losses.
-    """
-
-    def __init__(
-        self, model: CharRNN, optimizer: torch.optim.Optimizer, clip: float | None, graph_batches: int = 1
-    ) -> None:
-        self.model, self.optimizer, self.clip, self.graph_batches = model, optimizer, clip, graph_batches
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self._losses: list[Tensor] = []  # of the batches that wait for an update
-
-    def __call__(self, X: Tensor, Y: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """X, Y (B, T) int64 and the state (L, B, H), None for zeros -> the loss, detached, and the next state, detached
-        if there was an update.
-        """
-        loss, state = self.model.loss(X, Y, state)
-        self._losses.append(loss)
-        if len(self._losses) == self.graph_batches:
-            self.update()
-            state = _cut_off(state)
-        return loss.detach(), state
-
-    def update(self) -> None:
-        """Bring the parameters up to date with the losses so far, if there are any. No gradients are left behind."""
-        if not self._losses:
-            return
-        loss = self._losses[0] if len(self._losses) == 1 else torch.stack(self._losses).mean()
-        self._losses.clear()
-        try:
-            loss.backward()
-            self._descend()
-        finally:  # also when a recording fails, whose gradients are memory that was never written
-            self.optimizer.zero_grad(set_to_none=True)
-            self.model.zero_grad(set_to_none=True)  # of what the optimizer does not hold
-
-    def _descend(self) -> None:
-        """Clip the gradients and take the optimizer's step along them; plain SGD's on a GPU in the same launch."""
-        lr = _plain_sgd_lr(self.optimizer)
-        if lr is not None and self.model.cell == "fused" and steps_in_one_launch(self.parameters):
-            clip_and_sgd_step_(self.parameters, self.clip, lr)
-            return
-        if self.clip is not None:
-            self.model.clip_grad_norm_(self.parameters, self.clip)
-        self.optimizer.step()
-
-
-def _cut_off(state: Any) -> Any:
-    """The state without its graph: a tensor, or a tuple of them as an LSTM has it."""
-    return state.detach() if isinstance(state, Tensor) else tuple(_cut_off(part) for part in state)
-
-
-def _plain_sgd_lr(optimizer: torch.optim.Optimizer) -> float | Tensor | None:
-    """The learning rate of an SGD that only subtracts lr * gradient and that nobody watches; None for all others."""
-    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
-    if type(optimizer) is not torch.optim.SGD or len(optimizer.param_groups) != 1 or any(hooks):
-        return None
-    (group,) = optimizer.param_groups
-    plain = not any(group[name] for name in ("momentum", "weight_decay", "maximize", "differentiable"))
-    return group["lr"] if plain else None
-
-
-def train_batches(
-    model: CharRNN,
-    batches: Iterable[Batch],  # X (B, T) and Y (B, T), int64
-    optimizer: torch.optim.Optimizer,
-    clip: float | None,
-    *,
-    carry_state: bool = False,
-    graph_batches: int = 1,
-    recorded: RecordedSteps | None = None,
-) -> Iterator[Tensor]:
-    """Train on the batches in turn and yield the loss of each, detached and still on the device.
-
-    carry_state=False starts every batch from the zero state; True takes the state that the batch before ended with,
-    detached every `graph_batches` batches, for which one update is made on the mean of their losses. clip is the
-    largest global gradient norm, None for none. `recorded` is a TrainingStep of these arguments that is recorded; by
-    default each step is run anew.
-    """
-    plain = TrainingStep(model, optimizer, clip, graph_batches)
-    step: Step = plain if recorded is None else recorded
-    state: Tensor | None = None
-    for X, Y in batches:
-        loss, state = step(X, Y, state if carry_state else None)
-        yield loss
-    plain.update()
-
-
-class _Updater:
-    """An optimizer of torch with the manners of the reference's: it leaves no gradients behind."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer):
-        self.params = [p for group in optimizer.param_groups for p in group["params"]]
-        self._optimizer = optimizer
-
-    def step(self) -> None:
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-
-
-def validate(
-    model: CharRNN | RNNLM, batches: Iterable[Batch], *, carry_state: bool = False
-) -> tuple[float, float] | None:
-    """exp(mean loss over characters) and the mean of the per-batch perplexities; None if there are no batches."""
-    measured = list(reference.evaluate_batches(model, batches, carry_state=carry_state))
-    if not measured:
-        return None
-    losses = torch.stack([loss for loss, _ in measured]).double().cpu()
-    counts = torch.tensor([count for _, count in measured], dtype=torch.float64, device="cpu")
-    return perplexity(float((losses * counts).sum() / counts.sum())), float(losses.exp().mean())
+MAX_ACCUMULATE = 4096
+MAX_RESTORES = 8  # of one run, each halving the learning rate
+ON_NAN = ("stop", "skip", "restore")
 
 
 class Trainer:
@@ -174,19 +38,28 @@ class Trainer:
 
     Args:
         model: a CharRNN, or charrnn_fast.reference.language_model.RNNLM.
-        optimizer: "sgd", "adam", or a torch.optim.Optimizer over parameters of the model, all or some of them: the
-            others stay as they are. The reference model takes its own optimisers too. One over anything else is a
-            ValueError.
-        lr: learning rate, for an optimizer given by name.
+        optimizer: "sgd", "adam", "adamw", "rmsprop", or a torch.optim.Optimizer over parameters of the model, all or
+            some of them: the others stay as they are. The reference model takes its own optimisers too, and of the
+            names the first two. One over anything else is a ValueError.
+        lr, momentum, weight_decay: for an optimizer given by name; momentum for "sgd" and "rmsprop".
         clip: largest norm of the gradients of all that the optimizer holds; None trains without clipping.
         epochs: how many epochs `fit` brings the model to.
         graph_batches: with a sampler that carries the state, the number of batches k (1..16) that the graph is kept
             across; one update is made for every k batches.
+        accumulate: the number of batches whose gradients are added up for one update, each batch with a backward pass
+            of its own. At most one of graph_batches and accumulate is above 1.
+        schedule: how the learning rate changes, a Schedule.
+        patience: stop after so many epochs without a better loss (of the validation, or without one of the training).
+        precision: "fp32" for the parameters' own dtype, or "bf16" for forward and loss under autocast to it.
+        on_nan: what a loss or gradient norm that is not finite does. "stop": TrainingError, with the parameters as they
+            were before that step where values are looked at (on a CPU); "skip": no update is made with it; "restore":
+            back to the last epoch or checkpoint, with half the learning rate, 8 times at most.
         capture: on a GPU a training step can be captured as one CUDA graph for each shape of batch, and replayed.
             "auto" does so where it can, and trains step by step elsewhere, and a model with cell="torch" as PyTorch
             does; True makes it a RuntimeError that says why where it cannot; False does not. The curve is the same.
 
-    Attributes: history, a list of EpochRecord; capture_reason, why steps are not captured, or None.
+    Attributes: history, a list of EpochRecord; step, the updates made so far; stopped, why the run was ended before its
+    last epoch, or None; capture_reason, why steps are not captured, or None.
     """
 
     def __init__(
@@ -195,22 +68,58 @@ class Trainer:
         *,
         optimizer: str | torch.optim.Optimizer = "sgd",
         lr: float = 1.0,
+        momentum: float = 0.0,
+        weight_decay: float = 0.0,
         clip: float | None = 1.0,
         epochs: int = 100,
         graph_batches: int = 1,
+        accumulate: int = 1,
+        schedule: Schedule | None = None,
+        patience: int | None = None,
+        precision: str = "fp32",
+        on_nan: str = "stop",
         capture: bool | str = "auto",
     ):
         if not 1 <= graph_batches <= MAX_GRAPH_BATCHES:
             raise ValueError(f"graph_batches must be 1 to {MAX_GRAPH_BATCHES}, got {graph_batches}")
+        if not 1 <= accumulate <= MAX_ACCUMULATE:
+            raise ValueError(f"accumulate must be 1 to {MAX_ACCUMULATE}, got {accumulate}")
         if clip is not None and not clip > 0:
             raise ValueError(f"clip must be above 0, or None for no clipping, got {clip}")
         if capture not in ("auto", True, False):
             raise ValueError(f"capture must be 'auto', True or False, got {capture!r}")
+        if precision not in ("fp32", "bf16"):
+            raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
+        if on_nan not in ON_NAN:
+            raise ValueError(f"on_nan must be one of {', '.join(ON_NAN)}, got {on_nan!r}")
+        if patience is not None and patience < 1:
+            raise ValueError(f"patience must be at least 1 epoch, or None, got {patience}")
+        if accumulate > 1 and graph_batches > 1:
+            raise ValueError(f"accumulate {accumulate} and graph_batches {graph_batches}: one of them at a time")
         self.model, self.clip, self.epochs, self.graph_batches = model, clip, epochs, graph_batches
-        self.capture = capture
-        self.optimizer = self._make_optimizer(optimizer, lr) if isinstance(optimizer, str) else optimizer
-        self._check_optimizer()
+        self.accumulate, self.schedule, self.patience = accumulate, schedule or Schedule(), patience
+        self.precision, self.on_nan, self.capture = precision, on_nan, capture
+        if isinstance(model, RNNLM) and (self.schedule.changes or accumulate > 1 or precision != "fp32"):
+            raise ValueError("the reference model is trained in its own dtype, at one learning rate, batch by batch")
+        if isinstance(model, RNNLM) and on_nan != "stop":
+            raise ValueError(f"the reference model stops at a loss that is not finite, got on_nan={on_nan!r}")
+        made: Any = optimizer
+        if isinstance(optimizer, str):
+            capturable = self._why_not_model() is None
+            made = make_optimizer(model, optimizer, lr, momentum, weight_decay, capturable=capturable)
+        self.optimizer: torch.optim.Optimizer = made
+        check_optimizer(model, self.optimizer)
         self.history: list[EpochRecord] = []
+        self.step = 0
+        self.stopped: str | None = None
+        self.total_updates: int | None = None
+        self._lrs = self._base_lrs()
+        self._lr_scale, self._restores = 1.0, 0  # halved by each restore
+        self._so_far: EpochSoFar | None = None
+        self._plain: TrainingStep | None = None
+        self._good: dict[str, Any] | None = None  # what "restore" goes back to
+        self._callbacks: Sequence[Callback] = ()
+        self._data: Sampler | None = None
         self._recorded: RecordedSteps | None = None
         self._recorded_for: tuple = ()  # whether the state is carried, the optimizer and the clip
         self._require_capture()
@@ -226,116 +135,273 @@ class Trainer:
             return "it was turned off"
         if self.capture == "auto" and isinstance(self.model, CharRNN) and self.model.cell == "torch":
             return "PyTorch alone is trained as PyTorch does"
+        if self.accumulate > 1:
+            return f"gradients are added up over {self.accumulate} batches, and a captured step is one batch"
+        if self.on_nan != "stop":
+            return f"on_nan='{self.on_nan}' looks at every step's loss"
         return why_not(self.model, self.graph_batches)
 
     def _require_capture(self) -> None:
         if self.capture is True and (reason := self.capture_reason) is not None:
             raise RuntimeError(f"capture was asked for, but training steps cannot be captured: {reason}")
 
-    def _make_optimizer(self, name: str, lr: float):
-        is_reference = isinstance(self.model, RNNLM)
-        kinds = {
-            "sgd": reference.SGD if is_reference else torch.optim.SGD,
-            "adam": reference.Adam if is_reference else torch.optim.Adam,
-        }
-        if name not in kinds:
-            raise ValueError(f"optimizer must be 'sgd', 'adam' or a torch.optim.Optimizer, got {name!r}")
-        if not lr > 0:
-            raise ValueError(f"lr must be above 0, got {lr}")
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        if not parameters:
-            raise ValueError("the model has no parameter that requires a gradient: nothing would be trained")
-        options: dict[str, Any] = {}
-        if name == "adam" and not is_reference and parameters[0].device.type == "cuda":
-            # One launch instead of some fifteen, with the step count on the device; captured or not, the same numbers.
-            options = {"fused": True, "capturable": self._why_not_model() is None}
-        return kinds[name](parameters, lr, **options)
+    @property
+    def between_epochs(self) -> bool:
+        """Whether no epoch is in progress."""
+        return self._so_far is None
 
-    def _check_optimizer(self) -> None:
-        """Raise unless the optimizer is one for this model: of a kind that its loop knows, over its parameters."""
-        optimizer = self.optimizer
-        is_reference = isinstance(self.model, RNNLM)
-        if isinstance(optimizer, torch.optim.Optimizer):
-            held = [p for group in optimizer.param_groups for p in group["params"]]
-            if isinstance(optimizer, torch.optim.LBFGS):
-                raise ValueError("LBFGS evaluates the loss several times a step, which this trainer does not")
-        elif is_reference and isinstance(optimizer, reference.SGD | reference.Adam):
-            held = list(optimizer.params)
-        else:
-            kinds = "a torch.optim.Optimizer" + (" or a reference optimizer" if is_reference else "")
-            raise TypeError(f"optimizer must be 'sgd', 'adam' or {kinds} for this model, got {type(optimizer)}")
-        own = {id(p) for p in self.model.parameters()}
-        foreign = sum(id(p) not in own for p in held)
-        if foreign or not held:
-            raise ValueError(
-                f"the optimizer holds {len(held)} parameters, of which {foreign} are not the model's: make it of "
-                "model.parameters(), after the last change to the model's modules"
-            )
+    @property
+    def share_of_epoch(self) -> float:
+        """How much of the epoch in progress is done, 0 to 1; 0 where its number of batches is not known."""
+        batches = None if self._data is None else self._data.num_batches
+        return 0.0 if self._so_far is None or not batches else min(1.0, self._so_far.batches / batches)
 
-    def fit(self, data: Sampler, *, on_epoch: Callable[[EpochRecord], None] | None = None) -> list[EpochRecord]:
-        """Train until `epochs` epochs are in the history, and call on_epoch after each.
+    @property
+    def seconds_of_epoch(self) -> float:
+        """Seconds of training in the epoch in progress."""
+        return 0.0 if self._so_far is None else self._so_far.seconds
 
-        The corpus is moved to the model's device. Returns the history. Raises TrainingError when an epoch's loss or
-        validation perplexity is not finite (that epoch is not recorded), and with capture=True when a step cannot be
-        captured.
+    def stop(self, reason: str) -> None:
+        """End `fit` after the step that is under way; the run can be resumed from there."""
+        self.stopped = reason
+
+    def announce_checkpoint(self, path: Path) -> None:
+        """Tell the callbacks, and "restore", that a checkpoint of this moment was written to `path`."""
+        self._remember()
+        for callback in self._callbacks:
+            callback.on_checkpoint(self, path)
+
+    def fit(
+        self,
+        data: Sampler,
+        *,
+        on_epoch: Callable[[EpochRecord], None] | None = None,
+        callbacks: Sequence[Callback] = (),
+    ) -> list[EpochRecord]:
+        """Train until `epochs` epochs are in the history, and call on_epoch and the callbacks' on_epoch after each.
+
+        The corpus is moved to the model's device, the model put in training mode. Returns the history; it ends early
+        if `stop` was called or patience is at its end, and `stopped` says so: another `fit` then goes on with the next
+        step. Raises TrainingError when a loss or the validation perplexity is not finite and on_nan does not help (that
+        epoch is not recorded), and with capture=True when a step cannot be captured.
         """
-        self._check_optimizer()
+        check_optimizer(self.model, self.optimizer)
         self._require_capture()
         data.to(next(iter(self.model.parameters())).device)
-        for epoch in range(len(self.history) + 1, self.epochs + 1):
-            record = self._epoch(epoch, data)
+        if isinstance(self.model, torch.nn.Module):
+            self.model.train()
+        self.stopped, self._callbacks, self._data = None, tuple(callbacks), data
+        batches = data.num_batches
+        group = self.accumulate * (self.graph_batches if data.carry_state else 1)
+        self.total_updates = None if batches is None else self.epochs * -(-batches // group)
+        while len(self.history) < self.epochs and self.stopped is None:
+            try:
+                record = self._epoch(len(self.history) + 1, data)
+            except TrainingError:
+                if not self._restore():
+                    raise
+                continue
+            if record is None:
+                break
             self.history.append(record)
+            self._remember()
+            self._check_patience()
             if on_epoch is not None:
                 on_epoch(record)
+            for callback in self._callbacks:
+                callback.on_epoch(self, record)
         return self.history
 
-    def _epoch(self, epoch: int, data: Sampler) -> EpochRecord:
-        counts: list[int] = []
+    def _check_patience(self) -> None:
+        losses = [record.loss for record in self.history]
+        if (
+            self.patience is not None
+            and len(losses) < self.epochs
+            and len(losses) - 1 - losses.index(min(losses)) >= self.patience
+        ):
+            self.stop(f"no better loss for {self.patience} epochs")
+
+    def _epoch(self, epoch: int, data: Sampler) -> EpochRecord | None:
+        """What is left of an epoch, and its validation; None if the run was stopped in it."""
+        so_far, resumed = self._so_far, self._so_far is not None
+        if so_far is None:
+            so_far = self._so_far = EpochSoFar(data.generator.get_state())
+        else:
+            data.generator.set_state(so_far.generator.cpu())
+        if self.on_nan == "restore" and self._good is None:
+            self._remember()
+        start, before = time.perf_counter(), so_far.seconds
+        for step in self._steps(epoch, data, so_far, resumed):
+            so_far.seconds = before + time.perf_counter() - start
+            for callback in self._callbacks:
+                callback.on_step(self, step)
+            if self.stopped is not None:
+                self.check_finite()
+                return None
+        self.check_finite()
+        mean = so_far.mean_loss()
+        # The only transfer from the device in an epoch, and the point where its work is known to be done.
+        so_far.seconds = before + time.perf_counter() - start
+        try:
+            val = validate(
+                self.model,
+                data.validation(),
+                carry_state=data.carry_state,
+                stopped=lambda: self.stopped is not None,
+            )
+        except Stopped:
+            return None
+        if val is not None and not math.isfinite(val[0]):
+            raise TrainingError(f"the validation perplexity is {val[0]} in epoch {epoch}: {WHAT_TO_TRY}")
+        self._so_far = None
+        val_ppl, batch_mean = val or (None, None)
+        norm, clipped = so_far.norm_figures(self.clip)
+        return EpochRecord(
+            epoch,
+            mean,
+            perplexity(mean),
+            val_ppl,
+            batch_mean,
+            so_far.tokens,
+            so_far.seconds,
+            self.step,
+            self._current_lr(),
+            norm,
+            clipped,
+            so_far.skipped,
+        )
+
+    def _steps(self, epoch: int, data: Sampler, so_far: EpochSoFar, resumed: bool) -> Iterator[StepRecord]:
+        """The epoch's updates from where it is, one by one, each seen to its end."""
 
         def counted() -> Iterator[Batch]:
-            for X, Y in data.train():
-                counts.append(Y.numel())
+            for X, Y in itertools.islice(data.train(), so_far.batches, None):
+                so_far.counts.append(Y.numel())
                 yield X, Y
 
-        start = time.perf_counter()
-        losses = list(self._train(counted(), data.carry_state))
-        weights = torch.tensor(counts, dtype=torch.float64, device="cpu")
-        # The only transfer from the device in an epoch, and the point where its work is known to be done.
-        mean = float((torch.stack(losses).double().cpu() * weights).sum() / weights.sum())
-        seconds = time.perf_counter() - start
-        val = validate(self.model, data.validation())
-        for kind, loss in (("training loss", mean), ("validation perplexity", 0.0 if val is None else val[0])):
-            if not math.isfinite(loss):
-                raise TrainingError(
-                    f"the {kind} is {loss} in epoch {epoch}: expected a finite number; lower the learning rate or clip "
-                    "the gradients"
-                )
-        val_ppl, batch_mean = val or (None, None)
-        return EpochRecord(epoch, mean, perplexity(mean), val_ppl, batch_mean, sum(counts), seconds)
+        plain = self._plain_step(data, so_far.state if resumed else None)
+        self._set_lr()
+        for loss in self._losses(counted(), data, plain):
+            so_far.losses.append(loss)
+            if plain is None:
+                so_far.updates += 1
+                self.step += 1
+                self._look(so_far, None)
+            elif plain.pending:
+                continue
+            else:
+                self._after_update(so_far, plain)
+            yield self._record(epoch, so_far, plain)
+            self._set_lr()
+        if plain is not None and so_far.batches and so_far.updates < -(-so_far.batches // self._group(data)):
+            self._after_update(so_far, plain)  # of an incomplete group, at the epoch's end
+            yield self._record(epoch, so_far, plain)
 
-    def _train(self, batches: Iterator[Batch], carry_state: bool) -> Iterator[Tensor]:
+    def _group(self, data: Sampler) -> int:
+        return self.accumulate * (self.graph_batches if data.carry_state else 1)
+
+    def _record(self, epoch: int, so_far: EpochSoFar, plain: TrainingStep | None) -> StepRecord:
+        norm = None if plain is None else so_far.norms[-1]
+        return StepRecord(self.step, epoch, so_far.batches, self._current_lr(), so_far.tokens, so_far.losses[-1], norm)
+
+    def _after_update(self, so_far: EpochSoFar, plain: TrainingStep) -> None:
+        assert plain.norm is not None
+        so_far.updates += 1
+        self.step += 1
+        so_far.norms.append(plain.norm.clone())
+        so_far.state = plain.state
+        self._look(so_far, plain)
+
+    def _look(self, so_far: EpochSoFar, plain: TrainingStep | None) -> None:
+        """Is the step finite? Asked after each one where that does not wait for a device, or where on_nan wants it."""
+        if plain is not None and plain.guard and plain.refused > so_far.skipped:
+            if self.on_nan != "skip":
+                bad = so_far.first_not_finite()
+                raise TrainingError(self._what_happened(so_far, so_far.batches - 1 if bad is None else bad))
+            so_far.skipped = plain.refused
+            for i in range(so_far.checked, so_far.batches):  # what was not learned from does not count
+                if not math.isfinite(float(so_far.losses[i])):
+                    so_far.losses[i], so_far.counts[i] = torch.zeros_like(so_far.losses[i]), 0
+            if plain.state is not None and not bool(
+                torch.stack([s.isfinite().all() for s in _parts(plain.state)]).all()
+            ):
+                plain.state = so_far.state = None
+            if so_far.skipped == so_far.updates and so_far.skipped >= MAX_SKIPPED:
+                raise TrainingError(f"the first {so_far.skipped} updates of the epoch are not finite: {WHAT_TO_TRY}")
+        elif so_far.losses[-1].device.type == "cpu" and not math.isfinite(float(so_far.losses[-1])):
+            self.check_finite()
+
+    def check_finite(self) -> None:
+        """Raise TrainingError if a loss of the epoch so far is not finite: to be asked before anything is saved. Waits
+        for the device.
+        """
+        so_far = self._so_far
+        if so_far is not None and (bad := so_far.first_not_finite()) is not None:
+            raise TrainingError(self._what_happened(so_far, bad))
+
+    def _what_happened(self, so_far: EpochSoFar, batch: int) -> str:
+        """One line on the first step that is not finite."""
+        loss, epoch = float(so_far.losses[batch]), len(self.history) + 1
+        update = batch * so_far.updates // max(1, so_far.batches)
+        norms = [float(norm) for norm in so_far.norms[max(0, update - 1) : update + 1]]
+        what = f"the training loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norms[-1:]}"[:-1]
+        what = what.replace("[", "")
+        at = f"at step {self.step - so_far.updates + update + 1} (epoch {epoch}, batch {batch + 1})"
+        trend = f", the gradient norm was {norms[0]:.3g} a step before" if len(norms) == 2 else ""
+        return f"{what} {at}{trend}: {WHAT_TO_TRY}"
+
+    def _plain_step(self, data: Sampler, state: Any) -> TrainingStep | None:
+        """The step of this epoch, to start from a state; None for the reference model, which has its own."""
+        if isinstance(self.model, RNNLM):
+            return None
+        graph_batches = self.graph_batches if data.carry_state else 1
+        guard = self.on_nan != "stop" or self.model.device.type == "cpu"
+        plain = self._plain
+        if plain is None or (plain.optimizer, plain.clip, plain.graph_batches) != (
+            self.optimizer,
+            self.clip,
+            graph_batches,
+        ):
+            plain = self._plain = TrainingStep(
+                self.model,
+                self.optimizer,
+                self.clip,
+                graph_batches,
+                accumulate=self.accumulate,
+                bf16=self.precision == "bf16",
+                guard=guard,
+            )
+        plain.state, plain.pending = state, 0
+        plain.refused = 0 if self._so_far is None else self._so_far.skipped
+        return plain
+
+    def _losses(self, batches: Iterator[Batch], data: Sampler, plain: TrainingStep | None) -> Iterator[Tensor]:
         options: dict[str, Any] = {
-            "carry_state": carry_state,
-            "graph_batches": self.graph_batches if carry_state else 1,
+            "carry_state": data.carry_state,
+            "graph_batches": self.graph_batches if data.carry_state else 1,
         }
         if isinstance(self.model, RNNLM):
             updater: Any = self.optimizer
             if isinstance(updater, torch.optim.Optimizer):
-                updater = _Updater(updater)
+                updater = Updater(updater)
             return reference.train_batches(self.model, batches, updater, self.clip, **options)
-        options["recorded"] = self._recorded_steps(carry_state)
+        options |= {"step": plain, "recorded": self._recorded_steps(data.carry_state, plain)}
         return train_batches(self.model, batches, self.optimizer, self.clip, **options)
 
-    def _recorded_steps(self, carry_state: bool) -> RecordedSteps | None:
+    def _recorded_steps(self, carry_state: bool, plain: TrainingStep | None) -> RecordedSteps | None:
         """What records the steps of an epoch, and has recorded those of earlier ones; None if nothing does."""
         model = self.model
-        if self.capture_reason is not None or not isinstance(model, CharRNN):
+        if self.capture_reason is not None or not isinstance(model, CharRNN) or plain is None:
             return None
         optimizer = self.optimizer
-        if self._recorded is None or self._recorded_for != (carry_state, optimizer, self.clip):
-            self._recorded_for = (carry_state, optimizer, self.clip)
+        if self.schedule.changes:  # a number would be part of the recording
+            for group in optimizer.param_groups:
+                if not isinstance(group["lr"], Tensor):
+                    group["lr"] = torch.tensor(float(group["lr"]), device=model.device)
+        if self._recorded is None or self._recorded_for != (carry_state, plain):
+            self._recorded_for = (carry_state, plain)
             self._recorded = RecordedSteps(
-                TrainingStep(model, optimizer, self.clip),
+                plain,
                 CudaGraphRecorder(model.device),
                 lambda: dependencies(model, optimizer),
                 model.zero_state if carry_state else None,
@@ -344,36 +410,106 @@ class Trainer:
         self._recorded.refresh()
         return self._recorded
 
+    def _base_lrs(self) -> list[float]:
+        optimizer: Any = self.optimizer
+        if not isinstance(optimizer, torch.optim.Optimizer):
+            return [float(optimizer.lr)]
+        return [float(group["lr"]) for group in optimizer.param_groups]
+
+    def _current_lr(self) -> float:
+        return self._base_lrs()[0]
+
+    def _set_lr(self) -> None:
+        """The learning rates of the next update. One that never changes is left to whoever made the optimizer."""
+        optimizer = self.optimizer
+        if not isinstance(optimizer, torch.optim.Optimizer) or not (self.schedule.changes or self._lr_scale != 1.0):
+            return
+        factor = self._lr_scale * self.schedule.factor(self.step, len(self.history), self.total_updates)
+        for group, lr in zip(optimizer.param_groups, self._lrs, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(lr * factor)
+            else:
+                group["lr"] = lr * factor
+
+    def _remember(self) -> None:
+        """Keep a copy of this moment for on_nan="restore"."""
+        if self.on_nan == "restore" and isinstance(self.model, CharRNN) and self._data is not None:
+            generator = self._data.generator.get_state()
+            state = {"model": self.model.state_dict(), "trainer": self.state_dict(), "generator": generator}
+            self._good = copy.deepcopy(state)
+
+    def _restore(self) -> bool:
+        """Back to the last moment that was remembered, with half the learning rate; False if that is of no use."""
+        if self._good is None or self._data is None or self._restores >= MAX_RESTORES:
+            return False
+        assert isinstance(self.model, CharRNN)
+        scale, restores = self._lr_scale / 2, self._restores + 1
+        good = copy.deepcopy(self._good)
+        self.model.load_state_dict(good["model"])
+        self.load_state_dict(good["trainer"])
+        self._data.generator.set_state(good["generator"])
+        self._lr_scale, self._restores = scale, restores
+        for callback in self._callbacks:
+            callback.on_restore(self, self._lr_scale)
+        return True
+
     def state_dict(self) -> dict[str, object]:
-        """Optimiser and history, as plain values and tensors: with the model and the sampler's generator, all that a
-        resumed run needs.
+        """Optimiser, history and the epoch in progress, as plain values and tensors: with the model and the sampler's
+        generator, all that a resumed run needs.
         """
-        if not isinstance(self.optimizer, torch.optim.Optimizer):
-            return {"optimizer": None, "history": [asdict(record) for record in self.history]}
-        return {"optimizer": self.optimizer.state_dict(), "history": [asdict(record) for record in self.history]}
+        kept = isinstance(self.optimizer, torch.optim.Optimizer)
+        return {
+            "optimizer": self.optimizer.state_dict() if kept else None,
+            "history": [asdict(record) for record in self.history],
+            "step": self.step,
+            "lrs": self._lrs,
+            "lr_scale": self._lr_scale,
+            "restores": self._restores,
+            "epoch": None if self._so_far is None else self._so_far.state_dict(),
+            "random": self._random_state(),
+        }
 
     def load_state_dict(self, state: dict) -> None:
         """Take up where `state_dict` was written, on this device or another."""
         if state["optimizer"] is not None:
-            self.optimizer.load_state_dict(_for_this_device(state["optimizer"], self.optimizer))
+            self.optimizer.load_state_dict(for_this_device(state["optimizer"], self.optimizer))
         self.history = [EpochRecord(**record) for record in state["history"]]
+        self.step = int(state.get("step", 0)) or sum(record.step for record in self.history[-1:])
+        self._lrs = [float(lr) for lr in state.get("lrs", self._base_lrs())]
+        self._lr_scale, self._restores = float(state.get("lr_scale", 1.0)), int(state.get("restores", 0))
+        so_far, device = state.get("epoch"), next(iter(self.model.parameters())).device
+        self._so_far = None if so_far is None else EpochSoFar.from_state_dict(so_far)
+        if self._so_far is not None and self._so_far.state is not None:
+            self._so_far.state = _moved(self._so_far.state, device)
+            if isinstance(self.model, CharRNN) and isinstance(self.model.rnn, torch.nn.RNNBase):
+                L, H = self.model.num_layers, self.model.hidden_size
+                got = tuple(getattr(self._so_far.state, "shape", ()))
+                if len(got) != 3 or (got[0], got[2]) != (L, H):
+                    raise ValueError(f"a state ({L}, B, {H}) was expected, got {got}")
+        random = state.get("random")
+        if random is not None:
+            torch.set_rng_state(random["cpu"].cpu())
+            if random.get("device") is not None and device.type == "cuda":
+                torch.cuda.set_rng_state(random["device"].cpu(), device)
+
+    def _random_state(self) -> dict[str, Tensor | None] | None:
+        """torch's own generators, which dropout draws from; None where nothing does."""
+        if not isinstance(self.model, CharRNN) or self.model.dropout == 0:
+            return None
+        device = self.model.device
+        on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+        return {"cpu": torch.get_rng_state(), "device": on_device}
 
 
-def _for_this_device(state: dict, optimizer: torch.optim.Optimizer) -> dict:
-    """An optimiser's state_dict with the options of `optimizer` for how to compute a step, which are its device's own.
+MAX_SKIPPED = 100  # updates in a row at an epoch's beginning: more will not help
+WHAT_TO_TRY = (
+    "expected a finite number; lower the learning rate, clip the gradients, or go on with on_nan skip or restore"
+)
 
-    Where they put the step counts on the device, torch moves them there; elsewhere they belong on the host.
-    """
-    own = optimizer.param_groups
-    if len(own) != len(state["param_groups"]):
-        return state  # torch refuses it
-    names = [name for name in ("foreach", "fused", "capturable") if name in optimizer.defaults]
-    groups = [
-        written | {name: group[name] for name in names}
-        for written, group in zip(state["param_groups"], own, strict=True)
-    ]
-    values = {
-        i: {name: value.cpu() if name == "step" and isinstance(value, Tensor) else value for name, value in of.items()}
-        for i, of in state["state"].items()
-    }
-    return state | {"param_groups": groups, "state": values}
+
+def _parts(state: Any) -> list[Tensor]:
+    return [state] if isinstance(state, Tensor) else [part for item in state for part in _parts(item)]
+
+
+def _moved(state: Any, device: torch.device) -> Any:
+    return state.to(device) if isinstance(state, Tensor) else tuple(_moved(part, device) for part in state)

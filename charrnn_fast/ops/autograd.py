@@ -1,5 +1,6 @@
 """What the operations' backward passes share: gradients by recomputation, and gradients kept until asked for."""
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, Generic, TypeVar
 
@@ -10,10 +11,26 @@ from .context import addressable
 
 T = TypeVar("T")
 
+_OF_A_LAYER = re.compile("which is output 0 of [^,]*elman_?layer", re.IGNORECASE)
+
 
 def must_recompute(*tensors: Tensor | None) -> bool:
     """Must a backward pass be torch's operators: may a second derivative follow, or is a tensor not plain memory?"""
     return torch.is_grad_enabled() or not addressable(*tensors)
+
+
+def saved_tensors(ctx: Any) -> tuple[Any, ...]:
+    """What forward saved of an Elman layer; if its output was changed in place since, an error that says so."""
+    try:
+        return ctx.saved_tensors
+    except RuntimeError as error:
+        if "inplace operation" in str(error) and _OF_A_LAYER.search(str(error)):
+            raise RuntimeError(
+                "the output of an Elman RNN was changed in place before its backward pass, which computes gradients "
+                "from its values: change a copy instead (output.clone(), or the operation that is not in place). "
+                f"PyTorch says: {error}"
+            ) from None
+        raise
 
 
 def recomputed(

@@ -100,7 +100,8 @@ def steps_in_one_launch(parameters: Iterable[Tensor]) -> bool:
 def _backend(grads: Sequence[Tensor], params: Sequence[Tensor] | None = None) -> str:
     """What clips these gradients, or takes a step with params: triton, native (which takes no step) or torch."""
     wanted, device = backends.requested("auto"), grads[0].device
-    if not addressable(*grads, *(params or ())):
+    changed = grads if params is None else params
+    if not addressable(*grads, *(params or ())) or any(x.is_inference() for x in changed):
         return "torch"
     gpu = wanted == "triton" or (wanted == "auto" and device.type == "cuda")
     if gpu and backends.triton_cannot_run_on(device) is None:

@@ -2,7 +2,7 @@
 
 A kernel reads addresses. So it may run only on tensors that are nothing but strided memory, and only where nobody wants
 to see PyTorch's operators go by: `addressable` says both. Everywhere else PyTorch's own operators run, with its results
-and its errors; or the kernels as registered operators, where a compiler or a dispatch mode can see those.
+and its errors; or the kernels as registered operators, where a compiler or a tracer takes those.
 """
 
 import functools
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 # What torch's dispatcher knows of a plain tensor of a device with kernels: no more than these. Others say that it is
 # sparse, nested, a subclass in Python, a negative view, ...
@@ -18,6 +19,7 @@ _PLAIN_KEYS = ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "Aut
 _OTHER_KEYS = ~functools.reduce(
     operator.or_, (torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key)).raw_repr() for key in _PLAIN_KEYS)
 )
+_INPLACE_KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.ADInplaceOrView).raw_repr()  # inference tensors lack it
 
 
 def addressable(*tensors: Tensor | None) -> bool:
@@ -29,17 +31,21 @@ def plain(*tensors: Tensor | None) -> bool:
     """Is every tensor that is there nothing but strided memory: exactly a Tensor or a Parameter, bytes as they are?
 
     It is not if it is a subclass (fake and distributed tensors are), sparse, nested, quantized, a torch.func wrapper,
-    a negative or conjugate view, or without memory (storage freed, as FSDP does between uses, or known zeros).
-    Elements may overlap. To a compiler, whose tensors are stand-ins for such memory, all are plain.
+    a negative or conjugate view, or without memory (storage freed, as FSDP does between uses, or known zeros); nor is
+    an inference tensor where a graph is recorded, which may not keep it. Elements may overlap. To a compiler, whose
+    tensors are stand-ins for such memory, all are plain.
     """
     if torch.compiler.is_compiling():
         return True
-    keys_of = torch._C._dispatch_keys
+    keys_of, graph = torch._C._dispatch_keys, torch.is_grad_enabled()
     for x in tensors:
         if x is None:
             continue
         kind = type(x)
-        if (kind is not Tensor and kind is not nn.Parameter) or keys_of(x).raw_repr() & _OTHER_KEYS:
+        if kind is not Tensor and kind is not nn.Parameter:
+            return False
+        keys = keys_of(x).raw_repr()
+        if keys & _OTHER_KEYS or (graph and not keys & _INPLACE_KEY):
             return False
         if x.data_ptr() == 0 and x.numel() > 0:
             return False
@@ -47,13 +53,24 @@ def plain(*tensors: Tensor | None) -> bool:
 
 
 def tensor_operations_only() -> bool:
-    """Must eager code stay within PyTorch's own operators: in a transform, under torch.jit.trace, in function modes?"""
-    return transforms_active() or torch._C._get_tracing_state() is not None or _function_modes()
+    """Must eager code stay within PyTorch's own operators: in a transform, under torch.jit.trace, in a user's mode?"""
+    return (
+        transforms_active() or torch._C._get_tracing_state() is not None or _function_modes() or _users_dispatch_modes()
+    )
 
 
 def registered_operators_only() -> bool:
     """Must all that runs be registered operators: under a compiler, or in a dispatch mode (fake tensors, make_fx)?"""
     return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+
+
+def _users_dispatch_modes() -> bool:
+    """Is there a mode that sees operators and is not torch's own for tracing? One that counts floating-point
+    operations, say, knows torch's operators and not ours.
+    """
+    if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() == 0:
+        return False
+    return is_in_torch_dispatch_mode(include_infra_modes=False)
 
 
 def transforms_active() -> bool:

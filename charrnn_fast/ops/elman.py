@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .autograd import must_recompute, recomputed
-from .context import autocast, plain, registered_operators_only, tensor_operations_only
-from .elman_layer import check_tokens, in_order, is_packed, is_tokens, layer_backward, layer_forward
+from .autograd import must_recompute, recomputed, saved_tensors
+from .context import addressable, autocast, plain, registered_operators_only, tensor_operations_only
+from .elman_layer import check_tokens, is_tokens, layer_backward, layer_forward
 from .elman_torch import layer_by_tensor_operations
 
 
@@ -76,6 +76,7 @@ def elman_layer(
     batch_sizes: Tensor | None,
     nonlinearity: str,
     reverse: tuple[bool, ...],
+    batch_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """All D directions of one layer, arguments already checked.
 
@@ -84,19 +85,26 @@ def elman_layer(
         input: as in :func:`elman`. h0: (D, B, H) or None.
         weights: for each direction W_ih (H, I), W_hh (H, H) and, if there are biases, their sum b_ih + b_hh (H,).
         reverse: for each direction, does it walk time backwards.
+        batch_first: is the output turned to (B, T, D*H)? The input is (T, B, I) in any case.
 
     Returns:
-        output (T, B, D*H) or (N, D*H), direction d in columns d*H:(d+1)*H, and h_n (D, B, H).
+        output (T, B, D*H) or (N, D*H), direction d in columns d*H:(d+1)*H, and h_n (D, B, H). The output's memory is in
+        the order (T, B, D*H), turned or not, and where autograd records this call it is no view to it, as
+        torch.nn.RNN's.
     """
     if backend == "torch" or tensor_operations_only() or not plain(input, h0, batch_sizes, *weights):
         if is_tokens(input) and input.device.type == "cpu":
             check_tokens(input, weights[0].shape[1])
-        return layer_by_tensor_operations(input, h0, weights, batch_sizes, nonlinearity, reverse)
-    if registered_operators_only():
-        return _elman_layer_op(input, h0, batch_sizes, list(weights), backend, nonlinearity, list(reverse))
-    if not torch.is_grad_enabled():
-        return layer_forward(backend, input, h0, weights, batch_sizes, nonlinearity, reverse)
-    return _ElmanLayer.apply(backend, nonlinearity, reverse, batch_sizes, input, h0, *weights)
+        out, h_n = layer_by_tensor_operations(input, h0, weights, batch_sizes, nonlinearity, reverse)
+    elif registered_operators_only():
+        out, h_n = _elman_layer_op(input, h0, batch_sizes, list(weights), backend, nonlinearity, list(reverse))
+    elif torch.is_grad_enabled():
+        return _ElmanLayer.apply(backend, nonlinearity, reverse, batch_first, batch_sizes, input, h0, *weights)
+    else:
+        out, h_n = layer_forward(backend, input, h0, weights, batch_sizes, nonlinearity, reverse)
+    if batch_first:
+        out = out.transpose_(0, 1) if addressable(out) else out.transpose(0, 1)
+    return out, h_n
 
 
 class _ElmanLayer(torch.autograd.Function):
@@ -112,29 +120,34 @@ class _ElmanLayer(torch.autograd.Function):
         backend: str,
         nonlinearity: str,
         reverse: tuple[bool, ...],
+        batch_first: bool,
         batch_sizes: Tensor | None,
         input: Tensor,
         h0: Tensor | None,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
         out, h_n = layer_forward(backend, input, h0, weights, batch_sizes, nonlinearity, reverse)
-        ctx.backend, ctx.nonlinearity, ctx.reverse = backend, nonlinearity, reverse
+        if batch_first:  # before it is saved: afterwards it would be a change of what backward reads
+            out.transpose_(0, 1)
+        ctx.backend, ctx.nonlinearity, ctx.reverse, ctx.batch_first = backend, nonlinearity, reverse, batch_first
         ctx.save_for_backward(out, batch_sizes, input, h0, *weights)
         ctx.set_materialize_grads(False)
         return out, h_n
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_h_n: Tensor | None) -> tuple[Tensor | None, ...]:
-        out, batch_sizes, input, h0, *weights = ctx.saved_tensors
-        needs_grad = ctx.needs_input_grad[4:]
+        needs_grad = ctx.needs_input_grad[5:]
         if grad_out is None and grad_h_n is None:
-            return (None,) * (4 + len(needs_grad))
+            return (None,) * (5 + len(needs_grad))
+        out, batch_sizes, input, h0, *weights = saved_tensors(ctx)
+        if ctx.batch_first:
+            out, grad_out = out.transpose(0, 1), None if grad_out is None else grad_out.transpose(0, 1)
         arguments = (batch_sizes, ctx.nonlinearity, ctx.reverse)
         if must_recompute(grad_out, grad_h_n, out, input, h0, *weights, batch_sizes):
             grads = _recomputed(grad_out, grad_h_n, input, h0, weights, *arguments, needs_grad)
         else:
             grads = layer_backward(ctx.backend, grad_out, grad_h_n, out, input, h0, weights, *arguments, needs_grad)
-        return (None, None, None, None, *grads)
+        return (None, None, None, None, None, *grads)
 
 
 def _recomputed(
@@ -190,8 +203,7 @@ def _(
         batch = input.shape[1]
     else:
         batch = torch.library.get_ctx().new_dynamic_size()
-    count = input.shape[0] if is_packed(input) else input.shape[0] * input.shape[1]
-    out = in_order(weights[0].new_empty(count, directions * hidden), input)
+    out = weights[0].new_empty(*input.shape[: input.dim() - (not is_tokens(input))], directions * hidden)
     return out, out.new_empty(directions, batch, hidden)
 
 
@@ -247,10 +259,10 @@ def _setup_op_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
 
 
 def _op_backward(ctx: Any, grad_out: Tensor | None, grad_h_n: Tensor | None) -> tuple[Any, ...]:
-    out, input, h0, batch_sizes, *weights = ctx.saved_tensors
+    out, input, h0, batch_sizes, *weights = saved = saved_tensors(ctx)
     needs_input, needs_h0, _, needs_weights, *_ = ctx.needs_input_grad
     needs_grad = [needs_input, needs_h0, *needs_weights]
-    if registered_operators_only() or not must_recompute(grad_out, grad_h_n, *ctx.saved_tensors):
+    if registered_operators_only() or not must_recompute(grad_out, grad_h_n, *saved):
         arguments = (batch_sizes, weights, ctx.backend, ctx.nonlinearity, ctx.reverse, needs_grad)
         found = iter(_elman_layer_backward_op(grad_out, grad_h_n, out, input, h0, *arguments))
         grads = [next(found) if needs else None for needs in needs_grad]

@@ -1,14 +1,13 @@
 """One Elman layer by a backend's kernels: forward, backward, and the order of memory that they work in.
 
-The input is projected straight into the output's memory and the kernel walks it in place; token ids need no
-projection, their input is a row of the table W_ih^T + b_ih + b_hh. No autograd and no choice of backend here: elman.py
-has both.
+The input is projected straight into the output's memory, which is (T, B, D*H) whatever the input's strides, and the
+kernel walks it in place; token ids need no projection, their input is a row of the table W_ih^T + b_ih + b_hh. No
+autograd and no choice of backend here: elman.py has both.
 """
 
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends
@@ -37,7 +36,7 @@ def layer_forward(
         tokens, x = input, token_table(weights, directions)
         if backend != "native":  # which looks at the ids itself, in a fraction of the time
             check_tokens(tokens, x.shape[0])
-        out = in_order(x.new_empty(tokens.numel(), x.shape[1]), tokens)
+        out = x.new_empty(*tokens.shape, x.shape[1])
     else:
         tokens, x = None, _project(input, weights, directions)
         out = x
@@ -89,14 +88,14 @@ def layer_backward(
         reverse=tuple(reverse),
         need_weight_grad=any(needs_grad[3::each]),
     )
-    rows = grad_x if tokens is not None else _rows(grad_x, input)
+    rows = grad_x if tokens is not None else _rows(grad_x)
     needs_ih, needs_bias = any(needs_grad[2::each]), each == 3 and any(needs_grad[4::each])
     if needs_ih:  # (D*H, I); of the table with a row per token, it is the transpose
-        grad_weight_ih = rows.t() if tokens is not None else rows.t() @ _rows(input, input)
+        grad_weight_ih = rows.t() if tokens is not None else rows.t() @ _rows(input)
     if needs_bias:
         grad_bias = rows.sum(0)
     grads = [
-        _grad_input(rows, input, weights, directions) if needs_grad[0] else None,
+        _grad_input(rows, weights, directions).view(input.shape) if needs_grad[0] else None,
         grad_h0 if needs_grad[1] else None,
     ]
     for direction in range(directions):
@@ -123,24 +122,26 @@ def token_table(weights: Sequence[Tensor], directions: int) -> Tensor:
 
 
 def _project(input: Tensor, weights: Sequence[Tensor], directions: int) -> Tensor:
-    """input (T, B, I) or (N, I) -> input W_ih^T + b_ih + b_hh, (T, B, D*H) or (N, D*H), memory in the input's order."""
-    rows = _rows(input, input)
-    if directions == 1:
-        return in_order(F.linear(rows, weights[0], weights[2] if len(weights) == 3 else None), input)
-    hidden = weights[0].shape[0]
-    projected = rows.new_empty(rows.shape[0], directions * hidden)
+    """input (T, B, I) or (N, I), any strides -> input W_ih^T + b_ih + b_hh, (T, B, D*H) or (N, D*H), contiguous.
+
+    A tensor of its own and no view of one, as it becomes the output: what autograd takes for a view it does not let
+    users change in place.
+    """
+    rows, hidden = _rows(input), weights[0].shape[0]
+    projected = input.new_empty(*input.shape[:-1], directions * hidden)
+    projected_rows = _rows(projected)
     for direction in range(directions):
         weight_ih, _, bias = of_direction(weights, direction, directions)
-        columns = projected[:, direction * hidden : (direction + 1) * hidden]
+        columns = projected_rows[:, direction * hidden : (direction + 1) * hidden]
         if bias is None:
             torch.mm(rows, weight_ih.t(), out=columns)
         else:
             torch.addmm(bias, rows, weight_ih.t(), out=columns)
-    return in_order(projected, input)
+    return projected
 
 
-def _grad_input(grad_rows: Tensor, input: Tensor, weights: Sequence[Tensor], directions: int) -> Tensor:
-    """grad_rows (R, D*H), rows in ``_rows``'s order -> gradient of the dense input, in the input's shape.
+def _grad_input(grad_rows: Tensor, weights: Sequence[Tensor], directions: int) -> Tensor:
+    """grad_rows (R, D*H) -> gradient (R, I) of the rows of a dense input.
 
     On a CPU, where the two have one size, it takes the place of ``grad_rows``, some rows at a time: the largest tensor
     of a backward pass less, and no fresh pages to fetch.
@@ -149,11 +150,11 @@ def _grad_input(grad_rows: Tensor, input: Tensor, weights: Sequence[Tensor], dir
     if directions == 1 and features == hidden and grad_rows.is_contiguous() and grad_rows.device.type == "cpu":
         for part in grad_rows.split(_ROWS_IN_PLACE):
             part.copy_(part @ weights[0])
-        return in_order(grad_rows, input)
+        return grad_rows
     rows = grad_rows[:, :hidden] @ weights[0]
     if directions == 2:
         rows.addmm_(grad_rows[:, hidden:], weights[len(weights) // 2])
-    return in_order(rows, input)
+    return rows
 
 
 def is_tokens(input: Tensor) -> bool:
@@ -168,32 +169,9 @@ def _unit_stride(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor is None or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _is_batch_major(input: Tensor) -> bool:
-    """Does the memory of the (T, B, ...) view ``input`` run (B, T, ...), so that only that order merges for free?"""
-    steps, batch = input.shape[:2]
-    stride_t, stride_b = input.stride()[:2]
-    return stride_b == steps * stride_t and stride_t != batch * stride_b
-
-
-def is_packed(input: Tensor) -> bool:
-    return input.dim() == (1 if is_tokens(input) else 2)
-
-
-def _rows(x: Tensor, input: Tensor) -> Tensor:
-    """x (T, B, C) as (T*B, C) in the order of ``input``'s memory: free for both orders; other strides are copied."""
-    if is_packed(input):
-        return x
-    return (x.transpose(0, 1) if _is_batch_major(input) else x).reshape(-1, x.shape[-1])
-
-
-def in_order(rows: Tensor, input: Tensor) -> Tensor:
-    """The way back from :func:`_rows`: rows (T*B, C) in the order of ``input``'s memory as (T, B, C)."""
-    if is_packed(input):
-        return rows
-    steps, batch = input.shape[:2]
-    if _is_batch_major(input):
-        return rows.view(batch, steps, rows.shape[1]).transpose(0, 1)
-    return rows.view(steps, batch, rows.shape[1])
+def _rows(x: Tensor) -> Tensor:
+    """x (T, B, C) as (T*B, C), copied if its memory is in another order; packed (N, C) is that already."""
+    return x.flatten(0, 1) if x.dim() == 3 else x
 
 
 def check_tokens(tokens: Tensor, vocab: int) -> None:

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import _VF, Tensor, nn
 
+from .context import transforms_active
+
 # Torch's own class, bound here and nowhere else when the library is imported: torch.nn.RNN may be FusedRNN by the time
 # of a call, as patching that name is the commonest way to try a drop-in.
 TorchRNN = nn.RNN
@@ -33,20 +35,22 @@ def torch_rnn(
     dropout: float,
     training: bool,
     bidirectional: bool,
+    batch_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """What torch.nn.RNN runs for a stack of layers: ATen on a CPU, cuDNN or MIOpen on a GPU.
 
     Args:
-        input: (T, B, I) or packed (N, I). hx: (L*D, B, H). weights: flat, as ``RNNBase._flat_weights``.
+        input: (T, B, I), (B, T, I) if batch_first, or packed (N, I). hx: (L*D, B, H).
+        weights: flat, as ``RNNBase._flat_weights``.
 
     Returns:
-        output (T, B, D*H) or (N, D*H), and h_n (L*D, B, H).
+        output like input with D*H columns, and h_n (L*D, B, H).
     """
     run = _VF.rnn_tanh if nonlinearity == "tanh" else _VF.rnn_relu
     # cuDNN has a backward only for what ran in training mode, so that says "a gradient may follow", not "drop out".
     dropout, training = (dropout if training else 0.0), training or torch.is_grad_enabled()
     if batch_sizes is None:
-        return run(input, hx, weights, has_biases, num_layers, dropout, training, bidirectional, False)
+        return run(input, hx, weights, has_biases, num_layers, dropout, training, bidirectional, batch_first)
     return run(input, batch_sizes, hx, weights, has_biases, num_layers, dropout, training, bidirectional)
 
 
@@ -86,6 +90,16 @@ def layer_by_tensor_operations(
         outputs.append(output)
         states.append(state)
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)), torch.stack(states)
+
+
+def one_hot_rows(ids: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+    """(..., classes) rows of zeros with a one in the place of each id (...), int64 or int32; ids are taken as checked.
+
+    torch.nn.functional.one_hot looks at the ids, which a tracer's have not to show, and makes integers first.
+    """
+    rows = torch.zeros(*ids.shape, classes, dtype=dtype, device=ids.device)
+    places = ids.long().unsqueeze(-1)
+    return rows.scatter(-1, places, 1) if transforms_active() else rows.scatter_(-1, places, 1)
 
 
 def of_direction(weights: Sequence[Tensor], direction: int, directions: int) -> tuple[Tensor, Tensor, Tensor | None]:

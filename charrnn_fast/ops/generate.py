@@ -122,7 +122,7 @@ def _check(
             "expected temperature > 0, alpha >= 0 and top_k >= 1, got "
             f"temperature {temperature}, alpha {alpha}, top_k {top_k}"
         )
-    (vocab, hidden), batch = head_weight.shape, prompt.shape[0]
+    (vocab, hidden), batch, dtype = head_weight.shape, prompt.shape[0], head_weight.dtype
     expected: list[tuple[str, Tensor | None, tuple[int, ...]]] = [
         ("head_bias", head_bias, (vocab,)),
         ("state", state, (len(layers), batch, hidden)),
@@ -141,6 +141,8 @@ def _check(
             raise ValueError(f"{name}: expected floats {shape}, got {tuple(tensor.shape)} of {tensor.dtype}")
         if tensor.device != prompt.device:
             raise ValueError(f"{name}: expected a tensor on {prompt.device}, where the prompt is, got {tensor.device}")
+        if tensor.dtype != dtype and tensor is not uniforms:
+            raise ValueError(f"{name}: expected {dtype}, as the head's weight has, got {tensor.dtype}")
 
 
 # A program reads its weights once for each id: beyond this many bytes, at the 100 GB/s or so that one multiprocessor

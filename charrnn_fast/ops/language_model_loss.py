@@ -119,17 +119,17 @@ class _LanguageModelLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_loss, grad_h_n = grad_outputs
-        needs_grad = ctx.needs_input_grad[3:]
+        needs_grad, saved = ctx.needs_input_grad[3:], ctx.saved_tensors
         # Given away, so that autograd can keep them as they are in place of copies; a graph that is retained and walked
         # again makes them anew, the same bits.
         gradients = ctx.gradients.take()
-        if grad_h_n is not None or must_recompute(grad_loss, *ctx.saved_tensors):
-            gradients = _recomputed(ctx, grad_loss, grad_h_n)
+        if grad_h_n is not None or must_recompute(grad_loss, *saved):
+            gradients = _recomputed(ctx.nonlinearity, saved, needs_grad, grad_loss, grad_h_n)
         elif grad_loss is None:
             gradients = (None,) * len(needs_grad)
         else:
             if gradients is None:
-                gradients = _in_one_call(ctx.nonlinearity, *ctx.saved_tensors)[2]
+                gradients = _in_one_call(ctx.nonlinearity, *saved)[2]
             if grad_loss.item() != 1.0:  # nearly never
                 gradients = [None if g is None else g.mul_(grad_loss) for g in gradients]
         return (None, None, None, *(g if needs else None for g, needs in zip(gradients, needs_grad, strict=True)))
@@ -155,9 +155,15 @@ def _in_one_call(
     return loss, h_n, (grad_h0, grad_table.t(), grad_weight_hh, grad_bias, grad_head_weight, grad_head_bias)
 
 
-def _recomputed(ctx: Any, grad_loss: Tensor | None, grad_h_n: Tensor | None) -> list[Tensor | None]:
+def _recomputed(
+    nonlinearity: str,
+    saved: Sequence[Any],
+    needs_grad: Sequence[bool],
+    grad_loss: Tensor | None,
+    grad_h_n: Tensor | None,
+) -> list[Tensor | None]:
     """The gradients by the separate operations, differentiable where a graph is wanted."""
-    tokens, targets, *operands = ctx.saved_tensors
+    tokens, targets, *operands = saved
 
     def run(
         h0: Tensor | None,
@@ -167,8 +173,8 @@ def _recomputed(ctx: Any, grad_loss: Tensor | None, grad_h_n: Tensor | None) -> 
         head_weight: Tensor,
         head_bias: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        states, h_n = elman(tokens, h0, weight_ih, weight_hh, bias, nonlinearity=ctx.nonlinearity, backend="native")
+        states, h_n = elman(tokens, h0, weight_ih, weight_hh, bias, nonlinearity=nonlinearity, backend="native")
         rows = states.transpose(0, 1).flatten(0, 1)
         return linear_cross_entropy(rows, head_weight, targets.t().flatten(), linear_bias=head_bias), h_n
 
-    return recomputed(run, operands, ctx.needs_input_grad[3:], (grad_loss, grad_h_n))
+    return recomputed(run, operands, needs_grad, (grad_loss, grad_h_n))

@@ -77,6 +77,8 @@ def linear_cross_entropy(
 
 def _backend(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> str:
     """The backend of this call: "torch" for shapes, types and kinds of tensors that the kernels do not take."""
+    if not all(isinstance(t, Tensor) for t in (input, weight, target)):
+        return "torch"  # which says so in its own words
     if tensor_operations_only() or not plain(input, weight, bias, target):
         return "torch"
     shapes = input.dim() == 2 and weight.dim() == 2 and input.shape[1] == weight.shape[1] and weight.numel() > 0
@@ -111,7 +113,7 @@ def _by_tensor_operations(
     class_weight: Tensor | None = None,
     label_smoothing: float = 0.0,
 ) -> Tensor:
-    if weight.dim() > 2:  # (V, d_1, ..., d_K, H)
+    if isinstance(weight, Tensor) and weight.dim() > 2:  # (V, d_1, ..., d_K, H)
         rows = F.linear(input, weight.flatten(0, -2), None if bias is None else bias.flatten())
         logits = rows.unflatten(-1, weight.shape[:-1])
     else:
@@ -150,12 +152,12 @@ class _NativeLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_loss,) = grad_outputs
-        input, weight, bias, target = ctx.saved_tensors
+        input, weight, bias, target = saved = ctx.saved_tensors  # once: checkpointing makes them anew for one reading
         arguments = (input, weight, bias, target, ctx.ignore_index, ctx.reduction)
         # The gradients made in forward are given away, so that nobody finds them changed, and a loss that is kept does
         # not keep them. A graph that is retained and walked again makes them anew, the same bits.
         gradients = ctx.gradients.take()
-        if must_recompute(grad_loss, *ctx.saved_tensors):
+        if must_recompute(grad_loss, *saved):
             gradients = _recomputed(
                 grad_loss, input, weight, bias, target, ctx.reduction, ctx.ignore_index, ctx.needs_input_grad
             )
@@ -279,9 +281,9 @@ class _TritonLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_loss,) = grad_outputs
-        input, weight, bias, target, lse, count = ctx.saved_tensors
+        input, weight, bias, target, lse, count = saved = ctx.saved_tensors
         options = (ctx.reduction, ctx.ignore_index, ctx.needs_input_grad)
-        if must_recompute(grad_loss, *ctx.saved_tensors):
+        if must_recompute(grad_loss, *saved):
             gradients = _recomputed(grad_loss, input, weight, bias, target, *options)
         else:
             gradients = _triton_backward(grad_loss, input, weight, bias, target, lse, count, *options)
@@ -358,12 +360,12 @@ def _setup_op_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, T
 
 def _op_backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
     needs_grad = list(ctx.needs_input_grad[:3])
-    options = (ctx.reduction, ctx.ignore_index, needs_grad)
-    if registered_operators_only() or not must_recompute(grad_loss, *ctx.saved_tensors):
-        found = iter(_loss_backward_op(grad_loss, *ctx.saved_tensors, *options))
+    options, saved = (ctx.reduction, ctx.ignore_index, needs_grad), ctx.saved_tensors
+    if registered_operators_only() or not must_recompute(grad_loss, *saved):
+        found = iter(_loss_backward_op(grad_loss, *saved, *options))
         gradients = [next(found) if needs else None for needs in needs_grad]
     else:
-        input, weight, bias, target, _, _ = ctx.saved_tensors
+        input, weight, bias, target, _, _ = saved
         gradients = _recomputed(grad_loss, input, weight, bias, target, *options)
     return (*gradients, None, None, None, None)
 

@@ -91,6 +91,13 @@ def _computed(tensor: Tensor | None) -> Tensor | None:
     return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
 
 
+def _require_one_type(*tensors: Tensor | None) -> None:
+    """C is told one type and reads all floating-point memory as it: ValueError where a tensor has another."""
+    dtypes = {t.dtype for t in tensors if t is not None}
+    if len(dtypes) > 1:
+        raise ValueError(f"expected tensors of one type, got {' and '.join(sorted(map(str, dtypes)))}")
+
+
 def _buffer(tensor: Tensor | None) -> tuple[int, int]:
     """Address, and the bytes from there to the end of its memory: what C checks sizes and strides against."""
     if tensor is None:
@@ -217,6 +224,7 @@ def elman_forward(
     """
     walk = _Walk(x, weight_hh, h0, tokens, batch_sizes, nonlinearity, reverse)
     source = _computed(x)
+    _require_one_type(source, walk.h0, *walk.weight)
     if out is not None and (out.shape != walk.shape or (walk.H > 1 and out.stride(-1) != 1)):
         raise ValueError(
             f"out: expected {tuple(walk.shape)} with last stride 1, got {tuple(out.shape)} with strides {out.stride()}"
@@ -262,6 +270,7 @@ def elman_backward(
     walk = _Walk(out, weight_hh, h0, tokens, batch_sizes, nonlinearity, reverse)
     states = _computed(out)
     grad_out, grad_h_n = _computed(grad_out), _computed(grad_h_n)
+    _require_one_type(states, grad_out, grad_h_n, walk.h0, *walk.weight)
     batch = walk.B if h0 is None else h0.shape[1]
     grad_h0 = walk.states(batch)
     new: Any = functools.partial(torch.empty, dtype=walk.dtype, device="cpu")
@@ -321,6 +330,7 @@ def linear_cross_entropy(
         return _chunked_cross_entropy(hidden, weight, bias, target, ignore_index, reduction, need_grad, grad_loss)
     dtype = hidden.dtype
     hidden, weight, bias, grad_loss = (_computed(t) for t in (hidden, weight, bias, grad_loss))
+    _require_one_type(hidden, weight, bias, grad_loss)
     target = target.to(torch.int64).contiguous()
     (N, H), V = hidden.shape, weight.shape[0]
     loss = array("d", [0.0])
@@ -426,6 +436,7 @@ def language_model_loss(
         raise ValueError(f"nonlinearity: expected 'tanh' or 'relu', got {nonlinearity!r}")
     table, weight_hh, head_weight, h0 = (_computed(t) for t in (table, weight_hh, head_weight, h0))
     head_bias = None if head_bias is None else head_bias.contiguous()
+    _require_one_type(table, weight_hh, head_weight, head_bias, h0)
     # Ids that share memory are copied: C takes as many as there are, so that nothing makes it loop for nothing.
     tokens, targets = (ids.contiguous() if 0 in ids.stride() else ids for ids in (tokens, targets))
     (T, B), (V, H) = tokens.shape, table.shape
@@ -493,6 +504,7 @@ def generate(
         None if t is None else _computed(t).contiguous()
         for t in (table, *weight_ih[1:], *weight_hh, *bias[1:], head_weight, head_bias)
     ]
+    _require_one_type(*kept)
     table = kept[0]
     result = table.new_zeros(L, B, H)
     if state is not None:

@@ -108,7 +108,13 @@ class _NothingIsRecorded:
 
 
 def test_files_of_a_run(run):
-    assert sorted(p.name for p in run.iterdir()) == ["best.ckpt", "curve.png", "history.json", "last.ckpt"]
+    assert sorted(p.name for p in run.iterdir()) == [
+        "best.ckpt",
+        "config.toml",
+        "curve.png",
+        "history.json",
+        "last.ckpt",
+    ]
     history = json.loads((run / "history.json").read_text())
     assert [record["epoch"] for record in history] == [1, 2]
     assert (run / "curve.png").read_bytes().startswith(b"\x89PNG")
@@ -239,7 +245,13 @@ def test_loss_that_is_not_finite_keeps_what_was_written(run, book, capsys):
     torch.save(content, run / "last.ckpt")
     before = (run / "last.ckpt").read_bytes()
     arguments = ["train", "--text", book, "--out", run, "--resume", "--epochs", "9", "--hidden-size", "8"]
-    _fails(capsys, arguments, "the training loss is nan in epoch 3", "learning rate")
+    _fails(
+        capsys,
+        arguments,
+        "the training loss is nan at step 7 (epoch 3, batch 1)",
+        "learning rate",
+        "last.ckpt keeps the last",
+    )
     assert (run / "last.ckpt").read_bytes() == before
 
 

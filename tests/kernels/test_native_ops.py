@@ -205,3 +205,25 @@ def test_clip_of_nothing_and_of_infinities():
     assert native.clip_grad_norm_(grads, 1.0).isinf()
     assert grads[0][0].isnan() and grads[0][1] == 0
     assert "contiguous" in native.clip_limits([torch.randn(3, 4).t()])
+
+
+def test_tensors_of_two_types_are_refused_and_not_read_as_one():
+    """A kernel that read the wider as the narrower would give numbers, and wrong ones."""
+    x, weight, ids = torch.randn(4, 2, 3), torch.randn(3, 3), torch.zeros(4, 2, dtype=torch.int64)
+    rows, head, bias = torch.randn(4, 3), torch.randn(5, 3), torch.randn(5)
+    out, h_n = native.elman_forward(x.clone(), [weight])
+    calls = [
+        lambda: native.elman_forward(x, [weight.double()]),
+        lambda: native.elman_forward(x, [weight], h_n.double()),
+        lambda: native.elman_backward(out.double(), None, out, [weight]),
+        lambda: native.elman_backward(None, h_n.double(), out, [weight]),
+        lambda: native.linear_cross_entropy(rows, head, bias.double(), ids[:, 0]),
+        lambda: native.linear_cross_entropy(rows.double(), head, None, ids[:, 0]),
+        lambda: native.language_model_loss(ids, ids, head, weight.double(), head),
+        lambda: native.language_model_loss(ids, ids, head, weight, head, bias.double()),
+        lambda: native.generate(ids.t(), 3, head, [None], [weight.double()], [None], head),
+        lambda: native.generate(ids.t(), 3, head, [None], [weight], [None], head, bias.double()),
+    ]
+    for call in calls:
+        with pytest.raises(ValueError, match="expected tensors of one type"):
+            call()

@@ -14,10 +14,12 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from charrnn_fast.errors import TrainingError
 from charrnn_fast.lm import capture, checkpoint, corpora, data, training
+from charrnn_fast.lm import step as step_module
 from charrnn_fast.lm.capture import MAX_SHAPES, WARM_UP_STEPS, RecordedSteps, dependencies
 from charrnn_fast.lm.model import CharRNN
 from charrnn_fast.lm.recipes import RECIPES, build_model, build_sampler
-from charrnn_fast.lm.training import Trainer, TrainingStep, train_batches
+from charrnn_fast.lm.step import TrainingStep, train_batches
+from charrnn_fast.lm.training import Trainer
 from charrnn_fast.reference import training as reference
 
 ENGLISH = corpora.fallback(corpora.BOOKS["timemachine"], "offline").text[:12_000]
@@ -239,8 +241,8 @@ def test_losses_stay_what_they_were():
 def test_triton_kernels_follow_the_reference(name, device, monkeypatch):
     """What a GPU runs (token recurrence, loss, clip, update; recorded), in fp64: interpreted where there is none."""
     monkeypatch.setenv("CHARRNN_BACKEND", "triton")
-    steps = Mock(wraps=training.clip_and_sgd_step_)
-    monkeypatch.setattr(training, "clip_and_sgd_step_", steps)
+    steps = Mock(wraps=step_module.clip_and_sgd_step_)
+    monkeypatch.setattr(step_module, "clip_and_sgd_step_", steps)
     sizes = {"batch_size": 1 if name == "santa" else 5, "num_steps": 4, "hidden_size": 6}
     recipe = replace(RECIPES[name], **sizes)
     text = TEXT[: {"scratch": 60, "ch8": 130, "santa": 30}[name]]

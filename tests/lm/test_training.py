@@ -10,7 +10,7 @@ import torch
 
 from charrnn_fast.errors import TrainingError
 from charrnn_fast.kernels import native
-from charrnn_fast.lm import checkpoint, corpora, data, training
+from charrnn_fast.lm import checkpoint, corpora, data, step
 from charrnn_fast.lm.model import CharRNN
 from charrnn_fast.lm.recipes import RECIPES, build_model, build_sampler
 from charrnn_fast.lm.training import MAX_GRAPH_BATCHES, Trainer, train_batches, validate
@@ -26,6 +26,8 @@ SMALL = {
     "concise": {"batch_size": 256},
     "ch8": {"hidden_size": 48, "batch_size": 16},
     "santa": {"hidden_size": 48},
+    # dropout draws other numbers in each form; the reference has Adam, at one learning rate
+    "shakespeare": {"hidden_size": 24, "batch_size": 8, "dropout": 0.0, "optimizer": "adam", "schedule": "constant"},
 }
 
 
@@ -51,15 +53,31 @@ def test_fused_and_reference_follow_the_same_curve_for_200_steps(name):
     assert min(fused[-20:]) < fused[0] - 0.2
 
 
+def _departure(recipe, kind: str, reordered: int = 0) -> float:
+    """How far 200 losses in fp32 come from those of the reference in fp64; `reordered` turns the rows of each batch
+    around by so many, which is another order of the same sums.
+    """
+    model = build_model(recipe, 28, seed=0, kind=kind)
+    sampler = build_sampler(recipe, TEXT, seed=0)
+    trainer = Trainer(model, optimizer=recipe.optimizer, lr=recipe.lr, clip=recipe.clip)
+    run = reference.train_batches if kind == "reference" else train_batches
+    curve: list[float] = []
+    while len(curve) < 200:
+        batches = [(X.roll(reordered, 0), Y.roll(reordered, 0)) for X, Y in sampler.train()]
+        carried = {"carry_state": sampler.carry_state}
+        curve += [float(loss) for loss in run(model, batches, trainer.optimizer, trainer.clip, **carried)]
+    exact = torch.tensor(_curve(recipe, "reference", 200, torch.float64), dtype=torch.float64)
+    return float((torch.tensor(curve[:200], dtype=torch.float64) - exact).abs().max())
+
+
 @pytest.mark.parametrize("name", RECIPES)
 def test_fp32_departs_from_the_exact_curve_as_the_reference_in_fp32_does(name):
-    """Rounding grows along a curve, in 200 steps to 2e-6 (scratch) or 2e-7 (ch8): at most 3 times as far as there."""
+    """Rounding grows along a curve, in 200 steps to 2e-6 (scratch) or 2e-7 (ch8), by chance more or less (concise:
+    1.2e-6, 2.8e-6, 5.7e-6 by the order of a batch's rows): at most 3 times as far as there, in the worse of two orders.
+    """
     recipe = replace(RECIPES[name], **SMALL[name])
-    exact, fused, scratch = (
-        torch.tensor(_curve(recipe, kind, 200, dtype), dtype=torch.float64)
-        for kind, dtype in (("reference", torch.float64), ("fused", torch.float32), ("reference", torch.float32))
-    )
-    assert 0 < (fused - exact).abs().max() <= 3 * (scratch - exact).abs().max()
+    theirs = max(_departure(recipe, "reference", order) for order in ((0, 100) if recipe.batch_size > 1 else (0,)))
+    assert 0 < _departure(recipe, "fused") <= 3 * theirs
 
 
 def test_torch_model_follows_the_same_curve():
@@ -157,7 +175,7 @@ def test_loss_that_is_not_finite_stops_the_run(kind):
     seen = []
     with pytest.raises(
         TrainingError,
-        match=r"the (training loss|validation perplexity) is (nan|inf) in epoch \d: expected a finite number",
+        match=r"the (training loss|gradient norm|validation perplexity) is (nan|inf) (in epoch|at step) \d.*: expected",
     ):
         trainer.fit(build_sampler(recipe, TEXT, seed=0), on_epoch=seen.append)
     assert len(trainer.history) == len(seen) < 3
@@ -186,7 +204,7 @@ def test_trainer_takes_an_optimizer_of_torch():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"optimizer": "lion"}, "optimizer must be 'sgd', 'adam' .* got 'lion'"),
+        ({"optimizer": "lion"}, "optimizer must be 'sgd', 'adam', 'adamw', 'rmsprop' .* got 'lion'"),
         ({"lr": 0.0}, r"lr must be above 0, got 0\.0"),
         ({"clip": -1.0}, r"clip must be above 0, or None for no clipping, got -1\.0"),
         ({"graph_batches": 0}, "graph_batches must be 1 to 16, got 0"),
@@ -201,10 +219,10 @@ def test_bad_options(options, message):
 def test_plain_sgd_is_told_from_other_optimizers():
     """Its step may be taken by the clip's launch; every other one, and one with hooks, by the optimizer itself."""
     p = torch.zeros(3, requires_grad=True)
-    assert training._plain_sgd_lr(torch.optim.SGD([p], 0.5)) == 0.5
+    assert step._plain_sgd_lr(torch.optim.SGD([p], 0.5)) == 0.5
     others = [torch.optim.SGD([p], 0.5, momentum=0.9), torch.optim.SGD([p], 0.5, weight_decay=0.1)]
     others += [torch.optim.SGD([p], 0.5, maximize=True), torch.optim.Adam([p], 0.5)]
     others += [torch.optim.SGD([{"params": [p]}, {"params": [torch.zeros(2, requires_grad=True)]}], 0.5)]
     watched = torch.optim.SGD([p], 0.5)
     watched.register_step_pre_hook(lambda *arguments: None)
-    assert [training._plain_sgd_lr(optimizer) for optimizer in [*others, watched]] == [None] * 6
+    assert [step._plain_sgd_lr(optimizer) for optimizer in [*others, watched]] == [None] * 6

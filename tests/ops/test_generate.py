@@ -159,6 +159,9 @@ MISFITS = {
     "a top_k of 0": dict(top_k=0),
     "a head of another size": dict(head_weight=torch.zeros(11, 7)),
     "a head with another bias": dict(head_bias=torch.zeros(12)),
+    "a head bias of another type": dict(head_bias=torch.zeros(11, dtype=torch.float64)),
+    "a head of another type": dict(head_weight=torch.zeros(11, 8, dtype=torch.bfloat16)),
+    "a state of another type": dict(state=torch.zeros(1, 1, 8, dtype=torch.float64)),
     "a prompt on another device": dict(prompt=torch.zeros(1, 4, dtype=torch.int64, device="meta")),
 }
 

@@ -1,0 +1,181 @@
+"""One training step: forward, loss, backward, clip, update; and the loop over the batches of an epoch.
+
+The loop of `train_batches` is the one of charrnn_fast.reference.training, which trains the reference model; the two
+take the same arguments and follow the same curve.
+"""
+
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from charrnn_fast.lm.capture import RecordedSteps, Step
+from charrnn_fast.lm.data import Batch
+from charrnn_fast.lm.model import CharRNN
+from charrnn_fast.ops.clip_grad_norm import clip_and_sgd_step_, steps_in_one_launch
+
+
+class TrainingStep:
+    """Forward, loss, backward, clip and update for one batch; without a look at a value, but with `guard`.
+
+    Args:
+        model, optimizer: what is trained, and what updates its parameters.
+        clip: largest global gradient norm, None for none.
+        graph_batches: the number of batches k that the graph is kept across; one update is made for every k of them,
+            on the mean of their losses.
+        accumulate: the number of batches whose gradients are added up, each batch with a backward pass of its own, for
+            one update on the mean loss over their characters. At most one of the two is above 1.
+        bf16: run forward and loss under autocast to bfloat16.
+        guard: look at loss and norm before an update, and make none if one of them is not finite.
+
+    Attributes:
+        norm: the gradients' norm at the last update, before clipping: a scalar on the model's device, written anew by
+            each update; None before the first one.
+        pending: batches that wait for an update. refused: updates that `guard` has not made.
+        state: (L, B, H) or None, where `train_batches` keeps the state that the next batch starts from.
+    """
+
+    def __init__(
+        self,
+        model: CharRNN,
+        optimizer: torch.optim.Optimizer,
+        clip: float | None,
+        graph_batches: int = 1,
+        *,
+        accumulate: int = 1,
+        bf16: bool = False,
+        guard: bool = False,
+    ) -> None:
+        self.model, self.optimizer, self.clip, self.graph_batches = model, optimizer, clip, graph_batches
+        self.accumulate, self.bf16, self.guard = accumulate, bf16, guard
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.norm: Tensor | None = None
+        self.state: Any = None
+        self.pending = self.refused = 0
+        self._losses: list[Tensor] = []  # of the batches that wait for a backward pass
+        self._last_loss: Tensor | None = None
+        self._counts: list[int] = []  # characters of the batches whose gradients are being added up
+
+    def __call__(self, X: Tensor, Y: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """X, Y (B, T) int64 and the state (L, B, H), None for zeros -> the loss, detached, and the next state, detached
+        if there was an update.
+        """
+        with torch.autocast(X.device.type, torch.bfloat16) if self.bf16 else nullcontext():
+            loss, state = self.model.loss(X, Y, state)
+        self._last_loss = loss.detach()
+        self.pending += 1
+        if self.accumulate > 1:
+            self._add_gradients(loss, Y.numel())
+            state = _cut_off(state)
+        else:
+            self._losses.append(loss)
+        if self.pending == max(self.graph_batches, self.accumulate):
+            self.update()
+            state = _cut_off(state)
+        return loss.detach(), state
+
+    def update(self) -> None:
+        """Bring the parameters up to date with the batches so far, if there are any. No gradients are left behind."""
+        if not self.pending:
+            return
+        try:
+            if self._losses:
+                loss = self._losses[0] if len(self._losses) == 1 else torch.stack(self._losses).mean()
+                loss.backward()
+            elif (scale := self.accumulate * self._counts[0] / sum(self._counts)) != 1:
+                for p in self.parameters:
+                    if p.grad is not None:
+                        p.grad.mul_(scale)
+            self._descend()
+        finally:  # also when a recording fails, whose gradients are memory that was never written
+            self._losses.clear()
+            self._counts.clear()
+            self.pending = 0
+            self.optimizer.zero_grad(set_to_none=True)
+            self.model.zero_grad(set_to_none=True)  # of what the optimizer does not hold
+
+    def _add_gradients(self, loss: Tensor, count: int) -> None:
+        """Backward of one of several batches: weighed as if all had the first one's number of characters."""
+        self._counts.append(count)
+        (loss * (count / (self.accumulate * self._counts[0]))).backward()
+
+    def _descend(self) -> None:
+        """Clip the gradients and take the optimizer's step along them; plain SGD's on a GPU in the same launch."""
+        lr = _plain_sgd_lr(self.optimizer)
+        fused = self.model.cell == "fused" and not self.guard and steps_in_one_launch(self.parameters)
+        if lr is not None and fused:
+            self._keep(clip_and_sgd_step_(self.parameters, self.clip, lr))
+            return
+        # Without clipping the norm is measured all the same: no gradient is above infinity, and times 1 is exact.
+        norm = self.model.clip_grad_norm_(self.parameters, math.inf if self.clip is None else self.clip)
+        self._keep(norm)
+        loss = norm if self._last_loss is None else self._last_loss
+        if self.guard and not (math.isfinite(float(norm)) and math.isfinite(float(loss))):
+            self.refused += 1
+            return
+        self.optimizer.step()
+
+    def _keep(self, norm: Tensor) -> None:
+        """The norm in a buffer whose address a captured step can hold."""
+        if self.norm is None or self.norm.device != norm.device or self.norm.dtype != norm.dtype:
+            self.norm = torch.empty_like(norm)
+        self.norm.copy_(norm.detach())
+
+
+def _cut_off(state: Any) -> Any:
+    """The state without its graph: a tensor, or a tuple of them as an LSTM has it."""
+    return state.detach() if isinstance(state, Tensor) else tuple(_cut_off(part) for part in state)
+
+
+def _plain_sgd_lr(optimizer: torch.optim.Optimizer) -> float | Tensor | None:
+    """The learning rate of an SGD that only subtracts lr * gradient and that nobody watches; None for all others."""
+    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
+    if type(optimizer) is not torch.optim.SGD or len(optimizer.param_groups) != 1 or any(hooks):
+        return None
+    (group,) = optimizer.param_groups
+    plain = not any(group[name] for name in ("momentum", "weight_decay", "maximize", "differentiable"))
+    return group["lr"] if plain else None
+
+
+def train_batches(
+    model: CharRNN,
+    batches: Iterable[Batch],  # X (B, T) and Y (B, T), int64
+    optimizer: torch.optim.Optimizer,
+    clip: float | None,
+    *,
+    carry_state: bool = False,
+    graph_batches: int = 1,
+    step: TrainingStep | None = None,
+    recorded: RecordedSteps | None = None,
+) -> Iterator[Tensor]:
+    """Train on the batches in turn and yield the loss of each, detached and still on the device.
+
+    carry_state=False starts every batch from the zero state; True takes the state that the batch before ended with,
+    detached every `graph_batches` batches, for which one update is made on the mean of their losses. clip is the
+    largest global gradient norm, None for none. `step` is a TrainingStep of these arguments, by default made here:
+    the first batch starts from its state, and it keeps the one that the next would start from. `recorded` is the same
+    step, recorded; by default each step is run anew.
+    """
+    if step is None:
+        step = TrainingStep(model, optimizer, clip, graph_batches)
+    run: Step = step if recorded is None else recorded
+    for X, Y in batches:
+        loss, state = run(X, Y, step.state if carry_state else None)
+        step.state = state if carry_state else None
+        yield loss
+    step.update()
+
+
+class Updater:
+    """An optimizer of torch with the manners of the reference's: it leaves no gradients behind."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer):
+        self.params = [p for group in optimizer.param_groups for p in group["params"]]
+        self._optimizer = optimizer
+
+    def step(self) -> None:
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
