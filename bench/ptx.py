@@ -12,11 +12,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .ptx_integers import COMPARE, INTEGER, clip, compute, signed
+
 LANES = 32
 ARGUMENT = 4096  # an integer argument of the kernel: masks over sizes are full, strides divide by 16
 PROGRAMS = 4  # along every axis of the grid
 SYMBOL = 1 << 16  # bytes from one symbol of a memory space to the next
-INTEGER = re.compile(r"([bsu])(8|16|32|64)$")
 MOVES = ("bra", "brx", "ret", "exit")
 MOST_STEPS = 1_000_000
 _NAME = re.compile(r"[%a-zA-Z_$][\w$.]*")
@@ -48,7 +49,7 @@ class Instruction:
     @functools.cached_property
     def sources(self) -> tuple[str, ...]:
         """Registers, and whatever else has a name, that it reads."""
-        first = 0 if self.name[0] == "brx" or self.operands and self.operands[0].startswith("[") else 1
+        first = 0 if self.name[0] == "brx" or (self.operands and self.operands[0].startswith("[")) else 1
         return (*_NAME.findall(" ".join(self.operands[first:])), *([self.guard] if self.guard else []))
 
 
@@ -64,15 +65,25 @@ def split(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in parts if part.strip())
 
 
+def _up_to_its_brace(text: str) -> str:
+    """What stands before the brace that closes one opened before the text."""
+    depth = 1
+    for brace in re.finditer(r"[{}]", text):
+        depth += 1 if brace[0] == "{" else -1
+        if depth == 0:
+            return text[: brace.start()]
+    raise ValueError("a brace is not closed in this PTX")
+
+
 class Kernel:
     """The first entry of a PTX module: its code, labels, arguments and number of threads."""
 
     def __init__(self, ptx: str) -> None:
         text = re.sub(r"//.*", "", ptx)
-        entry = re.search(r"\.entry\s+[\w$]+\s*\((.*?)\)(.*?)^\{(.*?)^\}", text, re.S | re.M)
+        entry = re.search(r"\.entry\s+[\w$]+\s*\((.*?)\)(.*?)\{", text, re.S)
         if entry is None:
             raise ValueError("no kernel in this PTX")
-        arguments, directives, body = entry.groups()
+        (arguments, directives), body = entry.groups(), _up_to_its_brace(text[entry.end() :])
         threads = re.search(r"\.reqntid\s+(\d+)", directives)
         self.threads = int(threads[1]) if threads else LANES
         self.arguments = [
@@ -84,7 +95,7 @@ class Kernel:
         self.symbols = {name: SYMBOL * i for i, name in enumerate(shared)}
         self.symbols |= {name: SYMBOL * i for i, (_, name) in enumerate(self.arguments)}  # in a space of their own
         self.code: list[Instruction] = []
-        self.labels: dict[str, int] = {}
+        self.labels: dict[str, list[int]] = {}
         self.tables: dict[str, tuple[str, ...]] = {}  # labels that a branch by index chooses from
         for statement in re.sub(r"^\s*\.(loc|file|section|pragma)\b.*$", "", body, flags=re.M).split(";"):
             self._add(statement)
@@ -93,7 +104,7 @@ class Kernel:
         statement, name = statement.lstrip("{} \t\n"), ""
         while label := re.match(r"([$\w]+):(?!:)[{}\s]*", statement):
             name = label[1]
-            self.labels[name] = len(self.code)
+            self.labels.setdefault(name, []).append(len(self.code))
             statement = statement[label.end() :]
         if statement.startswith(".branchtargets"):
             self.tables[name] = split(statement.removeprefix(".branchtargets"))
@@ -103,148 +114,77 @@ class Kernel:
             names = tuple(name.replace("::", "_").split("."))
             self.code.append(Instruction(len(self.code), guard, bool(negated), names, split(operands)))
 
-    def loops(self) -> list[tuple[int, int]]:
-        """(first, last) of every span that a branch at its end goes back over, the longest first."""
-        spans = [
-            (self.labels[branch.operands[-1]], branch.index)
-            for branch in self.code
-            if branch.name[0] == "bra" and self.labels[branch.operands[-1]] <= branch.index
-        ]
-        return sorted(spans, key=lambda span: span[0] - span[1])
+    def place(self, branch: Instruction, label: str) -> int:
+        """Where a branch to a label goes: the nearest, as blocks of inline assembly have labels of their own."""
+        return min(self.labels[label], key=lambda place: abs(place - branch.index))
 
 
-def _signed(bits: np.ndarray, width: int) -> np.ndarray:
-    """The numbers that two's complement of so many bits stands for."""
-    return (bits << np.uint64(64 - width)).view(np.int64) >> (64 - width)
+@dataclass(frozen=True)
+class Loop:
+    head: int
+    body: frozenset[int]  # indexes of its instructions, inner loops' included
 
 
-def _clip(bits: np.ndarray, width: int) -> np.ndarray:
-    return bits & np.uint64((1 << width) - 1)
+def longest_loop(kernel: Kernel) -> Loop | None:
+    """The loop of the most instructions: a head and all from which it is reached again without leaving it."""
+    after = _successors(kernel)
+    dominators = _dominators(after)
+    before: dict[int, list[int]] = {}
+    for block, (_, targets) in after.items():
+        for target in targets:
+            before.setdefault(target, []).append(block)
+    best: Loop | None = None
+    for head in after:
+        ends = [block for block in before.get(head, ()) if head in dominators.get(block, ())]
+        blocks = {head}
+        while ends:
+            block = ends.pop()
+            if block not in blocks:
+                blocks.add(block)
+                ends += before.get(block, ())
+        if len(blocks) > 1 or head in after[head][1]:
+            body = frozenset(i for block in blocks for i in range(block, after[block][0]))
+            if best is None or len(body) > len(best.body):
+                best = Loop(head, body)
+    return best
 
 
-def _shl(a: np.ndarray, by: np.ndarray, width: int) -> np.ndarray:
-    return np.where(by < width, a << np.minimum(by, np.uint64(63)), np.uint64(0))
+def _successors(kernel: Kernel) -> dict[int, tuple[int, list[int]]]:
+    """By the first instruction of each block of straight code: the block's end, and the blocks after it."""
+    code, targets = kernel.code, {}
+    for instruction in code:
+        if instruction.name[0] == "bra":
+            targets[instruction.index] = [kernel.place(instruction, instruction.operands[-1])]
+        elif instruction.name[0] == "brx":
+            targets[instruction.index] = [
+                kernel.place(instruction, label) for label in kernel.tables[instruction.operands[1]]
+            ]
+        elif instruction.name[0] in MOVES:
+            targets[instruction.index] = []
+    firsts = {0, *(index + 1 for index in targets), *(place for places in targets.values() for place in places)}
+    order = sorted(firsts - {len(code)})
+    blocks = {}
+    for first, end in zip(order, [*order[1:], len(code)], strict=True):
+        last = code[end - 1]
+        falls = last.index not in targets or last.guard is not None
+        found = [place for place in targets.get(last.index, []) if place < len(code)]
+        blocks[first] = (end, found + [end] * (falls and end < len(code)))
+    return blocks
 
 
-def _shr(a: np.ndarray, by: np.ndarray, width: int, signed: bool) -> np.ndarray:
-    if signed:
-        return (_signed(a, width) >> np.minimum(by, np.uint64(width - 1)).view(np.int64)).view(np.uint64)
-    return np.where(by < width, a >> np.minimum(by, np.uint64(63)), np.uint64(0))
-
-
-def _divide(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Quotient, rounded to zero, and remainder; of a zero divisor 0 and a."""
-    safe = np.where(b == 0, 1, b)
-    quotient = np.where(b == 0, 0, np.sign(a) * np.sign(safe) * (np.abs(a) // np.abs(safe))).astype(a.dtype)
-    return quotient, a - quotient * b
-
-
-def _extract(a: np.ndarray, first: np.ndarray, length: np.ndarray, width: int, signed: bool) -> np.ndarray:
-    first, length = first & np.uint64(255), length & np.uint64(255)
-    mask = _shl(np.ones_like(first), length, 64) - np.uint64(1)
-    found = _shr(a, first, width, signed)
-    if signed:
-        top = _shr(found, np.maximum(length, np.uint64(1)) - np.uint64(1), width, False) & np.uint64(1)
-        found = np.where((top != 0) & (length > 0), found | ~mask, found & mask)
-        return _clip(found, width)
-    return found & mask
-
-
-def _prmt(a: np.ndarray, b: np.ndarray, selector: np.ndarray) -> np.ndarray:
-    both, found = a | b << np.uint64(32), np.zeros_like(a)
-    for i in range(4):
-        choice = selector >> np.uint64(4 * i)
-        byte = both >> (np.uint64(8) * (choice & np.uint64(7))) & np.uint64(255)
-        sign = np.where(byte & np.uint64(128), np.uint64(255), np.uint64(0))
-        found |= np.where(choice & np.uint64(8), sign, byte) << np.uint64(8 * i)
+def _dominators(after: dict[int, tuple[int, list[int]]]) -> dict[int, set[int]]:
+    """By block: those that every way to it from the start goes through."""
+    found: dict[int, set[int]] = {0: {0}}
+    changed = True
+    while changed:
+        changed = False
+        for block in [*found]:
+            for target in after[block][1]:
+                new = (found[target] & found[block] if target in found else found[block]) | {target}
+                if found.get(target) != new and target != 0:
+                    found[target] = new
+                    changed = True
     return found
-
-
-def _lop3(a: np.ndarray, b: np.ndarray, c: np.ndarray, table: np.ndarray) -> np.ndarray:
-    found = np.zeros_like(a)
-    for i in range(8):
-        term = np.full_like(a, ~np.uint64(0))
-        for value, bit in ((a, 4), (b, 2), (c, 1)):
-            term &= value if i & bit else ~value
-        found |= np.where(table >> np.uint64(i) & np.uint64(1), term, np.uint64(0))
-    return found
-
-
-def _funnel(name: tuple[str, ...], low: np.ndarray, high: np.ndarray, by: np.ndarray) -> np.ndarray:
-    by = by & np.uint64(31) if "wrap" in name else np.minimum(by, np.uint64(32))
-    both = low | high << np.uint64(32)
-    return both >> by if "r" in name else np.where(by > 0, both >> (np.uint64(32) - by), high)
-
-
-COMPARE: dict[str, Callable] = {
-    "eq": np.equal,
-    "ne": np.not_equal,
-    "lt": np.less,
-    "le": np.less_equal,
-    "gt": np.greater,
-    "ge": np.greater_equal,
-    "lo": np.less,
-    "ls": np.less_equal,
-    "hi": np.greater,
-    "hs": np.greater_equal,
-}
-SIMPLE: dict[str, Callable] = {  # alike for signed and unsigned
-    "mov": lambda a: a,
-    "cvta": lambda a: a,
-    "add": np.add,
-    "sub": np.subtract,
-    "neg": np.negative,
-    "not": np.invert,
-    "and": np.bitwise_and,
-    "or": np.bitwise_or,
-    "xor": np.bitwise_xor,
-    "lop3": _lop3,
-    "prmt": _prmt,
-}
-
-
-def compute(name: tuple[str, ...], operands: list[np.ndarray]) -> np.ndarray | None:
-    """The result of an integer instruction from the bits of its operands, or None if it is not modelled."""
-    kind = INTEGER.match(name[-1])
-    if kind is None or (name[0] == "cvt" and INTEGER.match(name[-2]) is None):
-        return None
-    signed, width, base = kind[1] == "s", int(kind[2]), name[0]
-    if base == "shf":
-        return _funnel(name, *operands)
-    if base == "cvt":
-        to = INTEGER.match(name[-2])
-        assert to is not None
-        value = _signed(operands[0], width).view(np.uint64) if signed else operands[0]
-        return None if "sat" in name else _clip(value, int(to[2]))
-    if base in SIMPLE:
-        return _clip(SIMPLE[base](*operands), width)
-    if base in ("shl", "shr"):
-        found = _shl(*operands, width) if base == "shl" else _shr(*operands, width, signed)
-        return _clip(found, width)
-    numbers = [_signed(a, width) if signed else a for a in operands]
-    if base in ("mul", "mad"):
-        if "hi" in name:
-            return None
-        product = (numbers[0] * numbers[1]).view(np.uint64)
-        out = 2 * width if "wide" in name else width
-        return _clip(product + operands[2] if base == "mad" else product, out)
-    if base in ("div", "rem"):
-        return _clip(_divide(*numbers)[base == "rem"].view(np.uint64), width)
-    if base in ("min", "max"):
-        return _clip((np.minimum if base == "min" else np.maximum)(*numbers).view(np.uint64), width)
-    if base == "abs":
-        return _clip(np.abs(numbers[0]).view(np.uint64), width)
-    if base == "bfe":
-        return _extract(*operands, width, signed)
-    if base == "bfi":
-        first, length = operands[2] & np.uint64(255), operands[3] & np.uint64(255)
-        mask = _shl(_shl(np.ones_like(first), length, 64) - np.uint64(1), first, width)
-        return _clip(operands[1] & ~mask | _shl(operands[0], first, width) & mask, width)
-    if base == "popc":
-        return np.array([int(a).bit_count() for a in operands[0]], np.uint64)
-    if base == "brev":
-        return np.array([int(f"{int(a):0{width}b}"[::-1], 2) for a in operands[0]], np.uint64)
-    return None
 
 
 @dataclass(frozen=True)
@@ -260,10 +200,10 @@ class Event:
 class Run:
     """One program's run. `events` goes through it; operands can be asked for at each event.
 
-    asked: the instructions that are asked for; only what they and the branches depend on is computed. loop: (first,
-    last) of the loop that is followed: left after so many turns, whatever its condition says; other loops run as long
-    as theirs does. arguments: of the kernel, by position; ARGUMENT where there is none. A branch that something unknown
-    decides is taken back over the loop that is followed, and elsewhere goes as `decided` says: 0 not taken or the first
+    asked: the instructions that are asked for; only what they and the branches depend on is computed. loop: the one
+    that is followed: left in its turn `turns`, whatever its condition says; other loops run as long as theirs does.
+    arguments: of the kernel, by position; ARGUMENT where there is none. A branch that something unknown decides stays
+    in the loop that is followed if that is the question, and elsewhere goes as `decided` says: 0 not taken or the first
     of its targets (which holds where nothing is said), 1 taken or the second, and so on. `undecided` are those that
     were met of which it says nothing, with the number of ways that they have.
     """
@@ -272,7 +212,7 @@ class Run:
         self,
         kernel: Kernel,
         asked: Callable[[Instruction], bool],
-        loop: tuple[int, int] | None = None,
+        loop: Loop | None = None,
         turns: int = 3,
         arguments: Mapping[int, int] | None = None,
         decided: Mapping[int, int] | None = None,
@@ -283,13 +223,12 @@ class Run:
         self.threads = np.arange(kernel.threads)
         self.everywhere = np.ones(kernel.threads, bool)
         self.registers: dict[str, Value] = {}
-        self.complete = 0  # turns of the loop that came to its end
+        self.turn = -1  # of the loop
         self.always = Value(np.ones(kernel.threads, np.uint64), self.everywhere)
         self.unknown = Value(np.zeros(kernel.threads, np.uint64), ~self.everywhere)
         self._asked = {instruction.index for instruction in kernel.code if asked(instruction)}
         self._needed = self._slice()
         self._constants: dict[str, Value] = {}
-        self._taken: dict[int, int] = {}
 
     def _slice(self) -> set[int]:
         """Instructions whose results go, by whatever way, into those that are asked for or into a branch."""
@@ -351,7 +290,9 @@ class Run:
 
     def events(self) -> Iterator[Event]:
         code, at = self.kernel.code, np.zeros(self.threads.shape, np.int64)
-        stops = [i.index for i in code if i.index in self._asked | self._needed or i.name[0] in MOVES]
+        head = -1 if self.loop is None else self.loop.head
+        needed = self._asked | self._needed | {head}
+        stops = [i.index for i in code if i.index in needed or i.name[0] in MOVES]
         after = np.searchsorted(stops, np.arange(len(code) + 1))  # of each place, the first of `stops` from it on
         for _ in range(MOST_STEPS):
             index = int(at.min())
@@ -361,9 +302,10 @@ class Run:
             if not here.all():
                 index = min(index, int(at[~here].min()))
             instruction = code[index]
-            if index not in self._asked and index not in self._needed and instruction.name[0] not in MOVES:
+            if index not in needed and instruction.name[0] not in MOVES:
                 at[here] = index
                 continue
+            self.turn += index == head
             guard = self._guard(instruction)
             active, sure = here & guard.known & (guard.bits != 0), bool(guard.known[here].all())
             at[here] = index + 1
@@ -375,8 +317,8 @@ class Run:
                 at[active] = len(code)
             else:
                 if index in self._asked:
-                    inside = self.loop is not None and self.loop[0] <= index <= self.loop[1]
-                    yield Event(instruction, active, sure, self._taken.get(self.loop[1], 0) if inside else None)
+                    inside = self.loop is not None and index in self.loop.body
+                    yield Event(instruction, active, sure, self.turn if inside else None)
                 self._execute(instruction, here, guard)
         raise RuntimeError(f"no end after {MOST_STEPS} instructions")
 
@@ -387,23 +329,14 @@ class Run:
         return Value(found.bits ^ np.uint64(1), found.known) if instruction.negated else found
 
     def _branch(self, branch: Instruction, here: np.ndarray, active: np.ndarray, sure: bool, at: np.ndarray) -> None:
-        target = self.kernel.labels[branch.operands[-1]]
-        followed = self.loop is not None and branch.index == self.loop[1]
-        if followed:
-            self.complete += 1
-            active = here if not sure else active
-        elif not sure and self._decide(branch.index, 2):
+        target = self.kernel.place(branch, branch.operands[-1])
+        stays = [self.loop is not None and place in self.loop.body for place in (branch.index + 1, target)]
+        if self.loop is not None and branch.index in self.loop.body and branch.guard is not None and sum(stays) == 1:
+            if self.turn + 1 >= self.turns or not sure:
+                active = here if stays[1] == (self.turn + 1 < self.turns) else ~self.everywhere
+        elif not sure and target > branch.index and self._decide(branch.index, 2):
             active = here
-        if target > branch.index:
-            at[active] = target
-            return
-        if not active.any():
-            return
-        self._taken[branch.index] = self._taken.get(branch.index, 0) + 1
-        if not followed or self._taken[branch.index] < self.turns:
-            at[active] = target
-        elif branch.guard is None:
-            at[active] = self._exit(target, branch.index)
+        at[active] = target
 
     def _decide(self, index: int, ways: int) -> int:
         if index not in self.decided:
@@ -413,20 +346,11 @@ class Run:
     def _jump(self, branch: Instruction, active: np.ndarray, sure: bool, at: np.ndarray) -> None:
         """A branch to one of a table's labels."""
         choice, table = self.value(branch.operands[0]), self.kernel.tables[branch.operands[1]]
-        targets = np.array([self.kernel.labels[label] for label in table])
+        targets = np.array([self.kernel.place(branch, label) for label in table])
         if sure and choice.known[active].all():
             at[active] = targets[np.minimum(choice.bits[active], np.uint64(len(table) - 1)).astype(np.int64)]
         else:
             at[active] = targets[self._decide(branch.index, len(table))]
-
-    def _exit(self, first: int, last: int) -> int:
-        """Where a loop without a condition at its end goes on when it is left."""
-        targets = (
-            self.kernel.labels[inner.operands[-1]]
-            for inner in self.kernel.code[first:last]
-            if inner.name[0] == "bra"
-        )
-        return next((target for target in targets if target > last), len(self.kernel.code))
 
     def _execute(self, instruction: Instruction, here: np.ndarray, guard: Value) -> None:
         names = instruction.results
@@ -497,7 +421,7 @@ class Run:
         kind = INTEGER.match(name[-1])
         if kind is None or name[1] not in COMPARE:
             return []
-        a, b = (_signed(v.bits, int(kind[2])) if kind[1] == "s" else _clip(v.bits, int(kind[2])) for v in values[:2])
+        a, b = (signed(v.bits, int(kind[2])) if kind[1] == "s" else clip(v.bits, int(kind[2])) for v in values[:2])
         found = Value(COMPARE[name[1]](a, b).astype(np.uint64), values[0].known & values[1].known)
         if len(name) == 4:
             return [_logic(name[2], [found, values[2]])]
@@ -507,9 +431,7 @@ class Run:
 def _select(a: Value, b: Value, condition: Value) -> Value:
     chosen = condition.bits != 0
     same = a.known & b.known & (a.bits == b.bits)
-    return Value(
-        np.where(chosen, a.bits, b.bits), np.where(condition.known, np.where(chosen, a.known, b.known), same)
-    )
+    return Value(np.where(chosen, a.bits, b.bits), np.where(condition.known, np.where(chosen, a.known, b.known), same))
 
 
 def _logic(operation: str, values: list[Value]) -> Value:

@@ -4,10 +4,11 @@
     python bench/static.py --write    and record it in bench/results/static.json, under this Triton's version
     python bench/static.py --check    and fail where a figure is worse than the record
 
-Needs Triton alone (torch is not imported). Recorded for each tile: registers a thread, stack in bytes (anything but 0
-is a spill), shared memory in bytes, the matrix instructions, and inside the time loop, per warp and step:
-instructions, barriers, shared loads and stores, matrix instructions and FMAs. The time loop is the longest span of
-code that a branch at its end goes back over.
+Needs Triton and numpy alone (torch is not imported). Recorded for each tile: registers a thread, stack in bytes
+(anything but 0 is a spill), shared memory in bytes, the matrix instructions, and inside the time loop, per warp and
+step: instructions, barriers, shared loads and stores, matrix instructions and FMAs. The time loop is the longest span
+of code that a branch at its end goes back over. On NVIDIA also, per program and step: wavefronts of shared memory and
+how many of them are bank conflicts (wavefronts.py); static_conflicts.py says why those that there are may stay.
 """
 
 import argparse
@@ -217,6 +218,41 @@ def linear_cross_entropy_case(step: str, kind: str, tile, target: str) -> Case:
     return Case(name, target, module, kernel, types, constants, tile.multiple > 1, options, matrix, shared)
 
 
+def sum_cases(target: str) -> list[Case]:
+    """The kernels beside those with tiles: sums over the programs of the loss and of the weight's gradient."""
+    launchers = load("linear_cross_entropy_tiles")
+    partials = {"H": 32, "V": 28, "BLOCK_P": launchers.SUM_PROGRAMS, "BLOCK": launchers.SUM_COLUMNS, "HAS_BIAS": True}
+    cases = []
+    for module, kernel, warps, constants, types in (
+        (
+            "linear_cross_entropy_grad_kernels",
+            "sum_partials_kernel",
+            launchers.SUM_WARPS,
+            partials,
+            {"partial_ptr": "*fp32", "grad_weight_ptr": "*fp32", "grad_bias_ptr": "*fp32"},
+        ),
+        (
+            "linear_cross_entropy_kernels",
+            "loss_of_splits_kernel",
+            4,
+            {"BLOCK_N": 128, "LOSS_ROWS": True},
+            dict.fromkeys(("partial_lse_ptr", "chosen_ptr", "lse_ptr", "loss_ptr", "totals_ptr"), "*fp32")
+            | {"target_ptr": "*i64"},
+        ),
+        (
+            "linear_cross_entropy_kernels",
+            "total_kernel",
+            4,
+            {"BLOCK": 1024, "LOSS": True, "MEAN": True},
+            dict.fromkeys(("totals_ptr", "loss_ptr", "count_ptr"), "*fp32"),
+        ),
+    ):
+        options = load("targets").launch_options(warps, target, all_registers=False)
+        name = kernel.removesuffix("_kernel").replace("_", " ")
+        cases.append(Case(name, target, module, kernel, types, constants, False, options, False, 48 * 1024))
+    return cases
+
+
 def clip_cases(target: str) -> list[Case]:
     """The clipping kernels: one launch and two, with pointer arguments and with a table of every dtype."""
     kernels = load("clip_grad_norm_kernels")
@@ -301,7 +337,7 @@ def generate_case(target: str, kind: str, H: int, V: int, L: int, sampled: bool)
 
 def all_cases(target: str) -> list[Case]:
     """Of every kernel that is shipped."""
-    makers = (elman_cases, linear_cross_entropy_cases, clip_cases, generate_cases)
+    makers = (elman_cases, linear_cross_entropy_cases, sum_cases, clip_cases, generate_cases)
     return [case for cases in makers for case in cases(target)]
 
 
@@ -358,7 +394,7 @@ def faults(case: Case, found: dict) -> list[str]:
         problems.append(f"shared memory {found['shared']} is more than {case.shared}")
     if case.matrix not in (None, bool(found["matrix"])):
         problems.append(f"matrix instructions: meant {case.matrix}, found {found['matrix']}")
-    return problems
+    return problems + load("static_conflicts", "bench").faults(case.name, found)
 
 
 def regressions(found: dict, recorded: dict | None) -> list[str]:
@@ -366,9 +402,9 @@ def regressions(found: dict, recorded: dict | None) -> list[str]:
     if recorded is None:
         return ["not in the record; run bench/static.py --write"]
     problems = [
-        f"{name} {found[name]}, recorded {recorded[name]}"
+        f"{name} {found[name]}, recorded {recorded.get(name, 0)}"
         for name, (ratio, slack) in TOLERANCE.items()
-        if name in found and found[name] > max(recorded[name] * ratio, recorded[name] + slack)
+        if found.get(name, 0) > max(recorded.get(name, 0) * ratio, recorded.get(name, 0) + slack)
     ]
     if found["matrix"] != recorded["matrix"]:
         problems.append(f"matrix instructions {found['matrix']}, recorded {recorded['matrix']}")
@@ -376,13 +412,14 @@ def regressions(found: dict, recorded: dict | None) -> list[str]:
 
 
 def report(target: str, results: dict[str, dict]) -> None:
-    columns = ("registers", "stack", "shared", "instructions", "barriers", "shared_loads", "shared_stores", "fma")
-    print(f"\n{target}, Triton {triton.__version__}: loop figures are per warp and time step")
-    heads = ("regs", "stack", "shared", "instr", "barr", "lds", "sts", "fma")
+    columns = ["registers", "stack", "shared", "instructions", "barriers", "shared_loads", "shared_stores", "fma"]
+    columns += ["wavefronts", "conflicts"]
+    print(f"\n{target}, Triton {triton.__version__}: loop figures are per warp and time step, wavefronts per program")
+    heads = ("regs", "stack", "shared", "instr", "barr", "lds", "sts", "fma", "wavefr", "confl")
     print(f"{'tile':64}" + "".join(f"{head:>8}" for head in heads) + "  matrix")
     for name, found in results.items():
         matrix = " ".join(f"{kind} x{found['matrix_instructions']}" for kind in found["matrix"])
-        print(f"{name:64}" + "".join(f"{found[column]:8}" for column in columns) + f"  {matrix}")
+        print(f"{name:64}" + "".join(f"{found.get(column, '-'):>8}" for column in columns) + f"  {matrix}")
 
 
 def main() -> int:
@@ -390,6 +427,9 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="record the figures under this Triton's version")
     parser.add_argument("--check", action="store_true", help="fail where a figure is worse than the record")
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="only this target (repeatable)")
+    parser.add_argument(
+        "--only", default="", metavar="PATTERN", help="tiles with this regular expression in their names"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -397,7 +437,12 @@ def main() -> int:
 
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     ours = record.setdefault(triton.__version__, {})
-    cases = {target: all_cases(target) for target in options.target or TARGETS}
+    if options.only and options.write:
+        parser.error("--write records all tiles, so there is no --only with it")
+    cases = {
+        target: [case for case in all_cases(target) if re.search(options.only, case.name)]
+        for target in options.target or TARGETS
+    }
     failed = 0
     with ProcessPoolExecutor(options.jobs) as pool:
         pending = {target: [pool.submit(figures, case) for case in cases[target]] for target in cases}

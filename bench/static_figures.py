@@ -1,4 +1,4 @@
-"""What a compiled kernel's code says of itself: registers, spills, and of its longest loop instructions and wavefronts."""
+"""What a compiled kernel's code says: registers and spills, and of its longest loop instructions and wavefronts."""
 
 import re
 import subprocess
@@ -83,13 +83,16 @@ def nvidia_figures(cubin: bytes, shared: int) -> dict:
 
 
 def shared_figures(ptx: str, arguments: Mapping[int, int] | None = None) -> dict[str, int]:
-    """From PTX, of a whole program: wavefronts in a turn of its longest loop, those of them that are conflicts, conflicts
-    outside of the loop, and accesses whose wavefronts are unknown.
+    """From PTX, of a whole program and, where there is a loop, of a turn of the longest.
+
+    wavefronts, and conflicts: how many of them the least possible would not need; the same outside of the loop;
+    unknown_accesses: instructions whose wavefronts are unknown.
     """
     found = wavefronts.count(ptx, arguments)
     return {
         "wavefronts": found.loop.wavefronts,
         "conflicts": found.loop.wavefronts - found.loop.least,
+        "wavefronts_once": found.once.wavefronts,
         "conflicts_once": found.once.wavefronts - found.once.least,
         "unknown_accesses": len(found.unknown),
     }
@@ -97,6 +100,7 @@ def shared_figures(ptx: str, arguments: Mapping[int, int] | None = None) -> dict
 
 def amd_figures(assembly: str, shared: int) -> dict:
     """From an assembly listing. Bank conflicts are not counted there."""
+
     def value(name):
         return int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
 

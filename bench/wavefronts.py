@@ -46,9 +46,7 @@ def _least(words: np.ndarray) -> int:
 def _broadcasts(addresses: np.ndarray, active: np.ndarray) -> bool:
     """Whether every lane's address is that of lane ^ 1, or every one's that of lane ^ 2."""
     lanes = np.arange(addresses.size)
-    return any(
-        np.all((addresses == addresses[lanes ^ step]) | ~active | ~active[lanes ^ step]) for step in (1, 2)
-    )
+    return any(np.all((addresses == addresses[lanes ^ step]) | ~active | ~active[lanes ^ step]) for step in (1, 2))
 
 
 def access(addresses: np.ndarray, width: int, active: np.ndarray | None = None) -> tuple[int, int]:
@@ -143,7 +141,9 @@ def _of_warps(event: ptx.Event, run: ptx.Run) -> list[tuple[int, int]] | None:
     """(wavefronts, least) of each warp's part in an access, or None if it is unknown."""
     name, operands = event.instruction.name, event.instruction.operands
     addresses = run.address(next(operand for operand in operands if operand.startswith("[")))
-    if not event.sure or not addresses.known[event.active].all() or name[0] not in ACCESSES:
+    if not event.sure or not addresses.known[event.active].all():
+        return None
+    if name[0] not in ACCESSES or any(part in ("async", "shared_cluster") for part in name[1:] if name[0] != "cp"):
         return None
     if name[0] in ("ldmatrix", "stmatrix"):
         width = next(int(part[1]) for part in name if re.fullmatch(r"x\d", part))
@@ -159,6 +159,10 @@ def _of_warps(event: ptx.Event, run: ptx.Run) -> list[tuple[int, int]] | None:
     return found
 
 
+def _wavefronts(count: Count) -> int:
+    return count.wavefronts
+
+
 def count(text: str, arguments: Mapping[int, int] | None = None) -> Found:
     """Wavefronts of a kernel's PTX, summed over the warps of one program.
 
@@ -166,14 +170,14 @@ def count(text: str, arguments: Mapping[int, int] | None = None) -> Found:
     depends on something unknown, several ways are gone until every access was met, and the most expensive one counts.
     """
     kernel = ptx.Kernel(text)
-    loops = kernel.loops()
+    loop = ptx.longest_loop(kernel)
     accesses = {instruction.index for instruction in kernel.code if is_access(instruction)}
     found, unknown, counted = Found(), set[int](), set[int]()
     ways: list[dict[int, int]] = [{}]
     gone: list[dict[int, int]] = []
     while ways and len(gone) < MOST_WAYS and not accesses <= counted | unknown:
         gone.append(ways.pop())
-        run = ptx.Run(kernel, is_access, loops[0] if loops else None, TURNS, arguments, gone[-1])
+        run = ptx.Run(kernel, is_access, loop, TURNS, arguments, gone[-1])
         turns, once = defaultdict[int, Count](Count), Count()
         for event in run.events():
             index, each = event.instruction.index, _of_warps(event, run)
@@ -181,9 +185,10 @@ def count(text: str, arguments: Mapping[int, int] | None = None) -> Found:
             where = once if event.turn is None else turns[event.turn]
             for wavefronts, least in each or ():
                 where.add(index, wavefronts, least)
-        loop = turns[run.complete - 1] if run.complete else Count()
-        found.loop = max(found.loop, once if not loops else loop, key=lambda c: c.wavefronts)
-        found.once = max(found.once, once if loops else Count(), key=lambda c: c.wavefronts)
+        # Where a loop is left at its head the last turn is not a whole one.
+        last = max((turns[turn] for turn in sorted(turns)[-2:]), key=_wavefronts, default=Count())
+        found.loop = max(found.loop, once if loop is None else last, key=_wavefronts)
+        found.once = max(found.once, Count() if loop is None else once, key=_wavefronts)
         for branch, choices in sorted(run.undecided.items()):
             ways += [gone[-1] | {branch: choice} for choice in range(1, choices)]
     found.unknown = sorted(accesses - counted | unknown)
