@@ -314,7 +314,8 @@ SHARED_MEMORY = textwrap.dedent("""
 
     @gluon.jit
     def in_registers(w_ptr, out_ptr, T, K: gl.constexpr, WARPS: gl.constexpr):
-        P: gl.constexpr = gl.BlockedLayout([K // (16 * WARPS), K // 8, 1, 4], [16, 1, 2, 1], [WARPS, 1, 1, 1], [3, 2, 1, 0])
+        threads: gl.constexpr = [16, 1, 2, 1]
+        P: gl.constexpr = gl.BlockedLayout([K // 64, K // 8, 1, 4], threads, [WARPS, 1, 1, 1], [3, 2, 1, 0])
         N: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, P)))
         OUT: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(1, P)))
         n = gl.arange(0, K, layout=N)
