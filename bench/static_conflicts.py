@@ -28,6 +28,8 @@ STATEMENTS = (
     Statement(
         "(loss|logits) tf32x3 H32\\* ", "sm_100: the low parts of both operands are stored once more for tcgen05"
     ),
+    Statement("loss 16bit H32 ", "sm_80: changes of layout, 48 wavefronts once a program"),
+    Statement("elman .* (left|right) warps", f"{FMA_DOT}, and the recurrence as it was; not counted in the record"),
     Statement("sum partials", "Triton 3.6 exchanges sums over warps with the summed axis innermost; once a program"),
     Statement("generate ", "Triton 3.6 exchanges sums over warps with the summed axis innermost"),
 )
