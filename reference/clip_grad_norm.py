@@ -21,7 +21,7 @@ def clip_grad_norm(params: Iterable[Tensor], theta: float) -> Tensor:
     """
     grads = [p.grad for p in params if p.grad is not None]
     if not grads:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32, device="cpu")
     norm = torch.stack([(g * g).sum() for g in grads]).sum().sqrt()
     scale = (theta / (norm + 1e-6)).clamp(max=1.0)
     for g in grads:

@@ -25,11 +25,11 @@ def next_token(
     """Choose the next ids (B) int64. With top_k, only the k largest logits (and those equal to the k-th) take part."""
     if uniform is None:
         return logits.argmax(-1)
+    scores = logits.double() * min(alpha / temperature, MAX_SHARPNESS)
     if top_k is not None:
         kth = logits.topk(min(top_k, logits.shape[-1])).values[..., -1:]  # (B, 1)
-        logits = logits.masked_fill(logits < kth, -torch.inf)
-    sharpness = min(alpha / temperature, MAX_SHARPNESS)
-    q = torch.softmax(logits.double() * sharpness, -1)  # (B, V): p^alpha, normalised
+        scores = scores.masked_fill(logits < kth, -torch.inf)
+    q = torch.softmax(scores, -1)  # (B, V): p^alpha, normalised
     cumulated = q.cumsum(-1)
     # Scaling u by the total, a rounding away from 1, keeps the choice inside the last id of nonzero probability.
     return (cumulated <= uniform.double().unsqueeze(-1) * cumulated[..., -1:]).sum(-1).clamp(max=logits.shape[-1] - 1)

@@ -59,19 +59,24 @@ class RNNLM:
         generator: torch.Generator | None = None,
         dtype: torch.dtype = torch.float32,
     ) -> "RNNLM":
-        """Weights N(0, 1) * sigma, biases zero. `embedding` is the width of a learned embedding; None means one-hot."""
+        """Weights N(0, 1) * sigma, biases zero, where the generator is (without one, on the CPU). `embedding` is the
+        width of a learned embedding; None means one-hot.
+        """
+        device = "cpu" if generator is None else generator.device
 
         def normal(*shape: int) -> Tensor:
-            return torch.randn(*shape, generator=generator, dtype=dtype) * sigma
+            return torch.randn(*shape, generator=generator, dtype=dtype, device=device) * sigma
+
+        def zeros(size: int) -> Tensor:
+            return torch.zeros(size, dtype=dtype, device=device)
 
         W_embed = None if embedding is None else normal(vocab_size, embedding)
         widths = [embedding or vocab_size] + [num_hiddens] * (num_layers - 1)
         cells = [
-            Cell(normal(width, num_hiddens), normal(num_hiddens, num_hiddens), torch.zeros(num_hiddens, dtype=dtype))
-            for width in widths
+            Cell(normal(width, num_hiddens), normal(num_hiddens, num_hiddens), zeros(num_hiddens)) for width in widths
         ]
         W_hq = normal(num_hiddens, vocab_size)
-        return cls(cells, W_hq, torch.zeros(vocab_size, dtype=dtype), W_embed, nonlinearity)
+        return cls(cells, W_hq, zeros(vocab_size), W_embed, nonlinearity)
 
     def parameters(self) -> list[Tensor]:
         embed = [] if self.W_embed is None else [self.W_embed]

@@ -27,7 +27,6 @@ class Operation(NamedTuple):
     theirs: Callable[..., Any]
     operands: tuple[Tensor, ...]
     differentiable: bool = True
-    by_strides: bool = False  # whether torch takes unusual operands depends on the strides of the states, ours or its
     own_errors: bool = False  # no function of torch's: what it refuses is a ValueError of this library
 
 
@@ -129,7 +128,6 @@ def _model(method: str) -> Operation:
         _of_parameters(theirs, method, *arguments),
         tuple(_detached(ours)),
         differentiable=method != "generate_ids",
-        by_strides=method != "generate_ids",
         own_errors=method == "generate_ids",
     )
 
@@ -184,7 +182,6 @@ def same_outcome(
     tolerance: float = 1e-4,
     numbers: bool = True,
     own_errors: bool = False,
-    by_strides: bool = False,
 ) -> None:
     """The same numbers within tolerance times the largest, or exceptions of the same type."""
     expected, error = outcome(theirs)
@@ -193,9 +190,6 @@ def same_outcome(
         # Of an operator that is not there torch has two: NotImplementedError, and RuntimeError, its base.
         alike = error and own_error and (isinstance(own_error, type(error)) or isinstance(error, type(own_error)))
         own = own_errors and error is not None and isinstance(own_error, ValueError | NoneType)
-        own |= (
-            by_strides and isinstance(own_error, RuntimeError | NoneType) and isinstance(error, RuntimeError | NoneType)
-        )
         assert alike or own, f"{what}: torch {error!r}, here {own_error!r}"
         return
     if not numbers:
@@ -349,7 +343,6 @@ def operands_of_a_kind(name: str, kind: str) -> int:
                 0.1 if kind == "bfloat16" else 1e-4,
                 numbers=kind != "meta" or len(chosen) == count,
                 own_errors=operation.own_errors,
-                by_strides=operation.by_strides,
             )
             tried += 1
     return tried

@@ -106,7 +106,7 @@ def find_device(name: str) -> torch.device:
     """The device of a name, on which a number was computed. InputError if that cannot be."""
     try:
         device = torch.device(name)
-        if float(torch.ones(1, device=device) + 1) != 2:
+        if float(torch.ones(1, dtype=torch.float32, device=device) + 1) != 2:
             raise RuntimeError("it does not compute")
     except Exception as error:  # each device's plug-in has errors of its own
         reason = (str(error).splitlines() or [type(error).__name__])[0]

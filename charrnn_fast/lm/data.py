@@ -101,6 +101,10 @@ def _need(tokens: Tensor, count: int, what: str) -> None:
         raise InputError(f"the text is too short for {what}: expected at least {count} characters, got {len(tokens)}")
 
 
+def _random_below(limit: int, generator: torch.Generator) -> int:
+    return int(torch.randint(limit, (1,), generator=generator, dtype=torch.int64, device="cpu"))
+
+
 class Sampler(ABC):
     """What Trainer draws batches from.
 
@@ -165,7 +169,7 @@ class Sampler(ABC):
         if device.type == "cuda":
             starts = starts.pin_memory()  # without it the copy would wait
         starts = starts.to(device, non_blocking=True)
-        steps = torch.arange(num_steps + 1, device=device)
+        steps = torch.arange(num_steps + 1, dtype=torch.int64, device=device)
         for some in starts.split(batch_size):
             window = tokens[some[:, None] + steps].long()  # (B, T + 1)
             yield window[:, :-1], window[:, 1:]
@@ -211,7 +215,7 @@ class Windows(Sampler):
         self.num_train, self.num_val = num_train, num_val
 
     def train(self) -> Iterator[Batch]:
-        order = torch.randperm(self.num_train, generator=self.generator, device="cpu")
+        order = torch.randperm(self.num_train, generator=self.generator, dtype=torch.int64, device="cpu")
         yield from self._windows(order, self.batch_size, self.num_steps)
 
     @property
@@ -248,7 +252,7 @@ class Sequential(Sampler):
         self.batch_size, self.num_steps = batch_size, num_steps
 
     def train(self) -> Iterator[Batch]:
-        offset = int(torch.randint(self.num_steps, (1,), generator=self.generator, device="cpu"))
+        offset = _random_below(self.num_steps, self.generator)
         yield from _streams(self.tokens, self.batch_size, self.num_steps, offset)
 
     @property
@@ -267,9 +271,9 @@ class RandomWindows(Sampler):
         self.batch_size, self.num_steps = batch_size, num_steps
 
     def train(self) -> Iterator[Batch]:
-        offset = int(torch.randint(self.num_steps, (1,), generator=self.generator, device="cpu"))
+        offset = _random_below(self.num_steps, self.generator)
         count = (len(self.tokens) - offset - 1) // self.num_steps
-        order = torch.randperm(count, generator=self.generator, device="cpu")
+        order = torch.randperm(count, generator=self.generator, dtype=torch.int64, device="cpu")
         yield from self._windows(offset + order * self.num_steps, self.batch_size, self.num_steps)
 
     @property
@@ -290,7 +294,7 @@ class Pieces(Sampler):
         self.piece, self.num_steps = min(piece, len(tokens)), num_steps
 
     def train(self) -> Iterator[Batch]:
-        start = int(torch.randint(len(self.tokens) - self.piece + 1, (1,), generator=self.generator, device="cpu"))
+        start = _random_below(len(self.tokens) - self.piece + 1, self.generator)
         piece = self.tokens[start : start + self.piece].long().unsqueeze(0)  # (1, piece)
         for begin in range(0, self.piece - 1, self.num_steps):
             end = min(begin + self.num_steps, self.piece - 1)

@@ -14,6 +14,7 @@ from charrnn_fast.lm.data import Vocabulary
 from charrnn_fast.ops import generate as decoder
 from charrnn_fast.ops import language_model_loss as one_call
 from charrnn_fast.ops.clip_grad_norm import clip_grad_norm_
+from charrnn_fast.ops.context import plain
 from charrnn_fast.ops.elman_layer import check_tokens
 from charrnn_fast.ops.elman_torch import TOKEN_TYPES, TorchRNN, one_hot_rows
 from charrnn_fast.ops.embedding import embedding
@@ -132,7 +133,7 @@ class CharRNN(nn.Module):
             return in_one_call
         outputs, state = self.hidden(tokens, state)
         outputs = self._drop(outputs)
-        if why_called(self, ("head",)) is not None:
+        if why_called(self, ("head",)) is not None or not self._head_is_usual():
             return F.cross_entropy(self.head(outputs).flatten(0, 1), targets.flatten()), state
         # Loss rows in the outputs' own memory order, whichever of (B, T) and (T, B) it is: no copy of (B*T, H).
         if not outputs.is_contiguous():
@@ -271,6 +272,11 @@ class CharRNN(nn.Module):
     def _is_watched(self) -> bool:
         """Whether hooks make a call of the model more than its forward, as those of fully_shard do."""
         return bool(self._forward_hooks or self._forward_pre_hooks)
+
+    def _head_is_usual(self) -> bool:
+        """Whether torch's operators take the head on rows (N, H) as they take it on (B, T, H)."""
+        weight, bias = self.head.weight, self.head.bias
+        return plain(weight, bias) and weight.dtype == bias.dtype
 
     def _a_weight(self) -> Tensor:
         """A floating-point tensor of the model, whose dtype and device are those of its inputs and states."""

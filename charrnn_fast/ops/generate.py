@@ -50,7 +50,7 @@ def generate(
         head_weight: (V, H). head_bias: (V,) or None.
         state: (L, B, H), or None for zeros.
         uniforms: (B, num_tokens) in [0, 1); None decodes greedily and ignores the options of sampling.
-        temperature: tau > 0. alpha: exponent > 0 of the probabilities. top_k: sample among the k largest logits and
+        temperature: tau > 0. alpha: exponent >= 0 of the probabilities. top_k: sample among the k largest logits and
             those equal to the k-th.
         backend: "auto", "triton", "native" or "torch". On a GPU the kernel decodes all of it in one launch.
 

@@ -6,6 +6,7 @@ The native kernel takes a few rows at a time through all steps and back, so the 
 of size (T, B, H) is kept. The loss and all gradients come from one call; the backward pass has only to scale them.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -123,14 +124,16 @@ class _LanguageModelLoss(torch.autograd.Function):
         # Given away, so that autograd can keep them as they are in place of copies; a graph that is retained and walked
         # again makes them anew, the same bits.
         gradients = ctx.gradients.take()
-        if grad_h_n is not None or must_recompute(grad_loss, *saved):
+        unusual = grad_h_n is not None or must_recompute(grad_loss, *saved)
+        factor = None if unusual or grad_loss is None else grad_loss.item()
+        if unusual or (factor is not None and not math.isfinite(factor)):  # see linear_cross_entropy.py
             gradients = _recomputed(ctx.nonlinearity, saved, needs_grad, grad_loss, grad_h_n)
-        elif grad_loss is None:
+        elif factor is None:
             gradients = (None,) * len(needs_grad)
         else:
             if gradients is None:
                 gradients = _in_one_call(ctx.nonlinearity, *saved)[2]
-            if grad_loss.item() != 1.0:  # nearly never
+            if factor != 1.0:  # nearly never
                 gradients = [None if g is None else g.mul_(grad_loss) for g in gradients]
         return (None, None, None, *(g if needs else None for g, needs in zip(gradients, needs_grad, strict=True)))
 

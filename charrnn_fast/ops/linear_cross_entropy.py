@@ -8,6 +8,7 @@ keep each row's log-sum-exp and make the logits again when that gradient is know
 would (another pass over the gradient of h, and in fp16 what is below its range), and nobody waits to see if it is 1.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -58,10 +59,10 @@ def linear_cross_entropy(
     Raises: ValueError for another reduction; IndexError for a target outside 0..V-1, on a CPU (a GPU fails a device
     assertion, as torch.nn.functional.cross_entropy does); RuntimeError for shapes that do not match, in its words.
     """
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"{reduction} is not a valid value for reduction")
     ignore_index = -100 if ignore_index is None else ignore_index
-    plain = weight is None and label_smoothing == 0.0
+    # What is no reduction and no index torch refuses in its turn, after shapes and types.
+    known = reduction in REDUCTIONS and isinstance(ignore_index, int) and -(2**63) <= ignore_index < 2**63
+    plain = weight is None and label_smoothing == 0.0 and known
     backend = _backend(input, linear_weight, linear_bias, target) if plain else "torch"
     if backend == "triton":
         return _by_triton(input, linear_weight, linear_bias, target, reduction, ignore_index)
@@ -157,16 +158,19 @@ class _NativeLinearCrossEntropy(torch.autograd.Function):
         # The gradients made in forward are given away, so that nobody finds them changed, and a loss that is kept does
         # not keep them. A graph that is retained and walked again makes them anew, the same bits.
         gradients = ctx.gradients.take()
-        if must_recompute(grad_loss, *saved):
+        unusual = must_recompute(grad_loss, *saved)
+        factor = None if unusual or ctx.reduction == "none" else grad_loss.item()
+        # One that is not finite leaves zeros where no row counts, which a product would not.
+        if unusual or (factor is not None and not math.isfinite(factor)):
             gradients = _recomputed(
                 grad_loss, input, weight, bias, target, ctx.reduction, ctx.ignore_index, ctx.needs_input_grad
             )
-        elif ctx.reduction == "none":
+        elif factor is None:
             _, *gradients = native.linear_cross_entropy(*arguments, need_grad=True, grad_loss=grad_loss)
         else:
             if gradients is None:
                 _, *gradients = native.linear_cross_entropy(*arguments, need_grad=True)
-            if grad_loss.item() != 1.0:  # nearly never, and scaling is another pass over (N, H)
+            if factor != 1.0:  # nearly never, and scaling is another pass over (N, H)
                 gradients = [None if g is None else g.mul_(grad_loss) for g in gradients]
         wanted = [g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False)]
         return (*wanted, None, None, None)

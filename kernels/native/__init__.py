@@ -365,7 +365,7 @@ def _chunked_cross_entropy(hidden, weight, bias, target, ignore_index, reduction
     outside = valid & ((target < 0) | (target >= V))
     if outside.any():
         raise IndexError(f"Target {int(target[outside][0])} is out of bounds.")
-    factor = valid.to(compute) if grad_loss is None else valid * grad_loss.to(compute)
+    factor = valid.to(compute) if grad_loss is None else torch.where(valid, grad_loss.to(compute), 0)
     if reduction == "mean":
         factor = factor / valid.sum().clamp(min=1)
     rows = hidden.new_zeros(N, dtype=compute)
@@ -377,7 +377,8 @@ def _chunked_cross_entropy(hidden, weight, bias, target, ignore_index, reduction
     for chunk in (slice(n, n + step) for n in range(0, N, step)):
         logits = torch.nn.functional.linear(hidden[chunk], weight, bias).to(compute)
         chosen = torch.where(valid[chunk], target[chunk], 0).unsqueeze(1)
-        logits -= logits.logsumexp(1, keepdim=True)
+        total = logits.logsumexp(1, keepdim=True)
+        logits -= total.masked_fill_(total == torch.inf, torch.nan)  # as in torch, whose largest minus itself is NaN
         rows[chunk] = torch.where(valid[chunk], -logits.gather(1, chosen).squeeze(1), 0)
         if not need_grad:
             continue

@@ -54,7 +54,7 @@ INLINE void NAME(backward_rows)(const int relu, const int full, int width, int r
             grad_out += grad_out_row;
         }
         if (relu)
-            g = NAME(select)(h > (vec){0}, g, (vec){0});
+            g = NAME(select)(h <= (vec){0}, (vec){0}, g); /* NaN passes it on, as in torch */
         else
             g *= FMA(-h, h, SPLAT(1));
         NAME(store)(states, g);

@@ -270,7 +270,7 @@ INLINE void NAME(step_grads)(const int relu, int rows, const real *sums, const r
         vec g = NAME(load)(sums), h = NAME(load)(states);
         if (lifted)
             g += NAME(load)(lifted + i * LANES);
-        g = relu ? NAME(select)(h > (vec){0}, g, (vec){0}) : (vec)(g * FMA(-h, h, SPLAT(1)));
+        g = relu ? NAME(select)(h <= (vec){0}, (vec){0}, g) : (vec)(g * FMA(-h, h, SPLAT(1)));
         NAME(store)(grads, g);
     }
 }

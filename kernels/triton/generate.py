@@ -123,9 +123,9 @@ def _check_sampling(
 ) -> None:
     if uniforms.shape != shape:
         raise ValueError(f"uniforms: expected shape {shape}, got {tuple(uniforms.shape)}")
-    if not (temperature > 0 and alpha > 0) or (top_k is not None and top_k < 1):
+    if not (temperature > 0 and alpha >= 0) or (top_k is not None and top_k < 1):
         raise ValueError(
-            "expected temperature > 0, alpha > 0 and top_k >= 1, got "
+            "expected temperature > 0, alpha >= 0 and top_k >= 1, got "
             f"temperature {temperature}, alpha {alpha}, top_k {top_k}"
         )
 

@@ -294,3 +294,18 @@ torch.cuda.synchronize()
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode != 0
     assert "device-side assert" in result.stderr
+
+
+@pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
+def test_nan_is_in_the_gradients_where_torch_has_it(backend, device, nonlinearity):
+    """relu's derivative of NaN is not 0, which would hide it."""
+    from charrnn_fast import FusedRNN
+
+    rnn = FusedRNN(3, 5, nonlinearity=nonlinearity, backend=backend).to(device)
+    theirs = torch.nn.RNN(3, 5, nonlinearity=nonlinearity).to(device)
+    theirs.load_state_dict(rnn.state_dict())
+    x = torch.randn(6, 4, 3).to(device)
+    x[2, 1, 0] = torch.nan
+    found, expected = (torch.autograd.grad(net(x)[0].pow(2).sum(), list(net.parameters())) for net in (rnn, theirs))
+    for ours, right in zip(found, expected, strict=True):
+        assert torch.equal(ours.isnan(), right.isnan())

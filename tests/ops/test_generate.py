@@ -207,3 +207,14 @@ def test_the_flattest_sampling_is_uniform(backend, device):
     uniforms = torch.rand(1, 9, device=device)
     ids, _ = generate(operands[0], 9, layers, *operands[1:], uniforms=uniforms, temperature=1e308, backend=backend)
     assert ids.tolist() == (uniforms.double() * 11).long().tolist()
+
+
+def test_sampling_evenly_among_the_most_probable(backend, device):
+    """alpha = 0 makes those that take part equally probable, and gives the others nothing."""
+    torch.manual_seed(4)
+    layers, head_weight, head_bias = _small_model()
+    operands = [t.to(device) for t in (torch.tensor([[3, 1]]), head_weight, head_bias)]
+    layers = [tuple(t.to(device) for t in layer) for layer in layers]
+    call = (operands[0], 9, layers, *operands[1:])
+    sampled, _ = generate(*call, uniforms=torch.rand(1, 9, device=device), alpha=0.0, top_k=1, backend=backend)
+    assert sampled.tolist() == generate(*call, backend=backend)[0].tolist()

@@ -155,3 +155,37 @@ def test_small_fp16_gradients_survive_loss_scaling(vocab):
     for mine, right in zip(found, exact, strict=True):
         error = (mine.grad.double() - right.grad).norm() / right.grad.norm()
         assert error < 1e-3, float(error)
+
+
+@pytest.mark.parametrize("classes", [5, 1100])
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+def test_upstream_gradients_and_logits_that_are_not_finite(reduction, classes):
+    """A row that does not count has zeros even then; a row with an infinite logit is NaN in every class."""
+    operands, target = _operands(5, 4, classes)
+    target[1] = -100
+    upstream = torch.tensor([1.0, torch.nan, 1.0, 2.0, 1.0]) if reduction == "none" else torch.tensor(torch.nan)
+    overflowing = [operands[0].detach().clone().requires_grad_(), *operands[1:]]
+    with torch.no_grad():
+        overflowing[0][2] = torch.inf
+    for given, gradient in ((operands, upstream.double()), (overflowing, torch.ones_like(upstream).double())):
+        found, expected = (
+            torch.autograd.grad(_call(f, given, target, reduction=reduction), given, gradient)
+            for f in (linear_cross_entropy, _expected)
+        )
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, equal_nan=True, rtol=1e-9, atol=1e-9)
+        assert not found[0][1].any()
+
+
+@pytest.mark.parametrize(
+    "options", [{"reduction": "x"}, {"ignore_index": 2**64}, {"ignore_index": "x"}, {"ignore_index": 1.5}], ids=str
+)
+def test_options_are_refused_after_shapes_as_torch_does(options):
+    operands, target = _operands(5, 4, 3)
+    for given in (operands, [operands[0][:, :2], *operands[1:]], [None, *operands[1:]], [operands[0], [1.0], None]):
+        errors = []
+        for function in (linear_cross_entropy, _expected):
+            with pytest.raises((ValueError, TypeError, RuntimeError)) as error:
+                _call(function, given, target, **options)
+            errors.append(error.type)
+        assert errors[0] is errors[1]
