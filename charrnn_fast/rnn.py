@@ -5,22 +5,23 @@ parameters, shapes and errors. A layer with all its directions is one launch of 
 kernels cannot take (sizes, devices, malformed arguments) goes to torch's own path, whose errors are then torch's.
 """
 
-from typing import Any
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from .ops import backends
-from .ops.context import autocast, plain, tensor_operations_only, transforms_active
+from .ops.compiling import allow_in_graphs
+from .ops.context import autocast, exported_to_onnx, plain, tensor_operations_only, traced, transforms_active
 from .ops.elman import elman_layer, wrong_batch_sizes
 from .ops.elman_layer import check_tokens
 from .ops.elman_torch import TOKEN_TYPES, TorchRNN, one_hot_rows, torch_rnn
 
 
-class FusedRNN(nn.RNNBase):
-    """Elman RNN with torch.nn.RNN's constructor, parameters, state_dict, shapes and errors.
+class FusedRNN(TorchRNN):
+    """Elman RNN with torch.nn.RNN's constructor, parameters, state_dict, shapes and errors; an instance of it.
 
     Args:
         input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, dropout, bidirectional, device, dtype:
@@ -32,6 +33,9 @@ class FusedRNN(nn.RNNBase):
     The output lies in memory as torch.nn.RNN's does, (T, B, D*H) whatever the input's strides, and may be changed in
     place; where backward still reads it, that is an error then, as it is with cuDNN. Dropout draws torch.nn.RNN's
     random numbers on a CPU.
+
+    torch.jit.trace and torch.jit.script write down torch.nn.RNN's operators, both ONNX exporters ONNX's RNN, torch.fx
+    one node, torch.compile and torch.export this library's operators (see ops/compiling.py).
     """
 
     def __init__(
@@ -50,26 +54,30 @@ class FusedRNN(nn.RNNBase):
         backend: str = "auto",
         **kwargs: Any,
     ) -> None:
-        # Further keywords are refused in torch.nn.RNN's words: here, or by the base class.
-        if "proj_size" in kwargs:
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
-        if nonlinearity not in ("tanh", "relu"):
-            raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
-        self.nonlinearity = nonlinearity
         self.backend = backends.check_name(backend)
         super().__init__(
-            "RNN_TANH" if nonlinearity == "tanh" else "RNN_RELU",
             input_size,
             hidden_size,
             num_layers,
+            nonlinearity,
             bias,
             batch_first,
             dropout,
             bidirectional,
             device=device,
             dtype=dtype,
-            **kwargs,
+            **kwargs,  # which torch.nn.RNN refuses
         )
+
+    @overload
+    @torch._jit_internal._overload_method  # for torch.jit.script, as torch.nn.RNN does it
+    def forward(self, input: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        pass
+
+    @overload
+    @torch._jit_internal._overload_method
+    def forward(self, input: PackedSequence, hx: Tensor | None = None) -> tuple[PackedSequence, Tensor]:
+        pass
 
     def forward(self, input: Any, hx: Tensor | None = None) -> Any:
         """torch.nn.RNN's forward.
@@ -81,10 +89,50 @@ class FusedRNN(nn.RNNBase):
         Returns:
             output like input with D*H columns, and h_n like hx.
         """
-        if self._is_brief(input) or (isinstance(input, PackedSequence) and _wrong_packing(input) is not None):
-            torch_forward: Any = TorchRNN.forward  # all that it reads of self is in the common base
-            return torch_forward(self, input, hx)
+        if torch.jit.is_scripting():
+            # All that the script's compiler reads, so that a scripted module is torch.nn.RNN's operators.
+            if isinstance(input, PackedSequence):
+                data, batch_sizes, sorted_indices, unsorted_indices = input
+                if hx is not None:
+                    hx = self.permute_hidden(hx, sorted_indices)
+                output, hidden = self._scripted(data, hx, batch_sizes)
+                packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+                return packed, self.permute_hidden(hidden, unsorted_indices)
+            else:
+                batched, hx = self._batched(input, hx, False)
+                output, hidden = self._scripted(batched, hx, None)
+                if input.dim() == 2:
+                    return output.squeeze(0 if self.batch_first else 1), hidden.squeeze(1)
+                else:
+                    return output, hidden
+        else:
+            return self._eager(input, hx)
+
+    def _eager(self, input: Any, hx: Tensor | None) -> Any:
+        if traced() or self._is_brief(input) or (isinstance(input, PackedSequence) and _is_torchs_packing(input)):
+            return super().forward(input, hx)
         return self._run(input, hx, tokens=False)
+
+    def _scripted(self, input: Tensor, hx: Tensor | None, batch_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
+        """torch.nn.RNN's operator on batched or packed input; read by torch.jit.script."""
+        if hx is None:
+            batch = int(batch_sizes[0]) if batch_sizes is not None else input.size(0 if self.batch_first else 1)
+            layers = self.num_layers * (2 if self.bidirectional else 1)
+            hx = torch.zeros(layers, batch, self.hidden_size, dtype=input.dtype, device=input.device)
+        self.check_forward_args(input, hx, batch_sizes)
+        return torch_rnn(
+            input,
+            hx,
+            self._flat_weights,  # type: ignore[arg-type]
+            batch_sizes,
+            "tanh" if self.mode == "RNN_TANH" else "relu",
+            self.bias,
+            self.num_layers,
+            float(self.dropout),
+            self.training,
+            self.bidirectional,
+            self.batch_first,
+        )
 
     def forward_tokens(self, tokens: Any, hx: Tensor | None = None) -> Any:
         """``forward(one_hot(tokens, input_size), hx)`` without the one-hot rows: layer 0 reads rows of a table.
@@ -105,7 +153,21 @@ class FusedRNN(nn.RNNBase):
         """
         if isinstance(tokens, PackedSequence) and (wrong := _wrong_packing(tokens)) is not None:
             raise ValueError(wrong)
+        if isinstance(tokens, fx.Proxy):  # a graph can name the module, not a method of it
+            ids: Any = tokens
+            weight: Any = self._flat_weights[0]
+            return self(F.one_hot(ids.long(), self.input_size).to(weight.dtype), hx)
+        if traced() or (isinstance(tokens, PackedSequence) and exported_to_onnx()):
+            return super().forward(self._one_hot_input(tokens), hx)
         return self._run(tokens, hx, tokens=True)
+
+    def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
+        """What nn.Module.__call__ runs. To torch.fx's tracers a call is one node, as torch.nn's own modules are."""
+        for argument in (*args, *kwargs.values()):
+            if isinstance(argument, fx.Proxy):
+                tracer: Any = argument.tracer
+                return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
+        return super()._call_impl(*args, **kwargs)
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.backend == "auto" else f", backend={self.backend}")
@@ -133,24 +195,28 @@ class FusedRNN(nn.RNNBase):
             packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
             return packed, self.permute_hidden(hidden, unsorted_indices)
 
-        dims = input.dim() + tokens
+        batched, hx = self._batched(input, hx, tokens)
+        self._check(batched, hx, None, tokens)
+        output, hidden = self._stack(batched.transpose(0, 1) if self.batch_first else batched, hx, None, tokens)
+        if batched is input:
+            return output, hidden
+        return output.squeeze(0 if self.batch_first else 1), hidden.squeeze(1)
+
+    def _batched(self, input: Tensor, hx: Tensor | None, tokens: bool) -> tuple[Tensor, Tensor | None]:
+        """Dense input and hx with a dimension for the sequences, or torch.nn.RNN's refusal."""
+        dims = input.dim() + int(tokens)
         if dims not in (2, 3):
             expected = "1D or 2D" if tokens else "2D or 3D"
             raise ValueError(f"RNN: Expected input to be {expected}, got {input.dim()}D tensor instead")
-        batch_dim = 0 if self.batch_first else 1
-        if dims == 2:
-            input = input.unsqueeze(batch_dim)
-            if hx is not None:
-                if hx.dim() != 2:
-                    raise RuntimeError(f"For unbatched 2-D input, hx should also be 2-D but got {hx.dim()}-D tensor")
-                hx = hx.unsqueeze(1)
-        elif hx is not None and hx.dim() != 3:
-            raise RuntimeError(f"For batched 3-D input, hx should also be 3-D but got {hx.dim()}-D tensor")
-        self._check(input, hx, None, tokens)
-        if self.batch_first:
-            input = input.transpose(0, 1)
-        output, hidden = self._stack(input, hx, None, tokens)
-        return (output.squeeze(batch_dim), hidden.squeeze(1)) if dims == 2 else (output, hidden)
+        if dims == 3:
+            if hx is not None and hx.dim() != 3:
+                raise RuntimeError(f"For batched 3-D input, hx should also be 3-D but got {hx.dim()}-D tensor")
+            return input, hx
+        if hx is not None:
+            if hx.dim() != 2:
+                raise RuntimeError(f"For unbatched 2-D input, hx should also be 2-D but got {hx.dim()}-D tensor")
+            hx = hx.unsqueeze(1)
+        return input.unsqueeze(0 if self.batch_first else 1), hx
 
     def _check(self, input: Tensor, hx: Tensor | None, batch_sizes: Tensor | None, tokens: bool) -> None:
         if not tokens:
@@ -175,6 +241,8 @@ class FusedRNN(nn.RNNBase):
         ``batch_first``, or packed, and h_n.
         """
         weights: list[Any] = self._flat_weights  # None where a user has taken a parameter away
+        if tokens and exported_to_onnx():
+            input, tokens = self._one_hot(input, weights[0].dtype), False
         operands = autocast(input.device.type, [input, hx, *weights])
         backend = self._layerwise_backend(operands, tokens)
         if backend is not None:
@@ -198,6 +266,8 @@ class FusedRNN(nn.RNNBase):
         """The backend that takes layer after layer; None for torch's own RNN, which also refuses malformed calls."""
         if operands[0].size(0) == 0 or not _alike(operands, tokens):
             return None
+        if exported_to_onnx():
+            return "onnx" if operands[0].dim() == 3 else None
         if tensor_operations_only():
             return "torch" if transforms_active() else None  # torch's own RNN has no rule for vmap
         weight = operands[-1]
@@ -268,6 +338,15 @@ class FusedRNN(nn.RNNBase):
             return one_hot_rows(tokens.t(), self.input_size, dtype).transpose(0, 1)
         return one_hot_rows(tokens, self.input_size, dtype)
 
+    def _one_hot_input(self, tokens: Any) -> Any:
+        """Ids in any form that :meth:`forward_tokens` takes, as one-hot rows in that form."""
+        if isinstance(tokens, PackedSequence):
+            return tokens._replace(data=self._one_hot_input(tokens.data))
+        if tokens.dtype not in TOKEN_TYPES:
+            raise ValueError(f"forward_tokens expects int64 or int32 token ids, got {tokens.dtype}")
+        weight: Any = self._flat_weights[0]
+        return one_hot_rows(tokens, self.input_size, weight.dtype)
+
     def _torch_layers_of_tokens(
         self, tokens: Tensor, hx: Tensor, weights: list[Tensor], batch_sizes: Tensor | None
     ) -> tuple[Tensor, Tensor]:
@@ -291,6 +370,11 @@ def _alike(operands: list[Any], tokens: bool) -> bool:
     device, dtype = input.device, weights[-1].dtype
     numbers = weights if hx is None else [hx, *weights]
     return (tokens or input.dtype == dtype) and all(x.dtype == dtype and x.device == device for x in numbers)
+
+
+def _is_torchs_packing(packed: PackedSequence) -> bool:
+    """Is it torch's matter: batch sizes that cannot be, or an export to ONNX, whose RNN takes no packed rows?"""
+    return exported_to_onnx() or _wrong_packing(packed) is not None
 
 
 def _wrong_packing(packed: PackedSequence) -> str | None:
@@ -343,3 +427,8 @@ def _fused_from(rnn: nn.Module) -> FusedRNN:
     state.pop("_compiled_call_impl", None)
     fused.__dict__.update(state, backend="auto")
     return fused
+
+
+allow_in_graphs(FusedRNN)
+# A whole model that was saved with FusedRNN in it loads where one with torch.nn.RNN does: its state is that one's.
+torch.serialization.add_safe_globals([FusedRNN])

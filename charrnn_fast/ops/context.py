@@ -37,15 +37,13 @@ def plain(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling():
         return True
-    keys_of, graph = torch._C._dispatch_keys, torch.is_grad_enabled()
+    keys_of = torch._C._dispatch_keys
+    looked_at, wanted = (_OTHER_KEYS | _INPLACE_KEY, _INPLACE_KEY) if torch.is_grad_enabled() else (_OTHER_KEYS, 0)
     for x in tensors:
         if x is None:
             continue
         kind = type(x)
-        if kind is not Tensor and kind is not nn.Parameter:
-            return False
-        keys = keys_of(x).raw_repr()
-        if keys & _OTHER_KEYS or (graph and not keys & _INPLACE_KEY):
+        if (kind is not Tensor and kind is not nn.Parameter) or keys_of(x).raw_repr() & looked_at != wanted:
             return False
         if x.data_ptr() == 0 and x.numel() > 0:
             return False
@@ -54,9 +52,7 @@ def plain(*tensors: Tensor | None) -> bool:
 
 def tensor_operations_only() -> bool:
     """Must eager code stay within PyTorch's own operators: in a transform, under torch.jit.trace, in a user's mode?"""
-    return (
-        transforms_active() or torch._C._get_tracing_state() is not None or _function_modes() or _users_dispatch_modes()
-    )
+    return transforms_active() or traced() or _function_modes() or _users_dispatch_modes()
 
 
 def registered_operators_only() -> bool:
@@ -71,6 +67,16 @@ def _users_dispatch_modes() -> bool:
     if torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() == 0:
         return False
     return is_in_torch_dispatch_mode(include_infra_modes=False)
+
+
+def traced() -> bool:
+    """Are torch.jit.trace or the ONNX exporter that is built on it writing down the operators of this call?"""
+    return torch._C._get_tracing_state() is not None
+
+
+def exported_to_onnx() -> bool:
+    """Is torch.onnx.export(dynamo=True) reading this call, which can be told the ONNX operator that it is?"""
+    return torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
 
 
 def transforms_active() -> bool:

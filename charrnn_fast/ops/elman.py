@@ -18,6 +18,7 @@ from . import backends
 from .autograd import must_recompute, recomputed, saved_tensors
 from .context import addressable, autocast, plain, registered_operators_only, tensor_operations_only
 from .elman_layer import check_tokens, is_tokens, layer_backward, layer_forward
+from .elman_onnx import layer_in_onnx
 from .elman_torch import layer_by_tensor_operations
 
 
@@ -81,7 +82,7 @@ def elman_layer(
     """All D directions of one layer, arguments already checked.
 
     Args:
-        backend: a name that ``backends.choose`` returned.
+        backend: a name that ``backends.choose`` returned; or "onnx", for dense input while an export is under way.
         input: as in :func:`elman`. h0: (D, B, H) or None.
         weights: for each direction W_ih (H, I), W_hh (H, H) and, if there are biases, their sum b_ih + b_hh (H,).
         reverse: for each direction, does it walk time backwards.
@@ -92,7 +93,9 @@ def elman_layer(
         the order (T, B, D*H), turned or not, and where autograd records this call it is no view to it, as
         torch.nn.RNN's.
     """
-    if backend == "torch" or tensor_operations_only() or not plain(input, h0, batch_sizes, *weights):
+    if backend == "onnx":
+        out, h_n = layer_in_onnx(input, h0, weights, nonlinearity, len(reverse))
+    elif backend == "torch" or tensor_operations_only() or not plain(input, h0, batch_sizes, *weights):
         if is_tokens(input) and input.device.type == "cpu":
             check_tokens(input, weights[0].shape[1])
         out, h_n = layer_by_tensor_operations(input, h0, weights, batch_sizes, nonlinearity, reverse)

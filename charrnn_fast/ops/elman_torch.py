@@ -37,7 +37,7 @@ def torch_rnn(
     bidirectional: bool,
     batch_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """What torch.nn.RNN runs for a stack of layers: ATen on a CPU, cuDNN or MIOpen on a GPU.
+    """What torch.nn.RNN runs for a stack of layers: ATen on a CPU, cuDNN or MIOpen on a GPU. torch.jit.script takes it.
 
     Args:
         input: (T, B, I), (B, T, I) if batch_first, or packed (N, I). hx: (L*D, B, H).
@@ -46,12 +46,17 @@ def torch_rnn(
     Returns:
         output like input with D*H columns, and h_n (L*D, B, H).
     """
-    run = _VF.rnn_tanh if nonlinearity == "tanh" else _VF.rnn_relu
     # cuDNN has a backward only for what ran in training mode, so that says "a gradient may follow", not "drop out".
     dropout, training = (dropout if training else 0.0), training or torch.is_grad_enabled()
     if batch_sizes is None:
-        return run(input, hx, weights, has_biases, num_layers, dropout, training, bidirectional, batch_first)
-    return run(input, batch_sizes, hx, weights, has_biases, num_layers, dropout, training, bidirectional)
+        if nonlinearity == "tanh":
+            return _VF.rnn_tanh(
+                input, hx, weights, has_biases, num_layers, dropout, training, bidirectional, batch_first
+            )
+        return _VF.rnn_relu(input, hx, weights, has_biases, num_layers, dropout, training, bidirectional, batch_first)
+    if nonlinearity == "tanh":
+        return _VF.rnn_tanh(input, batch_sizes, hx, weights, has_biases, num_layers, dropout, training, bidirectional)
+    return _VF.rnn_relu(input, batch_sizes, hx, weights, has_biases, num_layers, dropout, training, bidirectional)
 
 
 def layer_by_tensor_operations(

@@ -1,0 +1,40 @@
+"""How a subclass of torch.nn.RNN gets into torch.compile's graphs.
+
+PyTorch's compiler breaks its graph at every instance of torch.nn.RNN, LSTM and GRU, unless torch._dynamo.config.
+allow_rnn is set: their operators would be unrolled, a step at a time. FusedRNN is an operator of its own to the
+compiler, and it has to be an instance of torch.nn.RNN to users, whose initialisation goes by type. What was weighed:
+
+- another base class that is torch.nn.RNN to isinstance alone: a metaclass cannot (it is torch.nn.RNN's metaclass that
+  isinstance asks), and a `__class__` that says so breaks what sets it or compares it with the type: pickle,
+  parametrizations, FSDP2;
+- allow_rnn set for good: it then holds for the user's own torch.nn.RNN, LSTM and GRU too, which are unrolled and
+  compiled anew for each number of steps;
+- allow_rnn set for the moment in which the compiler looks at a FusedRNN: this file. The method that it wraps is
+  private; under a PyTorch that lacks it the graph breaks at a FusedRNN, as at a torch.nn.RNN, with the same results.
+"""
+
+import functools
+from typing import Any
+
+
+def allow_in_graphs(kind: type) -> None:
+    """Let the compiler trace into modules of the class ``kind``, a subclass of torch.nn.RNN."""
+    try:
+        from torch._dynamo import config
+        from torch._dynamo.variables.builder import VariableBuilder
+
+        builder: Any = VariableBuilder
+        wrap_module, patch = builder.wrap_module, config.patch
+    except (ImportError, AttributeError):
+        return
+    if not hasattr(config, "allow_rnn"):
+        return
+
+    @functools.wraps(wrap_module)
+    def wrap(self: Any, value: Any) -> Any:
+        if not isinstance(value, kind):
+            return wrap_module(self, value)
+        with patch(allow_rnn=True):
+            return wrap_module(self, value)
+
+    builder.wrap_module = wrap
