@@ -103,7 +103,7 @@ class Run:
                 self._stopped(received)
             except TrainingError as error:
                 raise TrainingError(f"{error}{self._last_good()}") from None
-        if self.out is not None and history:
+        if self.out is not None and history and (self._keeper is None or self._keeper.failure is None):
             self._plot()
         return history
 
@@ -124,9 +124,11 @@ class Run:
             return "; no checkpoint was written before (--out, --save-every)"
         return f"; {self.out / checkpoint.LAST} keeps the last state that was saved"
 
-    def saved(self) -> bool:
-        """Whether the folder, if there is one, holds the run's end; it is tried once more."""
-        return self._keeper is None or self._keeper.failure is None or self._keeper.write()
+    def require_saved(self) -> None:
+        """InputError unless the folder, if there is one, holds the run's end; it is tried once more."""
+        keeper = self._keeper
+        if keeper is not None and keeper.failure is not None and not keeper.write():
+            raise InputError(f"{keeper.failure}: the end of the run is not saved")
 
     def test(self, tokens: torch.Tensor | None) -> tuple[float, str] | None:
         """Perplexity on the test part, by best.ckpt where there is one, else by the model as it is; and which."""

@@ -105,7 +105,8 @@ def _train(options: argparse.Namespace) -> int:
     texts = [decode(model, vocab, prompt, settings.seed) for prompt in recipe.prompts]
     test = run.test(split_by_place(recipe, tokens)[2])
     _print_result(options, settings, backend, history, texts, test, time.perf_counter() - start)
-    return 0 if run.saved() else 2
+    run.require_saved()
+    return 0
 
 
 def _numbers(recipe: Recipe, vocab_size: int) -> int:

@@ -84,7 +84,7 @@ class Keeper(Callback):
         try:
             self._write()
         except InputError as error:
-            if str(error) != self.failure:
+            if self.failure is None or _reason(str(error)) != _reason(self.failure):
                 self._notice(f"{error}; training goes on")
             self.failure = str(error)
             return False
@@ -101,7 +101,7 @@ class Keeper(Callback):
         if self.trainer.between_epochs and history:
             losses = [record.loss for record in history]
             if min(losses[-self.recipe.report_every :]) <= min(losses):
-                names.append(checkpoint.BEST)
+                names.insert(0, checkpoint.BEST)  # first: killed in between, a resumed run comes by again
         if self.keep:
             names.insert(0, f"step-{self.trainer.step}.ckpt")
         for name in names:
@@ -112,6 +112,10 @@ class Keeper(Callback):
                     path.unlink()
         lines = json.dumps([asdict(record) for record in history], indent=1) + "\n"
         write_whole(self.folder / HISTORY, lines.encode(), "the history")
+
+
+def _reason(failure: str) -> str:
+    return failure.rpartition(": ")[2]
 
 
 def kept(folder: Path) -> list[Path]:

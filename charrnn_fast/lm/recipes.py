@@ -148,7 +148,7 @@ RECIPES = {
             optimizer="adamw",
             lr=2e-3,
             clip=1.0,
-            epochs=16,
+            epochs=8,
             prompts=(Prompt("ROMEO:\n", 400, temperature=0.7),),
             dropout=0.2,
             schedule="cosine",

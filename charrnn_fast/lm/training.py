@@ -276,11 +276,11 @@ class Trainer:
 
         def counted() -> Iterator[Batch]:
             for X, Y in itertools.islice(data.train(), so_far.batches, None):
+                self._set_lr()
                 so_far.counts.append(Y.numel())
                 yield X, Y
 
         plain = self._plain_step(data, so_far.state if resumed else None)
-        self._set_lr()
         for loss in self._losses(counted(), data, plain):
             so_far.losses.append(loss)
             if plain is None:
@@ -292,7 +292,6 @@ class Trainer:
             else:
                 self._after_update(so_far, plain)
             yield self._record(epoch, so_far, plain)
-            self._set_lr()
         if plain is not None and so_far.batches and so_far.updates < -(-so_far.batches // self._group(data)):
             self._after_update(so_far, plain)  # of an incomplete group, at the epoch's end
             yield self._record(epoch, so_far, plain)
@@ -503,7 +502,8 @@ class Trainer:
 
 MAX_SKIPPED = 100  # updates in a row at an epoch's beginning: more will not help
 WHAT_TO_TRY = (
-    "expected a finite number; lower the learning rate, clip the gradients, or go on with on_nan skip or restore"
+    "expected a finite number; try a lower learning rate (--lr), clipping (--clip), or to go on with --on-nan skip or "
+    "restore"
 )
 
 

@@ -37,15 +37,13 @@ def plain(*tensors: Tensor | None) -> bool:
     """
     if torch.compiler.is_compiling():
         return True
-    keys_of, graph = torch._C._dispatch_keys, torch.is_grad_enabled()
+    keys_of = torch._C._dispatch_keys
+    looked_at, wanted = (_OTHER_KEYS | _INPLACE_KEY, _INPLACE_KEY) if torch.is_grad_enabled() else (_OTHER_KEYS, 0)
     for x in tensors:
         if x is None:
             continue
         kind = type(x)
-        if kind is not Tensor and kind is not nn.Parameter:
-            return False
-        keys = keys_of(x).raw_repr()
-        if keys & _OTHER_KEYS or (graph and not keys & _INPLACE_KEY):
+        if (kind is not Tensor and kind is not nn.Parameter) or keys_of(x).raw_repr() & looked_at != wanted:
             return False
         if x.data_ptr() == 0 and x.numel() > 0:
             return False
