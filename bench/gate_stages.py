@@ -5,6 +5,7 @@ A stage writes RESULT, a JSON file, again and again as it goes, and stops by its
 """
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -20,7 +21,7 @@ from typing import Any
 import torch
 
 from charrnn_fast import CharRNN, Trainer
-from charrnn_fast.bench import gate_parity, gate_tiles, grid, measure, suite
+from charrnn_fast.bench import gate_kernels, gate_parity, gate_tiles, grid, measure, suite
 from charrnn_fast.bench.grid import Config, Gradients
 from charrnn_fast.bench.peers import Ours
 from charrnn_fast.bench.suite import Case, Run
@@ -31,7 +32,10 @@ from charrnn_fast.ops import backends
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 2048)
-OUTCOME = re.compile(r"^(\S+::.*?) (PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS)\b")
+OUTCOMES = "PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS"
+OUTCOME = re.compile(rf"^(?P<test>\S+::.*?) (?P<outcome>{OUTCOMES})\b")
+OUTCOME_OF_A_WORKER = re.compile(rf"^\[gw\d+\] \[ *\d+%\] (?P<outcome>{OUTCOMES}) (?P<test>\S+::.*?) *$")
+MOST_WORKERS = 12  # each compiles and holds a part of the device's memory
 
 
 @dataclass
@@ -98,6 +102,9 @@ def tests(context: Context) -> None:
     # Without a device they are all skipped, and one file of them shows it.
     chosen = "tests/kernels/test_gpu_elman.py" if context.tiny else "tests"
     options = ["-m", "gpu", "-v", "-p", "no:cacheprovider", "--continue-on-collection-errors", "--color=no"]
+    if find_spec("xdist") is not None:  # most of the time is compiling
+        context.result["workers"] = 2 if context.tiny else min(MOST_WORKERS, os.cpu_count() or 1)
+        options += ["-n", str(context.result["workers"])]
     command = [sys.executable, "-m", "pytest", *options, chosen]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     timer = threading.Timer(max(1.0, context.until - time.monotonic()), process.kill)
@@ -107,10 +114,10 @@ def tests(context: Context) -> None:
     assert process.stdout is not None  # it is a pipe
     for line in process.stdout:
         print(line, end="", flush=True)
-        if outcome := OUTCOME.match(line):
-            counts[outcome[2]] = counts.get(outcome[2], 0) + 1
-            if outcome[2] in ("FAILED", "ERROR", "XPASS"):
-                context.find(f"{outcome[1]}: {outcome[2]}")
+        if outcome := OUTCOME.match(line) or OUTCOME_OF_A_WORKER.match(line):
+            counts[outcome["outcome"]] = counts.get(outcome["outcome"], 0) + 1
+            if outcome["outcome"] in ("FAILED", "ERROR", "XPASS"):
+                context.find(f"{outcome['test']}: {outcome['outcome']}")
             context.save()
     timer.cancel()
     code = process.wait()
@@ -147,6 +154,7 @@ def _measure(context: Context, cases: Sequence[Case], run: Run) -> None:
             row.get("path", ""),
             row.get("ms"),
             ratios,
+            {name: found.get("ms") for name, found in row.get("device", {}).items()},
             row.get("not_measured", ""),
             flush=True,
         )
@@ -173,14 +181,16 @@ def _run(context: Context, dtypes: Sequence[str], seconds: float) -> Run:
     rates = _rates(context, dtypes)
     context.result["rates"] = rates
     if context.tiny:
-        return Run(rates, context.device, suite.PEERS[:2], seconds=0.0, least=1, ours=Ours("triton"))
+        return Run(rates, context.device, suite.PEERS[:2], seconds=0.0, least=1, ours=Ours("triton"), replays=True)
     peers = [peer for peer in suite.PEERS if not peer.takes_minutes]
-    return Run(rates, context.device, peers, seconds=seconds, least=5)
+    return Run(rates, context.device, peers, seconds=seconds, least=5, replays=True)
 
 
 def grid_stage(context: Context) -> None:
     """The grid against torch.nn.RNN, what matters most first. A row's `path` is the backend that ran it."""
-    run = replace(_run(context, list(grid.DTYPES), 0.15), peers=suite.PEERS[:1])  # a loop in Python takes too long
+    # A loop in Python takes too long.
+    peers = [peer for peer in suite.PEERS if peer.key in ("torch.nn.RNN", "flaggems", "xma")]
+    run = replace(_run(context, list(grid.DTYPES), 0.15), peers=peers)
     cases = [*suite.ELMAN, *suite.sweep_cases(quick=False), *suite.GPU_ELMAN]
     if context.tiny:
         cases = [_tiny(case) for case in (*suite.ELMAN[:2], suite.ELMAN[-1], suite.sweep_cases(True)[0], *cases[-2:])]
@@ -266,6 +276,11 @@ def _keep(context: Context, name: str, rows: Iterable[dict[str, Any]], fault: st
             break
 
 
+def kernels(context: Context) -> None:
+    """The kernels of the recurrence beside cuDNN's, by the profiler."""
+    _keep(context, "kernels", gate_kernels.rows(context.device), "finding")
+
+
 def registers(context: Context) -> None:
     """What the driver says of the kernels that the launchers compile, beside the recorded figures."""
     _keep(context, "registers", gate_tiles.registers(context.device), "finding")
@@ -282,6 +297,7 @@ STAGES: dict[str, Callable[[Context], None]] = {
     "parity": parity,
     "grid": grid_stage,
     "language_model": language_model,
+    "kernels": kernels,
     "registers": registers,
     "tiles": tiles,
 }

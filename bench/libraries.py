@@ -1,4 +1,6 @@
-"""Peers from outside PyTorch: JAX, onnxruntime and FlashRNN. Each is an optional extra of this package."""
+"""Peers from outside PyTorch: JAX, onnxruntime and FlashRNN, optional extras of this package; FlagGems and XMA, used
+where they are installed.
+"""
 
 import shutil
 from collections.abc import Callable
@@ -132,51 +134,30 @@ class OnnxRuntime(_CpuLibrary):
         return lambda: session.run(["Y"], {"X": x})
 
 
-class FlashRNN(Peer):
-    """FlashRNN's Elman function with one head, its fused CUDA kernel, behind the input projection that it leaves out.
+class _GpuLibrary(Peer):
+    """A library with kernels of its own for a GPU, on padded input.
 
-    K. Poeppel, M. Beck, S. Hochreiter, "FlashRNN: I/O-aware optimization of traditional RNNs on modern hardware",
-    2024; shapes as its README gives them: Wx (B, T, gates, heads, D), R (gates, heads, D, D), b (gates, heads, D). It
-    compiles its kernels when they are first called, so it needs nvcc; and since nothing of it has been run here, its
-    first result is compared with torch.nn.RNN's before it is timed.
+    Nothing of these has been run here, so a first result is compared with torch.nn.RNN's before it is timed.
     """
 
-    name, key, package = "FlashRNN", "flashrnn", "flashrnn"
     tasks = ("forward", "forward_backward")
-    takes_minutes = True
 
     def limits(self, problem: Any, task: str) -> str | None:
         if problem.device.type != "cuda":
             return "it runs on a CUDA device only"
         if problem.dtype not in DTYPES.values():
             return f"it has no kernel for {problem.dtype}"
-        if shutil.which("nvcc") is None:
-            return "it compiles its kernels with nvcc, which is not installed"
         return "it takes no packed input" if problem.config.packed else None
 
     def _run(self, problem: Problem) -> tuple[Callable[[], Tensor], list[Tensor]]:
         """The outputs (T, B, H) as a function of nothing, and the leaves that they depend on."""
-        from flashrnn import flashrnn
+        raise NotImplementedError
 
-        name = str(problem.dtype).removeprefix("torch.")
+    def _leaves(self, problem: Problem) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """The input (T, B, I), the layer's four parameters, and those of these that gradients are asked of."""
         weights = [p.detach().clone().requires_grad_() for p in problem.rnn.parameters()]
-        x, tokens = problem.input.detach(), problem.config.tokens
-        leaves = weights if tokens else [x.requires_grad_(), *weights]
-
-        def run() -> Tensor:
-            weight_ih, weight_hh, bias_ih, bias_hh = weights
-            projected = weight_ih.T[problem.tokens] if tokens else F.linear(x, weight_ih)  # (T, B, H)
-            states, _ = flashrnn(
-                projected.transpose(0, 1)[:, :, None, None],
-                weight_hh[None, None],
-                (bias_ih + bias_hh)[None, None],
-                function="elman",
-                backend="cuda_fused",
-                dtype=name,
-            )
-            return states[0, :, :, 0].transpose(0, 1)
-
-        return run, leaves
+        x = problem.input.detach()
+        return x, weights, weights if problem.config.tokens else [x.requires_grad_(), *weights]
 
     def _checked(self, problem: Problem) -> tuple[Callable[[], Tensor], list[Tensor]]:
         run, leaves = self._run(problem)
@@ -197,3 +178,85 @@ class FlashRNN(Peer):
         run, leaves = self._checked(problem)
         grad = problem.grad_output
         return lambda: torch.autograd.grad(run(), leaves, grad)
+
+
+class FlashRNN(_GpuLibrary):
+    """FlashRNN's Elman function with one head, its fused CUDA kernel, behind the input projection that it leaves out.
+
+    K. Poeppel, M. Beck, S. Hochreiter, "FlashRNN: I/O-aware optimization of traditional RNNs on modern hardware",
+    2024; shapes as its README gives them: Wx (B, T, gates, heads, D), R (gates, heads, D, D), b (gates, heads, D). It
+    compiles its kernels when they are first called, so it needs nvcc.
+    """
+
+    name, key, package = "FlashRNN", "flashrnn", "flashrnn"
+    takes_minutes = True
+
+    def limits(self, problem: Any, task: str) -> str | None:
+        found = super().limits(problem, task)
+        if found is None and shutil.which("nvcc") is None:
+            return "it compiles its kernels with nvcc, which is not installed"
+        return found
+
+    def _run(self, problem: Problem) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        from flashrnn import flashrnn
+
+        name = str(problem.dtype).removeprefix("torch.")
+        tokens = problem.config.tokens
+        x, weights, leaves = self._leaves(problem)
+
+        def run() -> Tensor:
+            weight_ih, weight_hh, bias_ih, bias_hh = weights
+            projected = weight_ih.T[problem.tokens] if tokens else F.linear(x, weight_ih)  # (T, B, H)
+            states, _ = flashrnn(
+                projected.transpose(0, 1)[:, :, None, None],
+                weight_hh[None, None],
+                (bias_ih + bias_hh)[None, None],
+                function="elman",
+                backend="cuda_fused",
+                dtype=name,
+            )
+            return states[0, :, :, 0].transpose(0, 1)
+
+        return run, leaves
+
+
+class FlagGems(_GpuLibrary):
+    """FlagGems' rnn_tanh, Triton kernels behind the arguments of torch.rnn_tanh."""
+
+    name, key, package = "FlagGems", "flaggems", "flag_gems"
+
+    def _run(self, problem: Problem) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        from flag_gems import rnn_tanh
+
+        x, weights, leaves = self._leaves(problem)
+        state = x.new_zeros(1, problem.config.B, problem.config.H)
+
+        def run() -> Tensor:
+            # has_biases, num_layers, dropout, train, bidirectional, batch_first
+            return rnn_tanh(x, state, weights, True, 1, 0.0, torch.is_grad_enabled(), False, False)[0]
+
+        return run, leaves
+
+
+class XMA(_GpuLibrary):
+    """XMA's rnn with one head, tanh(h W + x) in Triton, behind the input projection that it leaves out.
+
+    Shapes as it documents them: x (B, T, heads, H), W (heads, H, H); it returns the states and the last of them.
+    """
+
+    name, key, package = "XMA", "xma", "xma"
+
+    def _run(self, problem: Problem) -> tuple[Callable[[], Tensor], list[Tensor]]:
+        from xma.functional import rnn
+
+        tokens = problem.config.tokens
+        x, weights, leaves = self._leaves(problem)
+
+        def run() -> Tensor:
+            weight_ih, weight_hh, bias_ih, bias_hh = weights
+            bias = bias_ih + bias_hh
+            projected = (weight_ih.T + bias)[problem.tokens] if tokens else F.linear(x, weight_ih, bias)
+            states, _ = rnn(projected.transpose(0, 1)[:, :, None].contiguous(), weight_hh.T[None].contiguous())
+            return states[:, :, 0].transpose(0, 1)
+
+        return run, leaves

@@ -136,6 +136,31 @@ def alternate(
     return times
 
 
+def replay(job: Job, device: torch.device) -> Job | str:
+    """The job's launches alone, as a CUDA graph that is played again; or one clause that says why there is none.
+
+    What a call takes with this is the device's time, whatever the host needs to launch. job: has been called before.
+    """
+    if device.type != "cuda":
+        return "a CUDA graph needs a CUDA device"
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    try:
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # as many as torch.cuda.make_graphed_callables makes
+                job()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            job()
+        graph.replay()
+        torch.cuda.synchronize(device)
+    except RuntimeError as error:  # it waits for the device, or a library allocates
+        torch.cuda.synchronize(device)
+        return f"capturing it raised {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+    return graph.replay
+
+
 def ratios(ours: Sequence[float], others: Mapping[str, Sequence[float]]) -> dict[str, Spread]:
     """Per side the spread of its time over ours, round by round."""
     return {name: Spread.of([p / o for p, o in zip(times, ours, strict=True)]) for name, times in others.items()}
@@ -247,7 +272,7 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-PACKAGES = ("triton", "jax", "onnxruntime", "flashrnn")
+PACKAGES = ("triton", "jax", "onnxruntime", "flashrnn", "flag-gems", "xma")
 
 
 def machine(device: torch.device = CPU) -> dict[str, Any]:

@@ -4,10 +4,11 @@
     python bench/static.py --write    and record it in bench/results/static.json, under this Triton's version
     python bench/static.py --check    and fail where a figure is worse than the record
 
-Needs Triton alone (torch is not imported). Recorded for each tile: registers a thread, stack in bytes (anything but 0
-is a spill), shared memory in bytes, the matrix instructions, and inside the time loop, per warp and step:
-instructions, barriers, shared loads and stores, matrix instructions and FMAs. The time loop is the longest span of
-code that a branch at its end goes back over.
+Needs Triton and numpy alone (torch is not imported). Recorded for each tile: registers a thread, stack in bytes
+(anything but 0 is a spill), shared memory in bytes, the matrix instructions, and inside the time loop, per warp and
+step: instructions, barriers, shared loads and stores, matrix instructions and FMAs. The time loop is the longest span
+of code that a branch at its end goes back over. On NVIDIA also, per program and step: wavefronts of shared memory and
+how many of them are bank conflicts (wavefronts.py); static_conflicts.py says why those that there are may stay.
 """
 
 import argparse
@@ -15,11 +16,9 @@ import importlib
 import json
 import os
 import re
-import subprocess
 import sys
-import tempfile
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import triton
@@ -42,15 +41,22 @@ TOLERANCE = {
     "shared": (1.0, 0),
     "instructions": (1.05, 4),
     "barriers": (1.0, 0),
+    "conflicts": (1.0, 0),
+    "conflicts_once": (1.0, 0),
+    "unknown_accesses": (1.0, 0),
 }
 POINTER = {"fp64": "*fp64", "ieee": "*fp32", "tf32x3": "*fp32", "tf32": "*fp32", "16bit": "*bf16"}
 
 
-def load(module: str):
+def load(module: str, folder: str = "kernels.triton"):
     """A module of the kernels folder, imported from this checkout without charrnn_fast (and so without torch)."""
     if str(ROOT) not in sys.path:
         sys.path.insert(0, str(ROOT))
-    return importlib.import_module(f"kernels.triton.{module}")
+    return importlib.import_module(f"{folder}.{module}")
+
+
+_figures = load("static_figures", "bench")
+longest_loop, nvidia_figures, of_compiled = _figures.longest_loop, _figures.nvidia_figures, _figures.of_compiled
 
 
 @dataclass(frozen=True)
@@ -67,6 +73,7 @@ class Case:
     options: dict[str, object]
     matrix: bool | None  # whether a matrix instruction is meant; None: either will do
     shared: int  # bytes of shared memory that it may have
+    values: tuple[tuple[str, int], ...] = ()  # arguments on which the accesses that are counted depend
 
 
 def elman_cases(target: str) -> list[Case]:
@@ -211,6 +218,41 @@ def linear_cross_entropy_case(step: str, kind: str, tile, target: str) -> Case:
     return Case(name, target, module, kernel, types, constants, tile.multiple > 1, options, matrix, shared)
 
 
+def sum_cases(target: str) -> list[Case]:
+    """The kernels beside those with tiles: sums over the programs of the loss and of the weight's gradient."""
+    launchers = load("linear_cross_entropy_tiles")
+    partials = {"H": 32, "V": 28, "BLOCK_P": launchers.SUM_PROGRAMS, "BLOCK": launchers.SUM_COLUMNS, "HAS_BIAS": True}
+    cases = []
+    for module, kernel, warps, constants, types in (
+        (
+            "linear_cross_entropy_grad_kernels",
+            "sum_partials_kernel",
+            launchers.SUM_WARPS,
+            partials,
+            {"partial_ptr": "*fp32", "grad_weight_ptr": "*fp32", "grad_bias_ptr": "*fp32"},
+        ),
+        (
+            "linear_cross_entropy_kernels",
+            "loss_of_splits_kernel",
+            4,
+            {"BLOCK_N": 128, "LOSS_ROWS": True},
+            dict.fromkeys(("partial_lse_ptr", "chosen_ptr", "lse_ptr", "loss_ptr", "totals_ptr"), "*fp32")
+            | {"target_ptr": "*i64"},
+        ),
+        (
+            "linear_cross_entropy_kernels",
+            "total_kernel",
+            4,
+            {"BLOCK": 1024, "LOSS": True, "MEAN": True},
+            dict.fromkeys(("totals_ptr", "loss_ptr", "count_ptr"), "*fp32"),
+        ),
+    ):
+        options = load("targets").launch_options(warps, target, all_registers=False)
+        name = kernel.removesuffix("_kernel").replace("_", " ")
+        cases.append(Case(name, target, module, kernel, types, constants, False, options, False, 48 * 1024))
+    return cases
+
+
 def clip_cases(target: str) -> list[Case]:
     """The clipping kernels: one launch and two, with pointer arguments and with a table of every dtype."""
     kernels = load("clip_grad_norm_kernels")
@@ -251,7 +293,8 @@ def clip_case(kernel: str, name: str, target: str, numels: tuple[int, ...], bloc
     }
     title = f"clip {kernel.removesuffix('_kernel')} {name}"
     options = load("targets").launch_options(warps, target, all_registers=False)
-    return Case(title, target, "clip_grad_norm_kernels", kernel, types, constants, False, options, False, 48 * 1024)
+    case = Case(title, target, "clip_grad_norm_kernels", kernel, types, constants, False, options, False, 48 * 1024)
+    return case if kernel == "clip_small_kernel" else replace(case, values=(("chunks", 12),))
 
 
 def generate_cases(target: str) -> list[Case]:
@@ -287,132 +330,59 @@ def generate_case(target: str, kind: str, H: int, V: int, L: int, sampled: bool)
     constants = tile.constants() | {"TANH": True, "STACKED": L > 1, "SAMPLE": sampled, "TOP_K": sampled}
     name = f"generate {kind} H{H} V{V} L{L} warps{tile.warps} {'sampled' if sampled else 'greedy'}"
     options = tile.launch_options(target)
-    return Case(name, target, "generate_kernels", "generate_kernel", types, constants, False, options, False, 48 * 1024)
+    values = (("P", 1), ("N", 1000), ("V", V), ("L", L))
+    case = Case(name, target, "generate_kernels", "generate_kernel", types, constants, False, options, False, 48 * 1024)
+    return replace(case, values=values)
 
 
 def all_cases(target: str) -> list[Case]:
     """Of every kernel that is shipped."""
-    makers = (elman_cases, linear_cross_entropy_cases, clip_cases, generate_cases)
+    makers = (elman_cases, linear_cross_entropy_cases, sum_cases, clip_cases, generate_cases)
     return [case for cases in makers for case in cases(target)]
 
 
-def compile_case(case: Case):
+def signature_of(case: Case) -> dict[str, str | tuple[str, ...]]:
+    """The types of a kernel's arguments by name; "constexpr" for those that are compiled in."""
     kernel = getattr(load(case.module), case.kernel)
-    signature, constants, attributes = {}, dict(case.constants), {}
-    for index, name in enumerate(kernel.arg_names):
-        if name in case.types:
-            signature[name] = case.types[name]
-        elif name in constants or name.endswith("_ptr"):
-            signature[name] = "constexpr"
-            constants.setdefault(name, None)
-        else:
-            signature[name] = "i32"
-        if isinstance(signature[name], tuple):
-            attributes |= {(index, i): [["tt.divisibility", 16]] for i in range(len(signature[name]))}
+    return {
+        name: case.types.get(name, "constexpr" if name in case.constants or name.endswith("_ptr") else "i32")
+        for name in kernel.arg_names
+    }
+
+
+def positions(case: Case) -> dict[int, int]:
+    """A case's values by their position among the arguments of the compiled kernel."""
+    names: list[str] = []
+    for name, kind in signature_of(case).items():
+        names += [name] * (0 if kind == "constexpr" else len(kind) if isinstance(kind, tuple) else 1)
+    return {names.index(name): value for name, value in case.values}
+
+
+def compile_case(case: Case):
+    kernel, signature, attributes = getattr(load(case.module), case.kernel), signature_of(case), {}
+    for index, (name, kind) in enumerate(signature.items()):
+        if isinstance(kind, tuple):
+            attributes |= {(index, i): [["tt.divisibility", 16]] for i in range(len(kind))}
             continue
         divisible = case.divisible and name.startswith("stride_") and "tokens" not in name
-        if signature[name].startswith("*") or (divisible and signature[name] == "i32"):
+        if kind.startswith("*") or (divisible and kind == "i32"):
             attributes[(index,)] = [["tt.divisibility", 16]]
-    constants = {name: value for name, value in constants.items() if signature.get(name) == "constexpr"}
-    source = ASTSource(kernel, signature, constants, attributes)
+    constants = {name: case.constants.get(name) for name, kind in signature.items() if kind == "constexpr"}
+    source = source_class(kernel)(kernel, signature, constants, attributes)
     target, _ = TARGETS[case.target]
     return triton.compile(source, target=target, options=case.options)
 
 
-def longest_loop(lines: list[tuple[str, str]], branch_target) -> list[str]:
-    """Instructions of the longest loop. lines: ("label", name) or ("instruction", text)."""
-    labels, code = {}, []
-    for what, text in lines:
-        if what == "label":
-            labels[text] = len(code)
-        else:
-            code.append(text)
-    best = (0, 0)
-    for end, text in enumerate(code, 1):
-        begin = labels.get(branch_target(text), end)
-        if end - begin > best[1] - best[0]:
-            best = (begin, end)
-    return code[best[0] : best[1]]
-
-
-def count(code: list[str], pattern: str) -> int:
-    return sum(re.search(pattern, text) is not None for text in code)
-
-
-def nvidia_figures(cubin: bytes, shared: int) -> dict:
-    tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-
-        def tool(*command):
-            return subprocess.run([*map(str, command), file.name], capture_output=True, text=True, check=True).stdout
-
-        usage = tool(tools / "cuobjdump", "--dump-resource-usage")
-        sass = tool(tools / "nvdisasm", "-c")
-    lines = []
-    for line in sass.splitlines():
-        if match := re.match(r"\s*(\.L\w+):", line):
-            lines.append(("label", match[1]))
-        elif match := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            lines.append(("instruction", match[1]))
-
-    def branch_target(text):
-        match = re.search(r"\bBRA\b.*?(\.L\w+)", text)
-        return match and match[1]
-
-    loop = longest_loop(lines, branch_target)
-    matrix = r"\b(HGMMA|HMMA|DMMA|UTC\w*MMA)\b"
-    return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
-        "shared": shared,
-        "matrix": sorted({found for text in loop for found in re.findall(matrix, text)}),
-        "instructions": len(loop),
-        "barriers": count(loop, r"\bBAR\.SYNC"),
-        "shared_loads": count(loop, r"\bLDS"),
-        "shared_stores": count(loop, r"\bSTS"),
-        "matrix_instructions": count(loop, matrix),
-        "fma": count(loop, r"\b[FD]FMA"),
-    }
-
-
-def amd_figures(assembly: str, shared: int) -> dict:
-    def value(name):
-        return int(re.search(rf"\.{name}:\s+(\d+)", assembly)[1])
-
-    lines = []
-    for line in assembly.splitlines():
-        if match := re.match(r"(\.LBB\w+):", line):
-            lines.append(("label", match[1]))
-        elif match := re.match(r"\s+((?:[svd]|ds|global|buffer|flat|scratch)_.*)", line):
-            lines.append(("instruction", match[1].split(";")[0]))
-
-    def branch_target(text):
-        match = re.match(r"s_c?branch\w*\s+(\.LBB\w+)", text)
-        return match and match[1]
-
-    loop = longest_loop(lines, branch_target)
-    return {
-        "registers": value("vgpr_count"),
-        "stack": value("private_segment_fixed_size"),
-        "shared": shared,
-        "matrix": ["MFMA"] if count(loop, r"\bv_mfma") else [],
-        "instructions": len(loop),
-        "barriers": count(loop, r"\bs_barrier"),
-        "shared_loads": count(loop, r"\bds_(read|load)"),
-        "shared_stores": count(loop, r"\bds_(write|store)"),
-        "matrix_instructions": count(loop, r"\bv_mfma"),
-        "fma": count(loop, r"\bv_(pk_)?fma"),
-    }
+def source_class(kernel) -> type:
+    """How triton.compile takes a kernel: of Triton's own language or of Gluon."""
+    if getattr(kernel, "is_gluon", bool)():
+        return importlib.import_module("triton.experimental.gluon._runtime").GluonASTSource
+    return ASTSource
 
 
 def figures(case: Case) -> dict:
     """Compile one case and measure it."""
-    compiled = compile_case(case)
-    if "cubin" in compiled.asm:
-        return nvidia_figures(compiled.asm["cubin"], compiled.metadata.shared)
-    return amd_figures(compiled.asm["amdgcn"], compiled.metadata.shared)
+    return of_compiled(compile_case(case), positions(case))
 
 
 def faults(case: Case, found: dict) -> list[str]:
@@ -424,17 +394,19 @@ def faults(case: Case, found: dict) -> list[str]:
         problems.append(f"shared memory {found['shared']} is more than {case.shared}")
     if case.matrix not in (None, bool(found["matrix"])):
         problems.append(f"matrix instructions: meant {case.matrix}, found {found['matrix']}")
-    return problems
+    return problems + load("static_conflicts", "bench").faults(case.name, found)
 
 
 def regressions(found: dict, recorded: dict | None) -> list[str]:
     """Where the figures are worse than the recorded ones by more than TOLERANCE."""
     if recorded is None:
         return ["not in the record; run bench/static.py --write"]
+    if "wavefronts" not in recorded:  # from before they were counted
+        found = {name: value for name, value in found.items() if name in recorded}
     problems = [
-        f"{name} {found[name]}, recorded {recorded[name]}"
+        f"{name} {found[name]}, recorded {recorded.get(name, 0)}"
         for name, (ratio, slack) in TOLERANCE.items()
-        if found[name] > max(recorded[name] * ratio, recorded[name] + slack)
+        if found.get(name, 0) > max(recorded.get(name, 0) * ratio, recorded.get(name, 0) + slack)
     ]
     if found["matrix"] != recorded["matrix"]:
         problems.append(f"matrix instructions {found['matrix']}, recorded {recorded['matrix']}")
@@ -442,13 +414,14 @@ def regressions(found: dict, recorded: dict | None) -> list[str]:
 
 
 def report(target: str, results: dict[str, dict]) -> None:
-    columns = ("registers", "stack", "shared", "instructions", "barriers", "shared_loads", "shared_stores", "fma")
-    print(f"\n{target}, Triton {triton.__version__}: loop figures are per warp and time step")
-    heads = ("regs", "stack", "shared", "instr", "barr", "lds", "sts", "fma")
+    columns = ["registers", "stack", "shared", "instructions", "barriers", "shared_loads", "shared_stores", "fma"]
+    columns += ["wavefronts", "conflicts"]
+    print(f"\n{target}, Triton {triton.__version__}: loop figures are per warp and time step, wavefronts per program")
+    heads = ("regs", "stack", "shared", "instr", "barr", "lds", "sts", "fma", "wavefr", "confl")
     print(f"{'tile':64}" + "".join(f"{head:>8}" for head in heads) + "  matrix")
     for name, found in results.items():
         matrix = " ".join(f"{kind} x{found['matrix_instructions']}" for kind in found["matrix"])
-        print(f"{name:64}" + "".join(f"{found[column]:8}" for column in columns) + f"  {matrix}")
+        print(f"{name:64}" + "".join(f"{found.get(column, '-'):>8}" for column in columns) + f"  {matrix}")
 
 
 def main() -> int:
@@ -456,6 +429,9 @@ def main() -> int:
     parser.add_argument("--write", action="store_true", help="record the figures under this Triton's version")
     parser.add_argument("--check", action="store_true", help="fail where a figure is worse than the record")
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="only this target (repeatable)")
+    parser.add_argument(
+        "--only", default="", metavar="PATTERN", help="tiles with this regular expression in their names"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     options = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
@@ -463,7 +439,12 @@ def main() -> int:
 
     record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
     ours = record.setdefault(triton.__version__, {})
-    cases = {target: all_cases(target) for target in options.target or TARGETS}
+    if options.only and options.write:
+        parser.error("--write records all tiles, so there is no --only with it")
+    cases = {
+        target: [case for case in all_cases(target) if re.search(options.only, case.name)]
+        for target in options.target or TARGETS
+    }
     failed = 0
     with ProcessPoolExecutor(options.jobs) as pool:
         pending = {target: [pool.submit(figures, case) for case in cases[target]] for target in cases}

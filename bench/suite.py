@@ -1,7 +1,7 @@
 """What is timed, one row of results at a time: the same for pytest's suites, `charrnn-fast bench` and the GPU gate."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +9,7 @@ import torch
 
 from charrnn_fast.bench import grid
 from charrnn_fast.bench.grid import Config, Gradients
-from charrnn_fast.bench.libraries import FlashRNN, Jax, OnnxRuntime
+from charrnn_fast.bench.libraries import XMA, FlagGems, FlashRNN, Jax, OnnxRuntime
 from charrnn_fast.bench.measure import (
     CPU,
     ROW_GEMM,
@@ -21,6 +21,7 @@ from charrnn_fast.bench.measure import (
     input_sets,
     peak_bytes,
     ratios,
+    replay,
     rotate,
     rounds_in_a_row,
 )
@@ -28,7 +29,16 @@ from charrnn_fast.bench.peers import CompiledReference, Ours, Peer, Reference, T
 from charrnn_fast.bench.problems import ClipProblem, Problem
 from charrnn_fast.ops import backends
 
-PEERS: tuple[Peer, ...] = (TorchRNN(), Reference(), CompiledReference(), Jax(), OnnxRuntime(), FlashRNN())
+PEERS: tuple[Peer, ...] = (
+    TorchRNN(),
+    Reference(),
+    CompiledReference(),
+    Jax(),
+    OnnxRuntime(),
+    FlashRNN(),
+    FlagGems(),
+    XMA(),
+)
 BASELINE = TorchRNN.name  # the side that memory is compared with
 GEMM = "matrix product"  # no side: timed with them for the row's floor
 TIME_IS_UP = "the time was up"
@@ -109,6 +119,7 @@ class Run:
     least: int = 9
     drive: Callable[[Job, Job, int], None] = rounds_in_a_row
     ours: Ours = field(default_factory=Ours)
+    replays: bool = False  # whether rows have the device's time alone too, where the device has it
 
 
 def _problems(case: Case, run: Run) -> list[Any]:
@@ -172,6 +183,8 @@ def measure(case: Case, run: Run) -> dict[str, Any]:
         "floor_ms": 1e3 * shortest,
         "over_floor": median / shortest,
     }
+    if run.replays:
+        row["device"] = device_times(jobs, run)
     if isinstance(case.config, Config):
         row |= {name: getattr(case.config, name) for name in ("B", "T", "I", "H")}
         row["path"] = backends.explain(
@@ -184,6 +197,23 @@ def measure(case: Case, run: Run) -> dict[str, Any]:
         if BASELINE in jobs:
             row["memory_ratio"] = 1e6 * row["memory_mb"] / max(1, peak_bytes(jobs[BASELINE], run.device))
     return row
+
+
+def device_times(jobs: Mapping[str, Job], run: Run) -> dict[str, dict[str, Any]]:
+    """By side the time on the device alone, {"ms": ..., "ratio": its over ours}, or {"none": why there is none}."""
+    if run.device.type != "cuda":
+        reason = replay(next(iter(jobs.values())), run.device)
+        return {name: {"none": reason} for name in jobs}
+    replays = {name: replay(job, run.device) for name, job in jobs.items()}
+    timed = {name: job for name, job in replays.items() if not isinstance(job, str)}
+    found: dict[str, dict[str, Any]] = {name: {"none": why} for name, why in replays.items() if isinstance(why, str)}
+    if timed:
+        times = alternate(timed, run.seconds, run.device, least=run.least)
+        for name, seconds in times.items():
+            found[name] = {"ms": 1e3 * Spread.of(seconds).median}
+            if run.ours.name in times:
+                found[name]["ratio"] = str(ratios(times[run.ours.name], {name: seconds})[name])
+    return found
 
 
 def measure_all(wanted: Iterable[Case], run: Run, until: float) -> Iterator[dict[str, Any]]:

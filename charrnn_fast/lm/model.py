@@ -17,6 +17,7 @@ from charrnn_fast.ops.clip_grad_norm import clip_grad_norm_
 from charrnn_fast.ops.context import plain
 from charrnn_fast.ops.elman_layer import check_tokens
 from charrnn_fast.ops.elman_torch import TOKEN_TYPES, TorchRNN, one_hot_rows
+from charrnn_fast.ops.embedding import embedding
 from charrnn_fast.ops.linear_cross_entropy import linear_cross_entropy
 from charrnn_fast.reference import generate as reference_generate
 from charrnn_fast.reference.language_model import RNNLM, Cell
@@ -109,7 +110,8 @@ class CharRNN(nn.Module):
         None.
         """
         if self.embed is not None:
-            return self._call_rnn(self.embed(tokens), state)
+            as_built = why_called(self, ("embed",)) is None
+            return self._call_rnn(embedding(self.embed, tokens) if as_built else self.embed(tokens), state)
         rnn = self.rnn
         if isinstance(rnn, FusedRNN) and why_called(self, ("rnn",)) is None:
             return rnn.forward_tokens(tokens, state)

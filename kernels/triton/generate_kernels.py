@@ -10,6 +10,11 @@ are padded with zeros to whole tiles, so that nothing is masked; a padded unit s
 id has the bias -inf. With RESIDENT (one layer) the recurrent matrix and the head are single tiles, kept in registers
 over all steps; else they come from the cache again at each step.
 
+Such a tile is written down as (K, N), or where LANES_K is not 1 as (LANES_K, N / LANES_N, K / LANES_K, LANES_N): with
+(8, 16) lanes have eight rows of 16 columns, registers eight times eight rows, and each warp columns of its own: the sum
+over K is one of registers and one over lanes, and nothing of it goes through shared memory or waits at a barrier. Over
+warps, Triton 3.6 exchanges sums with 32-way bank conflicts: 6,400 wavefronts a character at H=256.
+
 The state is in global memory, two vectors a layer in turn: a step reads one and writes the other. What a thread writes
 there, others read after the barrier that follows each layer. Within one program that is enough: on NVIDIA bar.sync
 orders the accesses to memory of the threads that take part (PTX ISA, "bar"), and the loads are plain ld.global, never
@@ -24,14 +29,81 @@ from .numerics import activation
 
 
 @triton.jit
-def _add_product(acc, weight_ptr, vector_ptr, DEPTH, WIDTH: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK_N: tl.constexpr):
-    """acc (BLOCK_K, BLOCK_N) + the products of weight (DEPTH, BLOCK_N) and vector (DEPTH), to be summed over axis 0."""
-    offs_k, offs_n = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_N)
-    for k in tl.range(0, DEPTH, BLOCK_K, loop_unroll_factor=2):
-        w = tl.load(weight_ptr + (k + offs_k)[:, None] * WIDTH + offs_n[None, :])
-        x = tl.load(vector_ptr + k + offs_k)
-        acc += w.to(acc.dtype) * x[:, None]
+def _rows(K: tl.constexpr, LANES_K: tl.constexpr):
+    """(LANES_K, 1, K / LANES_K, 1), or (K, 1): the rows of a tile's elements."""
+    if LANES_K == 1:
+        return tl.arange(0, K)[:, None]
+    else:
+        offs = tl.arange(0, LANES_K)[:, None] + tl.arange(0, K // LANES_K)[None, :] * LANES_K
+        return offs[:, None, :, None]
+
+
+@triton.jit
+def _columns(N: tl.constexpr, LANES_K: tl.constexpr, LANES_N: tl.constexpr):
+    """(N / LANES_N, LANES_N), or (N,): the columns of its sums."""
+    if LANES_K == 1:
+        return tl.arange(0, N)
+    else:
+        return tl.arange(0, N // LANES_N)[:, None] * LANES_N + tl.arange(0, LANES_N)[None, :]
+
+
+@triton.jit
+def _load_tile(
+    ptr, stride: tl.constexpr, K: tl.constexpr, N: tl.constexpr, LANES_K: tl.constexpr, LANES_N: tl.constexpr
+):
+    """Rows 0 to K-1 and columns 0 to N-1 of a matrix."""
+    columns = _columns(N, LANES_K, LANES_N)
+    if LANES_K == 1:
+        return tl.load(ptr + _rows(K, LANES_K) * stride + columns[None, :])
+    else:
+        return tl.load(ptr + _rows(K, LANES_K) * stride + columns[None, :, None, :])
+
+
+@triton.jit
+def _load_vector(ptr, K: tl.constexpr, LANES_K: tl.constexpr):
+    """What the rows of a tile are multiplied by."""
+    if LANES_K == 1:
+        return tl.load(ptr + tl.arange(0, K))[:, None]
+    else:
+        offs = tl.arange(0, LANES_K)[:, None] + tl.arange(0, K // LANES_K)[None, :] * LANES_K
+        return tl.load(ptr + offs)[:, None, :, None]
+
+
+@triton.jit
+def _zeros(K: tl.constexpr, N: tl.constexpr, LANES_K: tl.constexpr, LANES_N: tl.constexpr, dtype: tl.constexpr):
+    """A tile of zeros."""
+    if LANES_K == 1:
+        return tl.zeros((K, N), dtype)
+    else:
+        return tl.zeros((LANES_K, N // LANES_N, K // LANES_K, LANES_N), dtype)
+
+
+@triton.jit
+def _add_product(
+    acc,
+    weight_ptr,
+    vector_ptr,
+    DEPTH,
+    WIDTH: tl.constexpr,
+    K: tl.constexpr,
+    N: tl.constexpr,
+    LANES_K: tl.constexpr,
+    LANES_N: tl.constexpr,
+):
+    """acc + the products of weight (DEPTH, N) and vector (DEPTH), a tile of K rows at a time; `_total` ends the sum."""
+    for k in tl.range(0, DEPTH, K, loop_unroll_factor=2):
+        w = _load_tile(weight_ptr + k * WIDTH, WIDTH, K, N, LANES_K, LANES_N)
+        acc += w.to(acc.dtype) * _load_vector(vector_ptr + k, K, LANES_K)
     return acc
+
+
+@triton.jit
+def _total(products, LANES_K: tl.constexpr):
+    """The sums over the rows of a tile, in the shape of its columns."""
+    if LANES_K == 1:
+        return tl.sum(products, 0)
+    else:
+        return tl.sum(tl.sum(products, 2), 0)
 
 
 @triton.jit
@@ -96,8 +168,12 @@ def generate_kernel(
     DEPTH: tl.constexpr,  # and in whole tiles of the head
     BLOCK_K: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    LANES_K: tl.constexpr,  # what a warp has of a layer's tile
+    LANES_N: tl.constexpr,
     BLOCK_V: tl.constexpr,  # power of two, at least V
     HEAD_K: tl.constexpr,  # rows of the head's tile (HEAD_K, BLOCK_V)
+    HEAD_LANES_K: tl.constexpr,
+    HEAD_LANES_N: tl.constexpr,
     BLOCK_J: tl.constexpr,  # logits compared with all at a time
     TANH: tl.constexpr,
     STACKED: tl.constexpr,  # L > 1
@@ -107,8 +183,8 @@ def generate_kernel(
 ):
     pid_b = tl.program_id(0).to(tl.int64)
     acc_type: tl.constexpr = states_ptr.dtype.element_ty
-    offs_k, offs_n = tl.arange(0, BLOCK_K), tl.arange(0, BLOCK_N)
-    offs_head, offs_v = tl.arange(0, HEAD_K), tl.arange(0, BLOCK_V)
+    offs_n = _columns(BLOCK_N, LANES_K, LANES_N)
+    offs_v = _columns(BLOCK_V, HEAD_LANES_K, HEAD_LANES_N)
     prompt_ptr += pid_b * P
     ids_ptr += pid_b * N
     states_ptr += pid_b * 2 * L * DEPTH
@@ -119,8 +195,8 @@ def generate_kernel(
     if TOP_K:
         logits_ptr += pid_b * BLOCK_V
     if RESIDENT:
-        w = tl.load(weight_hh_ptr + offs_k[:, None] * WIDTH + offs_n[None, :]).to(acc_type)
-        head = tl.load(head_ptr + offs_head[:, None] * BLOCK_V + offs_v[None, :]).to(acc_type)
+        w = _load_tile(weight_hh_ptr, WIDTH, BLOCK_K, BLOCK_N, LANES_K, LANES_N).to(acc_type)
+        head = _load_tile(head_ptr, BLOCK_V, HEAD_K, BLOCK_V, HEAD_LANES_K, HEAD_LANES_N).to(acc_type)
 
     token = tl.full((), 0, tl.int64)
     for step in range(P + N - 1):
@@ -134,30 +210,50 @@ def generate_kernel(
             for n in range(0, WIDTH, BLOCK_N):
                 x = tl.load(rows_ptr + row * WIDTH + n + offs_n).to(acc_type)
                 if RESIDENT:
-                    products = w * tl.load(now_ptr + offs_k)[:, None]
+                    products = w * _load_vector(now_ptr, BLOCK_K, LANES_K)
                 else:
-                    products = tl.zeros((BLOCK_K, BLOCK_N), acc_type)
+                    products = _zeros(BLOCK_K, BLOCK_N, LANES_K, LANES_N, acc_type)
                     at = tl.cast(layer, tl.int64) * WIDTH * WIDTH + n
                     products = _add_product(
-                        products, weight_hh_ptr + at, now_ptr + layer * DEPTH, WIDTH, WIDTH, BLOCK_K, BLOCK_N
+                        products,
+                        weight_hh_ptr + at,
+                        now_ptr + layer * DEPTH,
+                        WIDTH,
+                        WIDTH,
+                        BLOCK_K,
+                        BLOCK_N,
+                        LANES_K,
+                        LANES_N,
                     )
                     if STACKED:
                         # No products in the first layer: an empty loop instead of a branch around the accumulator.
                         below = tl.maximum(layer - 1, 0)
                         depth = tl.where(layer > 0, WIDTH, 0)
                         products = _add_product(
-                            products, weight_ih_ptr + at, next_ptr + below * DEPTH, depth, WIDTH, BLOCK_K, BLOCK_N
+                            products,
+                            weight_ih_ptr + at,
+                            next_ptr + below * DEPTH,
+                            depth,
+                            WIDTH,
+                            BLOCK_K,
+                            BLOCK_N,
+                            LANES_K,
+                            LANES_N,
                         )
-                tl.store(next_ptr + layer * DEPTH + n + offs_n, activation(x + tl.sum(products, 0), TANH))
+                tl.store(next_ptr + layer * DEPTH + n + offs_n, activation(x + _total(products, LANES_K), TANH))
             tl.debug_barrier()
         if step >= P - 1:
             top_ptr = next_ptr + (L - 1) * DEPTH
             if RESIDENT:
-                products = head * tl.load(top_ptr + offs_head)[:, None]
+                products = head * _load_vector(top_ptr, HEAD_K, HEAD_LANES_K)
             else:
-                products = tl.zeros((HEAD_K, BLOCK_V), acc_type)
-                products = _add_product(products, head_ptr, top_ptr, DEPTH, BLOCK_V, HEAD_K, BLOCK_V)
-            logits = head_bias + tl.sum(products, 0)
+                products = _zeros(HEAD_K, BLOCK_V, HEAD_LANES_K, HEAD_LANES_N, acc_type)
+                products = _add_product(
+                    products, head_ptr, top_ptr, DEPTH, BLOCK_V, HEAD_K, BLOCK_V, HEAD_LANES_K, HEAD_LANES_N
+                )
+            logits = head_bias + _total(products, HEAD_LANES_K)
+            if HEAD_LANES_K != 1:
+                logits = tl.reshape(logits, (BLOCK_V,))
             place = step - (P - 1)
             if SAMPLE:
                 uniform = tl.load(uniforms_ptr + place)

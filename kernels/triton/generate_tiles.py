@@ -4,6 +4,7 @@ No autotuning: the sizes follow from how many registers a thread can give to wei
 per warp and step: bench/results/static.json has them (bench/static.py measures, tests/kernels/test_static.py holds it).
 """
 
+import functools
 from dataclasses import dataclass
 
 from .elman_tiles import next_power_of_2
@@ -26,6 +27,7 @@ class GenerateTile:
     block_j: int
     resident: bool
     warps: int
+    lanes: tuple[int, int, int, int]  # rows and columns that a warp has of a layer's tile, and of the head's
 
     def constants(self) -> dict[str, object]:
         return {
@@ -37,6 +39,7 @@ class GenerateTile:
             "HEAD_K": self.head_k,
             "BLOCK_J": self.block_j,
             "RESIDENT": self.resident,
+            **dict(zip(("LANES_K", "LANES_N", "HEAD_LANES_K", "HEAD_LANES_N"), self.lanes, strict=True)),
         }
 
     def launch_options(self, target: str) -> dict[str, object]:
@@ -47,13 +50,22 @@ def _whole(size: int, block: int) -> int:
     return -(-size // block) * block
 
 
+def _lanes(rows: int, columns: int, warps: int, number_bytes: int) -> tuple[int, int]:
+    """Rows and columns of a tile that a warp has side by side: eight of 16 where that gives each warp columns of its
+    own, whichever of a tile's equal axes this version of Triton gives out first, else all as Triton likes.
+    """
+    own_columns = number_bytes == 4 and rows == 8 * 8 and columns == 16 * warps
+    return (8, 16) if own_columns else (1, columns)
+
+
 def generate_tile(hidden_size: int, vocab: int, num_layers: int, number_bytes: int) -> GenerateTile:
     """The tile for H, V, L and the bytes of a number that the kernel computes with (4 or 8).
 
     - One warp up to H = V = 32, where each further one would only repeat the same instructions and add barriers; four
       up to 64. Eight beyond: two tiles of 32 KB on their way are what one multiprocessor takes in from the L2 cache in
       the time that a load needs.
-    - A row of a tile is 128 outputs, so a warp reads 512 bytes side by side; 64 where 128 would pad H too far.
+    - A row of a tile is 128 outputs, so a warp reads 512 bytes side by side, or 64 bytes of each of eight rows. It is
+      64 outputs where 128 would pad H too far.
     """
     block_v = max(16, next_power_of_2(vocab))
     narrow = max(16, next_power_of_2(hidden_size))
@@ -61,6 +73,7 @@ def generate_tile(hidden_size: int, vocab: int, num_layers: int, number_bytes: i
     warps = 1 if largest <= 32 * 32 else 4 if largest <= 64 * 64 else 8
     per_thread = 128 // number_bytes  # elements of a tile: 32 registers
     tile = per_thread * 32 * warps
+    lanes_of = functools.partial(_lanes, warps=warps, number_bytes=number_bytes)
     block_j = min(block_v, (1024 if warps == 1 else 2048) // block_v)  # more at a time spills
     if num_layers == 1 and narrow <= MAX_RESIDENT[number_bytes] and narrow * block_v <= 2 * tile:
         return GenerateTile(
@@ -73,6 +86,7 @@ def generate_tile(hidden_size: int, vocab: int, num_layers: int, number_bytes: i
             block_j=block_j,
             resident=True,
             warps=warps,
+            lanes=lanes_of(narrow, narrow) + lanes_of(narrow, block_v),
         )
     block_n = narrow if narrow <= 128 else 128 if _whole(hidden_size, 128) == _whole(hidden_size, 64) else 64
     width = _whole(hidden_size, block_n)
@@ -88,4 +102,5 @@ def generate_tile(hidden_size: int, vocab: int, num_layers: int, number_bytes: i
         block_j=block_j,
         resident=False,
         warps=warps,
+        lanes=lanes_of(block_k, block_n) + lanes_of(head_k, block_v),
     )

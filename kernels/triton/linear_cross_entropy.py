@@ -24,7 +24,7 @@ from .linear_cross_entropy_grad_kernels import (
     sum_partials_kernel,
 )
 from .linear_cross_entropy_kernels import loss_kernel, loss_of_splits_kernel, total_kernel
-from .linear_cross_entropy_tiles import Tile, find_tile
+from .linear_cross_entropy_tiles import SUM_COLUMNS, SUM_PROGRAMS, SUM_WARPS, Tile, find_tile
 from .targets import AMD, launch_options
 
 # GEMMs are efficient from some hundred rows on, and 2^22 logits in float32 stay in the level 2 cache.
@@ -32,8 +32,6 @@ MIN_ROWS = 512
 MAX_LOGITS = 1 << 22
 # Classes of one row block are split over programs in parts of at least so many tiles.
 MIN_TILES_PER_SPLIT = 4
-# Block of sum_partials_kernel: few columns, so that many programs share the sums of a small model.
-SUM_PROGRAMS, SUM_COLUMNS = 64, 32
 # Device assertions are compiled on request alone, and with them, unless refused, checks of every integer sum.
 ASSERTIONS = {"debug": True, "sanitize_overflow": False}
 
@@ -284,7 +282,7 @@ def _grad_by_classes(
     """Gradients of weight and bias and, if need_hidden and one tile has all classes, of hidden."""
     tile = p.tile("classes")
     tiles, blocks = triton.cdiv(p.V, tile.block_v), triton.cdiv(p.N, tile.block_n)
-    groups = max(1, min(blocks, _cores(p.device) * tile.programs_per_core // tiles))
+    groups = max(1, min(blocks, _cores(p.device) * tile.programs_per_core // tiles, SUM_PROGRAMS))
     has_hidden = need_hidden and tiles == 1
     grad_hidden = torch.empty((p.N, p.H), dtype=p.dtype, device=p.device) if has_hidden else None
     grad_weight = torch.empty((p.V, p.H), dtype=p.dtype, device=p.device)
@@ -318,7 +316,7 @@ def _grad_by_classes(
             BLOCK_P=SUM_PROGRAMS,
             BLOCK=SUM_COLUMNS,
             HAS_BIAS=p.bias is not None,
-            **launch_options(4, p.target_name, all_registers=False),
+            **launch_options(SUM_WARPS, p.target_name, all_registers=False),
         )
     return grad_hidden, grad_weight, grad_bias
 

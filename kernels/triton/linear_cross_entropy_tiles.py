@@ -12,6 +12,9 @@ AMPERE = ("sm_80",)
 HOPPER_BLACKWELL = ("sm_90", "sm_100")
 EVERY = NVIDIA + AMD
 ANY = 1 << 62
+# sum_partials_kernel's block: the partial sums of all programs, of which there are no more than this, in loads that are
+# all on their way at once; few columns, so that many programs share the sums of a small model.
+SUM_PROGRAMS, SUM_COLUMNS, SUM_WARPS = 1024, 8, 8
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,7 @@ TILES: dict[tuple[str, str], tuple[Tile, ...]] = {
     ("loss", "tf32x3"): (
         Tile(32, 32, 64, 32, 32, 4, 2, NVIDIA),
         Tile(ANY, ANY, 128, 128, 32, 8, 2, HOPPER_BLACKWELL, multiple=32),
-        Tile(ANY, ANY, 64, 64, 32, 8, 2, HOPPER_BLACKWELL),
+        Tile(ANY, ANY, 64, 64, 32, 8, 1, HOPPER_BLACKWELL),
         Tile(ANY, ANY, 64, 64, 16, 8, 2, AMPERE),
     ),
     ("loss", "tf32"): (
@@ -66,10 +69,11 @@ TILES: dict[tuple[str, str], tuple[Tile, ...]] = {
     ),
     ("loss", "fp64"): (Tile(32, 32, 32, 32, 32, 4, 2, EVERY), Tile(ANY, ANY, 64, 64, 16, 8, 2, EVERY)),
     ("classes", "ieee"): (Tile(32, 32, 32, 32, 32, 8, 2, EVERY), Tile(64, ANY, 16, 64, 64, 8, 1, EVERY)),
-    ("classes", "tf32x3"): (Tile(32, 32, 16, 32, 32, 4, 2, NVIDIA), Tile(64, ANY, 16, 32, 64, 8, 1, NVIDIA)),
-    ("classes", "tf32"): (Tile(32, 32, 32, 32, 32, 4, 2, NVIDIA), Tile(64, ANY, 32, 64, 64, 8, 1, NVIDIA)),
+    ("classes", "tf32x3"): (Tile(32, 32, 16, 32, 32, 1, 1, NVIDIA), Tile(64, ANY, 16, 32, 64, 8, 1, NVIDIA)),
+    ("classes", "tf32"): (Tile(32, 32, 16, 32, 32, 1, 1, NVIDIA), Tile(64, ANY, 32, 64, 64, 8, 1, NVIDIA)),
     ("classes", "16bit"): (
-        Tile(32, 32, 32, 32, 32, 4, 2, EVERY),
+        Tile(32, 32, 16, 32, 32, 1, 1, NVIDIA),
+        Tile(32, 32, 32, 32, 32, 4, 2, AMD),
         Tile(64, ANY, 32, 32, 64, 8, 1, EVERY),
         Tile(128, ANY, 32, 64, 128, 8, 1, NVIDIA),
     ),
@@ -82,7 +86,7 @@ TILES: dict[tuple[str, str], tuple[Tile, ...]] = {
     ("logits", "ieee"): (Tile(ANY, ANY, 64, 64, 16, 8, 2, EVERY),),
     ("logits", "tf32x3"): (
         Tile(ANY, ANY, 128, 128, 32, 8, 2, HOPPER_BLACKWELL, multiple=32),
-        Tile(ANY, ANY, 64, 64, 32, 8, 2, NVIDIA),
+        Tile(ANY, ANY, 64, 64, 32, 8, 1, NVIDIA),
     ),
     ("logits", "tf32"): (
         Tile(ANY, ANY, 128, 128, 32, 8, 3, NVIDIA, multiple=32),

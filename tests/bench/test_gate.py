@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from charrnn_fast.bench import gate
+from charrnn_fast.bench import gate, gate_kernels, gate_stages
 
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "gate.py"
 
@@ -28,10 +28,31 @@ def test_every_stage_runs_to_its_end_without_a_gpu(tmp_path):
     assert len(stages["parity"]["parity"]) >= 5 and all(row["ok"] for row in stages["parity"]["parity"])
     assert {row["task"] for row in found["rows"]} == {"forward", "forward_backward", "lm_step", "clip", "generation"}
     assert all(row["ms"] > 0 for row in (*found["rows"], *found["sweeps"])) and found["sweeps"]
+    for row in (*found["rows"], *found["sweeps"]):  # every side has its time on the device, or says why not
+        assert row["device"].keys() == {"charrnn_fast", *row["peer_ms"]}
+        assert all(side == {"none": "a CUDA graph needs a CUDA device"} for side in row["device"].values())
+    assert {"FlagGems", "XMA"} <= found["rows"][0]["skipped"].keys() or "FlagGems" in found["rows"][0]["peer_ms"]
+    for row in stages["kernels"]["kernels"]:
+        assert row["charrnn_fast"]["us"] > 0 and row["torch.nn.RNN"]["kernels"] and row["finding"] == ""
+    assert stages["tests"]["workers"] == 2
     assert "triton" in {row["path"] for row in found["rows"] if row["task"] == "forward"}
     assert stages["language_model"]["scratch_recipe"]["validation_perplexity"] > 1
     assert all(row["recorded"] is not None for row in stages["registers"]["registers"])
     assert [row["notable"] for row in stages["tiles"]["tiles"] if "forward_ratio" in row]
+
+
+@pytest.mark.parametrize(
+    ("line", "test", "outcome"),
+    [
+        ("tests/a.py::test_b[1-x y] PASSED [ 50%]", "tests/a.py::test_b[1-x y]", "PASSED"),
+        ("tests/a.py::test_b SKIPPED (no device) [100%]", "tests/a.py::test_b", "SKIPPED"),
+        ("[gw3] [  7%] FAILED tests/a.py::test_b[1-x y] ", "tests/a.py::test_b[1-x y]", "FAILED"),
+        ("[gw10] [100%] SKIPPED tests/a.py::test_b", "tests/a.py::test_b", "SKIPPED"),
+    ],
+)
+def test_outcomes_are_read_with_and_without_workers(line, test, outcome):
+    found = gate_stages.OUTCOME.match(line) or gate_stages.OUTCOME_OF_A_WORKER.match(line)
+    assert (found["test"], found["outcome"]) == (test, outcome)
 
 
 @pytest.fixture
@@ -76,6 +97,18 @@ def test_without_time_a_stage_is_not_run(a_gate):
     a_gate.until = time.monotonic()
     assert a_gate.run([gate.STAGES[0]]) == 1
     assert a_gate.content["stages"]["environment"]["status"] == "not run: no time was left"
+
+
+def test_recurrences_are_known_by_their_kernels_names():
+    ours = {
+        "elman_forward_kernel": (1.0, 5.0),
+        "elman_backward_kernel": (1.0, 7.0),
+        "ampere_sgemm_128x64_tn": (2.0, 9.0),
+    }
+    theirs = {"void RNN_blockPersist_fp<float>": (1.0, 3.0), "_bp_RNN_FMA": (1.0, 4.0), "cutlass_80_simt": (1.0, 1.0)}
+    assert gate_kernels.recurrence_us(ours, "charrnn_fast") == 12.0
+    assert gate_kernels.recurrence_us(theirs, "torch.nn.RNN") == 7.0
+    assert gate_kernels.recurrence_us({"aten::addmm": (1.0, 1.0)}, "charrnn_fast") is None
 
 
 def test_the_shares_are_of_a_whole_and_fit_nine_minutes():

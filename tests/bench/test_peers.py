@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from charrnn_fast.bench.grid import Config, Gradients
-from charrnn_fast.bench.libraries import FlashRNN, Jax
+from charrnn_fast.bench.libraries import XMA, FlagGems, FlashRNN, Jax
 from charrnn_fast.bench.peers import TASKS, CompiledReference, Ours, Reference, TorchRNN
 from charrnn_fast.bench.problems import ClipProblem, Problem
 from charrnn_fast.bench.suite import PEERS
@@ -107,3 +107,33 @@ def test_a_flashrnn_that_computes_something_else_is_not_timed(monkeypatch):
     monkeypatch.setitem(sys.modules, "flashrnn", wrong)
     with pytest.raises(AssertionError):
         FlashRNN().job(Problem(CONFIGS[0]), "forward")
+
+
+def _documented_xma(input, weight, input_state=None, *, kernel_backend=None):
+    """tanh(h W + x) over (B, S, N, H) with W (N, H, H), by plain operations: the states and the last of them."""
+    assert input.dim() == 4 and weight.shape == (input.shape[2], input.shape[3], input.shape[3])
+    h, steps = torch.zeros_like(input[:, 0]), []
+    for x_t in input.unbind(1):
+        h = torch.tanh(torch.einsum("bnh,nhk->bnk", h, weight) + x_t)
+        steps.append(h)
+    return torch.stack(steps, 1), h
+
+
+STAND_INS = {
+    XMA: {"xma": types.ModuleType("xma"), "xma.functional": types.SimpleNamespace(rnn=_documented_xma)},
+    FlagGems: {"flag_gems": types.SimpleNamespace(rnn_tanh=torch.rnn_tanh)},
+}
+
+
+@pytest.mark.parametrize("library", STAND_INS, ids=lambda library: library.name)
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.name)
+def test_triton_libraries_are_called_as_they_document(library, config, monkeypatch):
+    for name, module in STAND_INS[library].items():
+        monkeypatch.setitem(sys.modules, name, module)
+    problem = Problem(config)
+    wanted = problem.rnn(problem.input)[0]
+    torch.testing.assert_close(library().job(problem, "forward")(), wanted, atol=1e-5, rtol=1e-5)
+    grads = library().job(problem, "forward_backward")()
+    theirs = torch.autograd.grad(wanted, list(problem.rnn.parameters()), problem.grad_output)
+    for found, right in zip(grads[-4:], theirs, strict=True):
+        torch.testing.assert_close(found, right, atol=1e-4, rtol=1e-4)

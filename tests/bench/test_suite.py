@@ -96,3 +96,42 @@ def test_a_row_on_a_device(case: Case):
     options = {"device": torch.device("cuda")}
     row = suite.measure(case, run(TorchRNN(), Reference(), **options))
     assert row["ms"] > 0 and row["ratios"]["torch.nn.RNN"]["median"] > 0
+
+
+def test_times_on_the_device_or_why_there_are_none(monkeypatch):
+    """Without a device: what a graph would be is the job itself, and one side cannot be captured."""
+    jobs = {"charrnn_fast": lambda: time.sleep(0.001), "a": lambda: time.sleep(0.004), "b": lambda: None}
+    assert suite.device_times(jobs, run()) == {name: {"none": "a CUDA graph needs a CUDA device"} for name in jobs}
+    monkeypatch.setattr(suite, "replay", lambda job, device: "it waits" if job is jobs["b"] else job)
+    monkeypatch.setattr(suite, "alternate", lambda timed, *_, **__: {k: measure_once(job) for k, job in timed.items()})
+
+    class Device:
+        type = "cuda"
+
+    found = suite.device_times(jobs, run(device=Device()))
+    assert found["b"] == {"none": "it waits"}
+    assert found["charrnn_fast"]["ratio"] == "1.0 (1.0-1.0)" and 1 < found["charrnn_fast"]["ms"] < found["a"]["ms"]
+
+
+def measure_once(job) -> list[float]:
+    start = time.perf_counter()
+    job()
+    return [time.perf_counter() - start]
+
+
+def test_rows_have_the_devices_time_where_it_is_asked_for():
+    assert "device" not in suite.measure(CASES[0], run(TorchRNN()))
+    row = suite.measure(CASES[0], run(TorchRNN(), replays=True))
+    assert row["device"].keys() == {"charrnn_fast", "torch.nn.RNN"}
+
+
+@pytest.mark.gpu
+def test_a_captured_job_is_played_again():
+    x = torch.ones(1000, device="cuda")
+    again = measure.replay(lambda: x.add_(1), torch.device("cuda"))
+    torch.cuda.synchronize()
+    before = float(x[0])
+    again()
+    torch.cuda.synchronize()
+    assert float(x[0]) == before + 1
+    assert "captur" in measure.replay(lambda: float(x.sum()), torch.device("cuda"))

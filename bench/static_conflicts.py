@@ -1,0 +1,62 @@
+"""Bank conflicts that are known and why they stay: what bench/static.py asks for before it records any.
+
+A tile whose program needs over NOTABLE times the least possible wavefronts, and over FEW more, in a turn of its loop or
+beside it, is a fault unless a statement here is about it. A statement about no such tile is a fault too, so that it
+leaves with its cause. How many conflicts a tile has is in bench/results/static.json; more than those is a fault too.
+"""
+
+import re
+from dataclasses import dataclass
+
+NOTABLE, FEW = 1.15, 16
+
+
+@dataclass(frozen=True)
+class Statement:
+    tiles: str  # a regular expression for the beginning of their names
+    reason: str
+
+
+FMA_DOT = "Triton's dot by FMA reads its right operand, which lies along K, at a stride of K"
+STATEMENTS = (
+    Statement("(loss|classes|rows|logits) ieee ", f"{FMA_DOT}; operations on NVIDIA ask for tf32x3, and AMD has MFMA"),
+    Statement("(loss|classes|rows|logits) fp64 ", f"{FMA_DOT}: so it is on sm_100 before Triton 3.9, which takes DMMA"),
+    Statement(
+        "rows tf32 H64 ", "g is stored transposed for HGMMA; half the rows a program would double the other reads"
+    ),
+    Statement("classes tf32 H64 ", "as in rows, for the weight's gradient"),
+    Statement(
+        "(loss|logits) tf32x3 H32\\* ", "sm_100: the low parts of both operands are stored once more for tcgen05"
+    ),
+    Statement("loss 16bit H32 ", "sm_80: changes of layout, 48 wavefronts once a program"),
+    Statement("elman .* (left|right) warps", f"{FMA_DOT}, and the recurrence as it was; not counted in the record"),
+    Statement("sum partials", "Triton 3.6 exchanges sums over warps with the summed axis innermost; once a program"),
+    Statement("generate ", "Triton 3.6 exchanges sums over warps with the summed axis innermost"),
+)
+
+
+def statement(name: str) -> Statement | None:
+    """The statement about a tile, by the name of its case."""
+    return next((found for found in STATEMENTS if re.match(found.tiles, name)), None)
+
+
+def notable(figures: dict) -> bool:
+    """Whether a tile has more conflicts than may go without a statement."""
+    return any(
+        figures[conflicts] > FEW and figures[total] > NOTABLE * (figures[total] - figures[conflicts])
+        for total, conflicts in (("wavefronts", "conflicts"), ("wavefronts_once", "conflicts_once"))
+        if total in figures
+    )
+
+
+def faults(name: str, figures: dict) -> list[str]:
+    """What is wrong with a tile's conflicts, whatever the record says."""
+    problems = []
+    if figures.get("unknown_accesses"):
+        problems.append(f"{figures['unknown_accesses']} accesses to shared memory of unknown wavefronts")
+    if notable(figures) and statement(name) is None:
+        problems.append(
+            f"{figures['conflicts']} of {figures['wavefronts']} wavefronts are bank conflicts (outside of the loop "
+            f"{figures['conflicts_once']} of {figures['wavefronts_once']}) and no statement says why"
+        )
+    return problems
