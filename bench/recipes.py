@@ -1,4 +1,4 @@
-"""Run the four recipes to their end and record their curves: python bench/recipes.py --runs DIR [--only NAME ...]
+"""Run the five recipes to their end and record their curves: python bench/recipes.py --runs DIR [--only NAME ...]
 
 Each run goes to DIR/NAME as `charrnn-fast train --out` writes it; a run that is complete there is not run again. The
 curves and last perplexities go to bench/results/recipes.json, the Markdown table of README to standard output.
@@ -6,6 +6,7 @@ curves and last perplexities go to bench/results/recipes.json, the Markdown tabl
 
 import argparse
 import json
+import math
 import os
 import platform
 import subprocess
@@ -30,7 +31,7 @@ class Run:
     epochs: int
     low: float
     high: float
-    figure: str  # validation perplexity, training perplexity, mean loss of iterations 240-250
+    figure: str  # val_ppl, train_ppl, val_nats (loss of the validation), mean_loss_240_250
 
 
 RUNS = [
@@ -47,6 +48,7 @@ RUNS = [
     Run("ch8-sequential-0", "--recipe ch8 --sampler sequential", 500, 1.0, 1.1, "train_ppl"),
     Run("ch8-random-0", "--recipe ch8 --sampler random", 500, 1.0, 1.65, "train_ppl"),
     Run("santa-0", "--recipe santa --epochs 251", 251, 0.0, 1.75, "mean_loss_240_250"),
+    Run("shakespeare-0", "--recipe shakespeare", 8, 0.0, 1.60, "val_nats"),
 ]
 
 
@@ -60,6 +62,8 @@ def measure(run: Run, folder: Path) -> dict:
     history = json.loads(history_file.read_text())
     last = history[-1]
     figures = {name: last[name] for name in ("train_ppl", "val_ppl", "val_ppl_batch_mean")}
+    if last["val_ppl"] is not None:
+        figures["val_nats"] = math.log(last["val_ppl"])
     if run.figure == "mean_loss_240_250":
         figures[run.figure] = sum(r["train_loss"] for r in history[-11:]) / 11
     written = checkpoint.load(folder / checkpoint.LAST)
@@ -96,6 +100,7 @@ def table(results: dict) -> str:
         "val_ppl": "validation perplexity",
         "train_ppl": "training perplexity",
         "mean_loss_240_250": "mean loss, iterations 240-250",
+        "val_nats": "validation, nats a character",
     }
     lines = ["| command | figure | measured | accepted |", "|---|---|---|---|"]
     for run in RUNS:
@@ -103,7 +108,8 @@ def table(results: dict) -> str:
             row = results[run.name]
             low, high = row["accepted"]
             accepted = f"{low:g} to {high:g}" if run.figure == "val_ppl" else f"at most {high:g}"
-            lines.append(f"| `{row['command']}` | {names[run.figure]} | {row['value']:.2f} | {accepted} |")
+            value = f"{row['value']:.{3 if run.figure == 'val_nats' else 2}f}"
+            lines.append(f"| `{row['command']}` | {names[run.figure]} | {value} | {accepted} |")
     return "\n".join(lines)
 
 

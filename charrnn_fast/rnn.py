@@ -163,8 +163,8 @@ class FusedRNN(TorchRNN):
 
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
         """What nn.Module.__call__ runs. To torch.fx's tracers a call is one node, as torch.nn's own modules are."""
-        for argument in (*args, *kwargs.values()):
-            if isinstance(argument, fx.Proxy):
+        for argument in (*args, *kwargs.values()) if kwargs else args:
+            if type(argument) is not Tensor and isinstance(argument, fx.Proxy):
                 tracer: Any = argument.tracer
                 return tracer.create_proxy("call_module", tracer.path_of_module(self), args, kwargs)
         return super()._call_impl(*args, **kwargs)

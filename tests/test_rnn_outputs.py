@@ -222,3 +222,26 @@ def test_a_frozen_modules_output_may_be_changed_before_backward(backend, device)
     output *= scale
     output.sum().backward()
     assert scale.grad is not None
+
+
+@pytest.mark.parametrize("form", ["packed", "tokens", "packed tokens"])
+def test_packed_outputs_and_those_of_tokens_may_be_changed_in_place(backend, device, form):
+    _, ours = pair(backend, device)
+    x = torch.randn(STEPS, BATCH, FEATURES, device=device)
+    if "tokens" in form:
+        x = x.argmax(-1)
+    if "packed" in form:
+        x = pack_padded_sequence(x, [STEPS, 4, 2])
+    call = ours.forward_tokens if "tokens" in form else ours
+    with torch.no_grad():
+        data_of(call(x)[0]).add_(nn.Parameter(torch.ones((), device=device)))
+    output, _ = call(x)
+    data = data_of(output)
+    assert not data._is_view()
+    data.relu_()
+    if backend == "torch":
+        torch.autograd.grad(data.sum(), list(ours.parameters()))
+    else:
+        with pytest.raises(RuntimeError, match="output of an Elman RNN was changed in place"):
+            torch.autograd.grad(data.sum(), list(ours.parameters()))
+    data_of(call(x)[0]).detach_()

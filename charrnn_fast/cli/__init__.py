@@ -1,7 +1,8 @@
-"""The command line: charrnn-fast train | generate | evaluate | bench | doctor.
+"""The command line: charrnn-fast train | generate | evaluate | plot | export | bench | doctor.
 
 Results go to standard output; notices, the progress bar and errors to standard error. Exit codes: 0 done, 2 an error
-that the user can mend (one line, no traceback), 130 interrupted.
+that the user can mend (one line, no traceback), 130 or 143 stopped by SIGINT or SIGTERM, 1 doctor found something
+broken.
 """
 
 import argparse
@@ -13,7 +14,7 @@ from collections.abc import Sequence
 import torch
 
 from charrnn_fast import __version__
-from charrnn_fast.cli import bench, decode, doctor, train
+from charrnn_fast.cli import bench, decode, doctor, export, plot, train
 from charrnn_fast.errors import InputError, TrainingError
 
 
@@ -55,6 +56,8 @@ def _parser() -> argparse.ArgumentParser:
     train.add_parser(commands)
     decode.add_generate_parser(commands)
     decode.add_evaluate_parser(commands)
+    plot.add_parser(commands)
+    export.add_parser(commands)
     bench.add_parser(commands)
     doctor.add_parser(commands)
     for command in commands.choices.values():

@@ -11,7 +11,7 @@ from charrnn_fast.lm.keeping import Every
 
 
 def add_text(p: argparse.ArgumentParser, *, required: bool, help: str) -> None:
-    p.add_argument("--text", metavar="F", required=required, help=help)
+    p.add_argument("--text", metavar="F", nargs="+", required=required, help=help)
     p.add_argument("--encoding", default="utf-8", metavar="C", help="the file's encoding (default: utf-8)")
     p.add_argument(
         "--errors",

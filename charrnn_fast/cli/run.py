@@ -5,6 +5,7 @@ import math
 import signal
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import asdict
 
 import torch
 
@@ -159,10 +160,13 @@ class Run:
 
     def _plot(self) -> None:
         try:
-            from charrnn_fast.lm.plots import plot_curve
+            from charrnn_fast.cli.plot import describe, text_name
+            from charrnn_fast.lm.plots import Curve, plot_curve
 
-            title = f"{self.recipe.name}, {self.settings.model}"
-            plot_curve(self.trainer.history, self.out / "curve.png", title, self.recipe.unit)
+            recipe, count = self.recipe, sum(p.numel() for p in self.trainer.model.parameters())
+            title = describe(self.settings.model, asdict(recipe), count)
+            curve = Curve(recipe.name, text_name(self.source), title, self.trainer.history, recipe.unit)
+            plot_curve(curve, self.out / "curve.png")
         except ImportError:
             notice("no curve.png, because matplotlib is not installed (pip install matplotlib)")
         except OSError as error:

@@ -7,6 +7,7 @@ an epoch's choices, once, and nothing waits for it.
 """
 
 import re
+import unicodedata
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 
@@ -74,9 +75,21 @@ class Vocabulary:
             more = f" and {len(strange) - 8} more" if len(strange) > 8 else ""
             raise InputError(
                 f"characters outside the model's vocabulary of {len(self)}: {shown}{more}; "
-                "use characters of the text that the model was trained on"
+                "use characters of the text that the model was trained on, or --unknown map"
             )
         return torch.from_numpy(ids).to(dtype)
+
+    def map_unknown(self, text: str) -> tuple[str, list[str]]:
+        """The text with each character that has no id replaced by one that has: its letter without accents, that in the
+        other case, a space; left out where none of these has one. And the characters that were replaced, each once.
+        """
+        if self.letters:
+            return text, []
+        mapped: dict[str, str] = {}
+        for c in sorted(set(text) - self._ids.keys()):
+            base = unicodedata.normalize("NFKD", c)[:1]
+            mapped[c] = next((s for s in (base, base.swapcase(), c.swapcase(), " ") if s in self._ids), "")
+        return "".join(mapped.get(c, c) for c in text), list(mapped)
 
     def _table(self) -> np.ndarray:
         """By code point: the id, or `_no_id`, which the last entry is; made when it is first needed."""

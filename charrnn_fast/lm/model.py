@@ -42,6 +42,10 @@ class CharRNN(nn.Module):
             "Recurrent neural network regularization", 2014). The recurrence itself is left alone, and so is decoding.
         backend: FusedRNN's backend; see charrnn_fast.ops.backends.
 
+        device, dtype: of the parameters, torch's defaults if None.
+
+    Raises: ValueError for another embedding, cell, backend, nonlinearity or dropout than these.
+
     Attributes: rnn (FusedRNN or torch.nn.RNN), head (nn.Linear), embed (nn.Embedding or None). They may be hooked,
     pruned, parametrized, wrapped or replaced: the model is then what calling them gives, and a little slower. rnn takes
     (B, T, I), or time first where it is an nn.RNNBase that says so, and a state, and returns outputs and a state.
@@ -330,6 +334,45 @@ def generate(
 
     Raises InputError for an empty prompt, characters outside the vocabulary, and options out of range.
     """
+    ids, sampling = _sampling(model, vocab, prompt, num_chars, temperature, top_k, alpha, seed)
+    new, _ = _continue(model, ids, num_chars, None, sampling)
+    return vocab.prepare(prompt) + vocab.decode(new[0])
+
+
+def stream(
+    model: CharRNN | RNNLM,
+    vocab: Vocabulary,
+    prompt: str,
+    num_chars: int,
+    *,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    alpha: float = 1.0,
+    seed: int | None = None,
+) -> Iterator[str]:
+    """`generate`, character by character as they come: first the prompt, then num_chars characters. Together they are
+    what `generate` returns. Arguments and errors as there.
+    """
+    ids, sampling = _sampling(model, vocab, prompt, num_chars, temperature, top_k, alpha, seed)
+    uniforms, state = sampling.pop("uniforms"), None
+    yield vocab.prepare(prompt)
+    for i in range(num_chars):
+        drawn = None if uniforms is None else uniforms[:, i : i + 1]
+        ids, state = _continue(model, ids, 1, state, {"uniforms": drawn, **sampling})
+        yield vocab.decode(ids[0])
+
+
+def _sampling(
+    model: CharRNN | RNNLM,
+    vocab: Vocabulary,
+    prompt: str,
+    num_chars: int,
+    temperature: float | None,
+    top_k: int | None,
+    alpha: float,
+    seed: int | None,
+) -> tuple[Tensor, dict[str, Any]]:
+    """The prompt's ids (1, P) on the model's device, and generate_ids' options. Raises InputError as `generate`."""
     if not vocab.prepare(prompt):
         raise InputError("the prompt is empty: expected at least one character")
     if num_chars < 0:
@@ -352,10 +395,14 @@ def generate(
         else:
             generator.manual_seed(seed)
         uniforms = torch.rand(1, num_chars, generator=generator, dtype=torch.float64, device="cpu").to(device)
-    sampling: dict[str, Any] = {"temperature": temperature or 1.0, "alpha": alpha}
+    sampling: dict[str, Any] = {"uniforms": uniforms, "temperature": temperature or 1.0, "alpha": alpha}
     sampling["top_k"] = None if top_k is None else min(top_k, len(vocab))
+    return ids, sampling
+
+
+def _continue(
+    model: CharRNN | RNNLM, ids: Tensor, num_tokens: int, state: Any, sampling: dict[str, Any]
+) -> tuple[Tensor, Any]:
     if isinstance(model, CharRNN):
-        new, _ = model.generate_ids(ids, num_chars, uniforms=uniforms, **sampling)
-    else:
-        new, _ = reference_generate.generate(model, ids, num_chars, uniforms=uniforms, **sampling)
-    return vocab.prepare(prompt) + vocab.decode(new[0])
+        return model.generate_ids(ids, num_tokens, state=state, **sampling)
+    return reference_generate.generate(model, ids, num_tokens, state=state, **sampling)

@@ -57,7 +57,7 @@ class LargeText:
 
 
 def read_texts(
-    paths: Sequence[str], encoding: str = "utf-8", errors: str = "strict", *, large: int = LARGE
+    paths: Sequence[str], encoding: str = "utf-8", errors: str = "strict", *, large: float = LARGE
 ) -> Corpus | LargeText:
     """The texts of files one after the other, as `cat` puts them; a folder stands for the files in it, by name, without
     hidden ones and without folders below; "-" for standard input. A byte-order mark at the beginning of a file is left

@@ -8,6 +8,7 @@ autograd and no choice of backend here: elman.py has both.
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from . import backends
@@ -170,7 +171,10 @@ def _project(input: Tensor, weights: Sequence[Tensor], directions: int, bias_in_
     if bias_in_kernel:
         weights = [w for i, w in enumerate(weights) if i % 3 != 2]
     rows, hidden = _rows(input), weights[0].shape[0]
-    projected = input.new_empty(*input.shape[:-1], directions * hidden)
+    shape = (*input.shape[:-1], directions * hidden)
+    if directions == 1:
+        return F.linear(rows, weights[0], weights[2] if len(weights) == 3 else None).resize_(shape)
+    projected = rows.new_empty(shape)
     projected_rows = _rows(projected)
     for direction in range(directions):
         weight_ih, _, bias = of_direction(weights, direction, directions)

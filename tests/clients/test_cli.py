@@ -300,7 +300,7 @@ def test_no_detach_state_limits(book, capsys):
         (["train", "--epochs", "0"], "must be at least 1, got 0"),
         (["train", "--epochs", "many"], "invalid whole number value: 'many'"),
         (["train", "--lr", "-1"], "must be a number above 0, got -1"),
-        (["generate", "x", "--prompt", "a", "--temperature", "0"], "must be a number above 0, got 0"),
+        (["generate", "x", "--prompt", "a", "--temperature", "-1"], "must be at least 0 and at most inf, got -1"),
         (["evaluate", "x"], "--text"),
     ],
 )
