@@ -335,13 +335,14 @@ def operands_of_a_kind(name: str, kind: str) -> int:
                 fresh()
             except Exception:
                 continue  # there is no such tensor of this shape
-            # What torch computes from one operand on "meta" and others with memory is whatever was there.
+            # What torch computes from one operand on "meta" and others with memory is whatever was there; and between
+            # logits that are nearly equal, a rounding in 16 bit decides what a decoder says.
             same_outcome(
                 run(operation.ours),
                 run(operation.theirs),
                 f"operands {chosen}, graph {graph}",
                 0.1 if kind == "bfloat16" else 1e-4,
-                numbers=kind != "meta" or len(chosen) == count,
+                numbers=(kind != "meta" or len(chosen) == count) and not (operation.own_errors and kind == "bfloat16"),
                 own_errors=operation.own_errors,
             )
             tried += 1
