@@ -158,6 +158,28 @@ def elman_case(step: str, kind: str, width: int, tile, full: bool, target: str) 
     )
 
 
+def elman_sum_cases(target: str) -> list[Case]:
+    """The kernels that sum after the backward one: rows by token id (V = 28, H = 32), and partial sums."""
+    tiles = load("elman_tiles")
+    block_v, block_c = tiles.token_blocks(28, 32)
+    blocks = {"BLOCK_N": tiles.TOKEN_ROWS, "BLOCK_V": block_v, "BLOCK_C": block_c}
+    cases = []
+    for kind, precision in (("tf32x3", "tf32x3"), ("16bit", "ieee"), ("fp64", "ieee")):
+        kind, precision = ("fp32", "ieee") if kind == "tf32x3" and target == "gfx942" else (kind, precision)
+        types = {"grad_x_ptr": POINTER[kind], "tokens_ptr": "*i64"}
+        types |= {"partial_ptr": "*fp64" if kind == "fp64" else "*fp32"}
+        options = load("targets").launch_options(tiles.TOKEN_WARPS, TILES_OF.get(target, target))
+        constants = blocks | {"PRECISION": precision}
+        kernel = ("elman_sums_kernels", "rows_by_token_kernel", types, constants, True, options)
+        cases.append(Case(f"token rows {kind}", target, *kernel, None, TARGETS[target][1]))
+    types = {f"{role}_{name}_ptr": "*fp32" for role in ("partial", "grad") for name in ("weight", "bias", "table")}
+    options = load("targets").launch_options(tiles.PARTIAL_WARPS, TILES_OF.get(target, target))
+    constants = {"BLOCK_P": tiles.PARTIAL_SUMS, "BLOCK": tiles.PARTIAL_ELEMENTS}
+    kernel = ("elman_sums_kernels", "sum_partials_kernel", types, constants, True, options)
+    sizes = (("programs", 256), ("weight_numel", 1024), ("bias_numel", 32), ("table_numel", 896))
+    return [*cases, Case("partial sums of the recurrence", target, *kernel, None, TARGETS[target][1], values=sizes)]
+
+
 def elman_form(kind: str, hidden_size: int, tile, **options):
     """The kernels' compile-time argument."""
     return load("elman_forms").Form(
@@ -354,9 +376,9 @@ def generate_case(target: str, kind: str, H: int, V: int, L: int, sampled: bool)
 
 def all_cases(target: str) -> list[Case]:
     """Of every kernel that is shipped."""
-    makers = (elman_cases, linear_cross_entropy_cases, sum_cases, clip_cases, generate_cases)
+    makers = (elman_cases, elman_sum_cases, linear_cross_entropy_cases, sum_cases, clip_cases, generate_cases)
     if target in TILES_OF:
-        makers = (elman_cases,)
+        makers = (elman_cases, elman_sum_cases)
     return [case for cases in makers for case in cases(target)]
 
 

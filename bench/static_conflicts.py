@@ -29,7 +29,11 @@ STATEMENTS = (
         "(loss|logits) tf32x3 H32\\* ", "sm_100: the low parts of both operands are stored once more for tcgen05"
     ),
     Statement("loss 16bit H32 ", "sm_80: changes of layout, 48 wavefronts once a program"),
-    Statement("sum partials", "Triton 3.6 exchanges sums over warps with the summed axis innermost; once a program"),
+    Statement(
+        "(sum partials|partial sums)",
+        "Triton 3.6 exchanges sums over warps with the summed axis innermost; once a program",
+    ),
+    Statement("token rows fp64", f"{FMA_DOT}: so it is on sm_120, whose Triton has no DMMA"),
     Statement("generate ", "Triton 3.6 exchanges sums over warps with the summed axis innermost"),
 )
 

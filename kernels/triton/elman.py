@@ -20,7 +20,16 @@ from . import elman_tiles
 from .elman_forms import Form
 from .elman_kernels import elman_backward_kernel, elman_forward_kernel
 from .elman_sums_kernels import rows_by_token_kernel, sum_partials_kernel
-from .elman_tiles import Tile, next_power_of_2
+from .elman_tiles import (
+    PARTIAL_ELEMENTS,
+    PARTIAL_SUMS,
+    PARTIAL_WARPS,
+    TOKEN_ROWS,
+    TOKEN_WARPS,
+    Tile,
+    next_power_of_2,
+    token_blocks,
+)
 from .launch import INTERPRETED, KINDS, on_device, processors_of, target_of
 from .targets import AMD, launch_options
 
@@ -323,9 +332,7 @@ def elman_backward(
         partial_table = None
         if tokens is not None and V <= MAX_SUM_VOCAB:
             partial_table = _rows_by_token(grad_x, tokens, V, acc_type, target)
-        grad_weight, grad_bias, grad_table = _sum_partials(
-            partial_weight, partial_bias if need_bias_grad else None, partial_table, dtype, target
-        )
+        grad_bias, grad_weight, grad_table = _sum_partials(partial_bias, partial_weight, partial_table, dtype, target)
     if need_weight_grad and grad_weight is None:
         grad_weight = tuple(
             _weight_gradient(grad_x, out if in_order else h_prev, h0, d, H, reverse[d], shifted=in_order)
@@ -333,7 +340,7 @@ def elman_backward(
         )
     if tokens is not None:
         grad_x = _table_gradient(grad_x, tokens, V) if grad_table is None else grad_table
-    return grad_x, None if grad_weight is None else tuple(grad_weight), grad_h0, grad_bias
+    return grad_x, None if grad_weight is None else tuple(grad_weight), grad_h0, grad_bias if need_bias_grad else None
 
 
 def _weight_gradient(
@@ -363,9 +370,6 @@ def _weight_gradient(
     return gradient
 
 
-_ROWS_BLOCK = 64
-
-
 def _rows_by_token(
     grad_x: torch.Tensor, tokens: torch.Tensor, V: int, acc_type: torch.dtype, target: str
 ) -> torch.Tensor:
@@ -376,11 +380,11 @@ def _rows_by_token(
         grad_x = grad_x.reshape(-1, grad_x.shape[-1])
     tokens = tokens.reshape(-1)
     num_rows, C = grad_x.shape
-    blocks = triton.cdiv(num_rows, _ROWS_BLOCK)
-    chunk = triton.cdiv(blocks, 2 * processors_of(grad_x.device)) * _ROWS_BLOCK
+    blocks = triton.cdiv(num_rows, TOKEN_ROWS)
+    chunk = triton.cdiv(blocks, 2 * processors_of(grad_x.device)) * TOKEN_ROWS
     chunks = triton.cdiv(num_rows, chunk)
     partial = torch.empty((chunks, V, C), dtype=acc_type, device=grad_x.device)
-    block_v, block_c = min(64, max(16, next_power_of_2(V))), min(32, max(16, next_power_of_2(C)))
+    block_v, block_c = token_blocks(V, C)
     rows_by_token_kernel[(chunks, triton.cdiv(V, block_v), triton.cdiv(C, block_c))](
         grad_x,
         tokens,
@@ -391,43 +395,33 @@ def _rows_by_token(
         chunk,
         grad_x.stride(0),
         tokens.stride(0),
-        BLOCK_N=_ROWS_BLOCK,
+        BLOCK_N=TOKEN_ROWS,
         BLOCK_V=block_v,
         BLOCK_C=block_c,
         PRECISION="tf32x3" if grad_x.dtype == torch.float32 and target not in AMD else "ieee",
-        **launch_options(4, target),
+        **launch_options(TOKEN_WARPS, target),
     )
     return partial
 
 
-# Partial sums and elements at a time: all loads of a tile are under way together. The interpreter has few programs.
-_PARTIALS_BLOCK = (16, 4096) if INTERPRETED else (256, 32)
-
-
 def _sum_partials(
-    weight: torch.Tensor | None,
-    bias: torch.Tensor | None,
-    table: torch.Tensor | None,
-    dtype: torch.dtype,
-    target: str,
+    bias: torch.Tensor, weight: torch.Tensor | None, table: torch.Tensor | None, dtype: torch.dtype, target: str
 ) -> list[torch.Tensor | None]:
     """Partial sums added along their first dimension, in one launch; None for what is None."""
-    block_p, block = _PARTIALS_BLOCK
-    partials = (weight, bias, table)
+    block_p, block = (16, 4096) if INTERPRETED else (PARTIAL_SUMS, PARTIAL_ELEMENTS)  # few programs to interpret
+    partials = (bias, weight, table)
     totals = [None if t is None else torch.empty(t.shape[1:], dtype=dtype, device=t.device) for t in partials]
     numels = [0 if total is None else total.numel() for total in totals]
-    programs = next((t.shape[0] for t in (weight, bias) if t is not None), 0)
-    if any(numels):
-        sum_partials_kernel[(sum(triton.cdiv(n, block) for n in numels),)](
-            *partials,
-            *totals,
-            programs,
-            0 if table is None else table.shape[0],
-            *numels,
-            BLOCK_P=block_p,
-            BLOCK=block,
-            **launch_options(8, target),
-        )
+    sum_partials_kernel[(sum(triton.cdiv(n, block) for n in numels),)](
+        *partials,
+        *totals,
+        bias.shape[0],
+        0 if table is None else table.shape[0],
+        *numels,
+        BLOCK_P=block_p,
+        BLOCK=block,
+        **launch_options(PARTIAL_WARPS, target),
+    )
     return totals
 
 

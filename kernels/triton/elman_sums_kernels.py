@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .numerics import device_function, dot
+from .numerics import dot
 
 
 @triton.jit(do_not_specialize=["num_rows", "V", "C", "chunk"])
@@ -40,45 +40,39 @@ def rows_by_token_kernel(
     tl.store(partial_ptr + offsets, sums, mask=(offs_v < V)[:, None] & (offs_c < C)[None, :])
 
 
-@device_function
-def _sum_partials(partial_ptr, out_ptr, count, numel, first, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr):
-    offs = first + tl.arange(0, BLOCK)
-    sums = tl.zeros((BLOCK_P, BLOCK), partial_ptr.dtype.element_ty)
-    for start in range(0, count, BLOCK_P):
-        p = start + tl.arange(0, BLOCK_P)
-        mask = (p < count)[:, None] & (offs < numel)[None, :]
-        sums += tl.load(partial_ptr + p.to(tl.int64)[:, None] * numel + offs[None, :], mask=mask, other=0.0)
-    tl.store(out_ptr + offs, tl.sum(sums, axis=0).to(out_ptr.dtype.element_ty), mask=offs < numel)
-
-
-@triton.jit(do_not_specialize=["programs", "chunks", "weight_numel", "bias_numel", "table_numel"])
+@triton.jit(do_not_specialize=["programs", "chunks", "bias_numel", "weight_numel", "table_numel"])
 def sum_partials_kernel(
+    partial_bias_ptr,  # (programs, D, H)
     partial_weight_ptr,  # (programs, D, H, H), or None
-    partial_bias_ptr,  # (programs, D, H), or None
     partial_table_ptr,  # (chunks, V, D*H), or None
-    grad_weight_ptr,
     grad_bias_ptr,
+    grad_weight_ptr,
     grad_table_ptr,
     programs,
     chunks,
-    weight_numel,  # 0 if there is none
     bias_numel,
+    weight_numel,  # 0 if there is none
     table_numel,
     BLOCK_P: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Add up the partial sums of all gradients: a block of one of them for each program of this kernel."""
+    """Add up the partial sums of all gradients along their first dimension: a block of one of them a program."""
     block = tl.program_id(0)
-    weight_blocks = tl.cdiv(weight_numel, BLOCK)
-    bias_blocks = tl.cdiv(bias_numel, BLOCK)
-    if block < weight_blocks:
-        if partial_weight_ptr is not None:
-            _sum_partials(partial_weight_ptr, grad_weight_ptr, programs, weight_numel, block * BLOCK, BLOCK_P, BLOCK)
-    elif block < weight_blocks + bias_blocks:
-        if partial_bias_ptr is not None:
-            first = (block - weight_blocks) * BLOCK
-            _sum_partials(partial_bias_ptr, grad_bias_ptr, programs, bias_numel, first, BLOCK_P, BLOCK)
-    else:
-        if partial_table_ptr is not None:
-            first = (block - weight_blocks - bias_blocks) * BLOCK
-            _sum_partials(partial_table_ptr, grad_table_ptr, chunks, table_numel, first, BLOCK_P, BLOCK)
+    partial_ptr, out_ptr, count, numel = partial_bias_ptr, grad_bias_ptr, programs, bias_numel
+    before = 0  # blocks of the gradients before this one
+    start = tl.cdiv(bias_numel, BLOCK)
+    if partial_weight_ptr is not None:
+        if block >= start:
+            partial_ptr, out_ptr, numel, before = partial_weight_ptr, grad_weight_ptr, weight_numel, start
+        start += tl.cdiv(weight_numel, BLOCK)
+    if partial_table_ptr is not None:
+        if block >= start:
+            partial_ptr, out_ptr, numel, before = partial_table_ptr, grad_table_ptr, table_numel, start
+            count = chunks
+    offs = (block - before) * BLOCK + tl.arange(0, BLOCK)
+    sums = tl.zeros((BLOCK_P, BLOCK), partial_bias_ptr.dtype.element_ty)
+    for first in range(0, count, BLOCK_P):
+        p = first + tl.arange(0, BLOCK_P)
+        mask = (p < count)[:, None] & (offs < numel)[None, :]
+        sums += tl.load(partial_ptr + p.to(tl.int64)[:, None] * numel + offs[None, :], mask=mask, other=0.0)
+    tl.store(out_ptr + offs, tl.sum(sums, axis=0).to(grad_bias_ptr.dtype.element_ty), mask=offs < numel)

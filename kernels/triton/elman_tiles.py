@@ -139,6 +139,17 @@ MAX_INPUT_STEPS = 256
 MAX_SUM_STEPS = {16: 512, 32: 512, 64: 256, 128: 128}
 
 
+# Of the kernels that sum afterwards (elman_sums_kernels.py). Partial sums and elements at a time: so many that all
+# loads of a program are under way together.
+TOKEN_ROWS, TOKEN_WARPS = 64, 4
+PARTIAL_SUMS, PARTIAL_ELEMENTS, PARTIAL_WARPS = 256, 32, 8
+
+
+def token_blocks(classes: int, columns: int) -> tuple[int, int]:
+    """Classes and columns of a program that sums rows by token id."""
+    return min(64, max(16, next_power_of_2(classes))), min(32, max(16, next_power_of_2(columns)))
+
+
 def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
