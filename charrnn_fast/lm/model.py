@@ -42,6 +42,10 @@ class CharRNN(nn.Module):
             "Recurrent neural network regularization", 2014). The recurrence itself is left alone, and so is decoding.
         backend: FusedRNN's backend; see charrnn_fast.ops.backends.
 
+        device, dtype: of the parameters, torch's defaults if None.
+
+    Raises: ValueError for another embedding, cell, backend, nonlinearity or dropout than these.
+
     Attributes: rnn (FusedRNN or torch.nn.RNN), head (nn.Linear), embed (nn.Embedding or None). They may be hooked,
     pruned, parametrized, wrapped or replaced: the model is then what calling them gives, and a little slower. rnn takes
     (B, T, I), or time first where it is an nn.RNNBase that says so, and a state, and returns outputs and a state.
