@@ -28,7 +28,7 @@ def sum_by_id(rows: Tensor, ids: Tensor, num_ids: int) -> Tensor:
 def _by_products(rows: Tensor, ids: Tensor, num_ids: int) -> Tensor:
     rows, ids = rows.reshape(-1, rows.shape[-1]), ids.reshape(-1, 1)
     at_a_time = max(1, MOST_ENTRIES // max(1, num_ids))
-    known = torch.arange(num_ids, device=ids.device)
+    known = torch.arange(num_ids, dtype=torch.int64, device=ids.device)
     parts = [
         (some_ids == known).to(rows.dtype).t() @ some_rows
         for some_ids, some_rows in zip(ids.split(at_a_time), rows.split(at_a_time), strict=True)

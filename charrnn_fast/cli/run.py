@@ -3,18 +3,21 @@
 import argparse
 import math
 import signal
+import sys
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 
 import torch
+from tqdm import tqdm
 
 from charrnn_fast.cli.progress import Progress, notice
 from charrnn_fast.cli.settings import Settings
 from charrnn_fast.cli.signals import finishing
 from charrnn_fast.errors import InputError, TrainingError
 from charrnn_fast.lm import checkpoint, data
-from charrnn_fast.lm.callbacks import Callback, JsonLog, TensorBoard
+from charrnn_fast.lm.callbacks import Callback, JsonLog, Samples, TensorBoard
 from charrnn_fast.lm.corpora import Corpus
 from charrnn_fast.lm.evaluation import validate
 from charrnn_fast.lm.keeping import Keeper
@@ -77,7 +80,7 @@ class Run:
     def fit(self) -> list[EpochRecord]:
         """Train to the end, or to a signal. Raises TrainingError with the last good checkpoint's name."""
         trainer = self.trainer
-        progress = Progress(self.recipe, trainer, self.options.quiet, self._samples)
+        progress = Progress(self.recipe, trainer, self.options.quiet, self._sample_at_reports)
         if self.out is not None:
             self._keeper = Keeper(
                 self.out,
@@ -95,7 +98,7 @@ class Run:
                 keep=self.options.keep,
                 notice=notice,
             )
-        listeners: list[Callback] = [*self._listeners(), progress]
+        listeners: list[Callback] = [progress, *self._listeners()]
         if self._keeper is not None:
             listeners.insert(0, self._keeper)  # before anything is printed, which may fail
         with closing(progress), finishing(trainer.stop) as received:
@@ -148,15 +151,19 @@ class Run:
             listeners.append(JsonLog(self.options.log, notice=notice))
         if self.options.tensorboard is not None:
             listeners.append(TensorBoard(self.options.tensorboard))
+        if self.options.sample_every is not None and not self.options.quiet:
+            show = partial(tqdm.write, file=sys.stdout)  # beside the bar
+            listeners.append(Samples(lambda epoch: f"sample {self._sample(epoch)}", show, self.options.sample_every))
         return listeners
 
-    def _samples(self, epoch: int) -> str:
-        """What the model writes after an epoch, to be printed behind its line; empty where nobody asked."""
-        often = self.options.sample_every
-        if not (epoch % often == 0 if often else self.recipe.sample_at_reports):
-            return ""
+    def _sample(self, epoch: int) -> str:
+        """What the model makes of the recipe's prompts after an epoch."""
         seed = self.settings.seed + epoch
-        return "".join(f"  {decode(self.trainer.model, self.vocab, p, seed)!r}" for p in self.recipe.prompts)
+        return "  ".join(repr(decode(self.trainer.model, self.vocab, p, seed)) for p in self.recipe.prompts)
+
+    def _sample_at_reports(self, epoch: int) -> str:
+        """The same, to be printed behind the epoch's line where the recipe wants it there."""
+        return f"  {self._sample(epoch)}" if self.recipe.sample_at_reports else ""
 
     def _plot(self) -> None:
         try:

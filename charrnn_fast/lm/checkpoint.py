@@ -4,8 +4,11 @@ move.
 
 import hashlib
 import io
+import platform
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
+from importlib.metadata import PackageNotFoundError
+from importlib.metadata import version as version_of
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +43,7 @@ class Checkpoint:
     trainer: dict[str, Any]
     generator: torch.Tensor  # state of the sampler's generator
     text_sha256: str | None = None  # of the training text; None in a file of version 1
+    versions: Mapping[str, str] = field(default_factory=dict)  # of what wrote it: charrnn_fast, torch, python
 
     @property
     def epoch(self) -> int:
@@ -114,6 +118,11 @@ def as_bytes(
         "trainer": trainer.state_dict(),
         "generator": sampler.generator.get_state(),
         "text_sha256": text_sha256,
+        "versions": {
+            "charrnn_fast": own_version(),
+            "torch": str(torch.__version__),
+            "python": platform.python_version(),
+        },
     }
     content["checksum"] = digest(content)
     file = io.BytesIO()
@@ -186,9 +195,23 @@ def load(path: str | Path) -> Checkpoint:
         raise InputError(f"{path} is a checkpoint of another model: {wrong}")
     vocab = Vocabulary(content["vocab"]["symbols"], content["vocab"]["letters"])
     names = ("kind", "seed", "config", "parameters", "recipe", "source", "trainer", "generator")
+    kept = {name: content[name] for name in names}
+    versions = content.get("versions")
     return Checkpoint(
-        path, vocab=vocab, text_sha256=content.get("text_sha256"), **{name: content[name] for name in names}
+        path,
+        vocab=vocab,
+        text_sha256=content.get("text_sha256"),
+        versions=versions if isinstance(versions, Mapping) else {},
+        **kept,
     )
+
+
+def own_version() -> str:
+    """Of this package, as it was installed."""
+    try:
+        return version_of("charrnn_fast")
+    except PackageNotFoundError:
+        return "not installed"
 
 
 _FIELDS: dict[str, type | tuple[type, ...]] = {

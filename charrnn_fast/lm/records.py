@@ -8,6 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+WHAT_TO_TRY = (
+    "expected a finite number; try a lower learning rate (--lr), clipping (--clip), or to go on with --on-nan skip or "
+    "restore"
+)
+
 
 def perplexity(loss: float) -> float:
     """exp of a mean loss in nats; infinite where it overflows."""
@@ -121,6 +126,17 @@ class EpochSoFar:
                 return self.checked + bad[0]
             self.checked = len(self.losses)
         return None
+
+    def what_happened(self, batch: int, step: int, epoch: int) -> str:
+        """One line on the batch whose loss or gradient is not finite; step and epoch: where the run is now."""
+        loss, update = float(self.losses[batch]), batch * self.updates // max(1, self.batches)
+        norms = [float(norm) for norm in self.norms[max(0, update - 1) : update + 1]]
+        what = f"the training loss is {loss}"
+        if math.isfinite(loss) and norms:
+            what = f"the gradient norm is {norms[-1]}"
+        at = f"at step {step - self.updates + update + 1} (epoch {epoch}, batch {batch + 1})"
+        trend = f", the gradient norm was {norms[0]:.3g} a step before" if len(norms) == 2 else ""
+        return f"{what} {at}{trend}: {WHAT_TO_TRY}"
 
     def state_dict(self) -> dict[str, Any]:
         """Plain values and tensors."""

@@ -21,7 +21,7 @@ from charrnn_fast.lm.data import Batch, Sampler
 from charrnn_fast.lm.evaluation import Stopped, validate
 from charrnn_fast.lm.model import CharRNN
 from charrnn_fast.lm.optimizers import check_optimizer, for_this_device, make_optimizer
-from charrnn_fast.lm.records import EpochRecord, EpochSoFar, StepRecord, perplexity
+from charrnn_fast.lm.records import WHAT_TO_TRY, EpochRecord, EpochSoFar, StepRecord, perplexity
 from charrnn_fast.lm.schedule import Schedule
 from charrnn_fast.lm.step import TrainingStep, Updater, train_batches
 from charrnn_fast.reference import training as reference
@@ -30,6 +30,7 @@ from charrnn_fast.reference.language_model import RNNLM
 MAX_GRAPH_BATCHES = 16  # each one more keeps the activations of one more batch alive
 MAX_ACCUMULATE = 4096
 MAX_RESTORES = 8  # of one run, each halving the learning rate
+MAX_SKIPPED = 100  # updates in a row at an epoch's beginning: more will not help
 ON_NAN = ("stop", "skip", "restore")
 
 
@@ -339,15 +340,7 @@ class Trainer:
             raise TrainingError(self._what_happened(so_far, bad))
 
     def _what_happened(self, so_far: EpochSoFar, batch: int) -> str:
-        """One line on the first step that is not finite."""
-        loss, epoch = float(so_far.losses[batch]), len(self.history) + 1
-        update = batch * so_far.updates // max(1, so_far.batches)
-        norms = [float(norm) for norm in so_far.norms[max(0, update - 1) : update + 1]]
-        what = f"the training loss is {loss}" if not math.isfinite(loss) else f"the gradient norm is {norms[-1:]}"[:-1]
-        what = what.replace("[", "")
-        at = f"at step {self.step - so_far.updates + update + 1} (epoch {epoch}, batch {batch + 1})"
-        trend = f", the gradient norm was {norms[0]:.3g} a step before" if len(norms) == 2 else ""
-        return f"{what} {at}{trend}: {WHAT_TO_TRY}"
+        return so_far.what_happened(batch, self.step, len(self.history) + 1)
 
     def _plain_step(self, data: Sampler, state: Any) -> TrainingStep | None:
         """The step of this epoch, to start from a state; None for the reference model, which has its own."""
@@ -356,11 +349,8 @@ class Trainer:
         graph_batches = self.graph_batches if data.carry_state else 1
         guard = self.on_nan != "stop" or self.model.device.type == "cpu"
         plain = self._plain
-        if plain is None or (plain.optimizer, plain.clip, plain.graph_batches) != (
-            self.optimizer,
-            self.clip,
-            graph_batches,
-        ):
+        now = (self.optimizer, self.clip, graph_batches)
+        if plain is None or (plain.optimizer, plain.clip, plain.graph_batches) != now:
             plain = self._plain = TrainingStep(
                 self.model,
                 self.optimizer,
@@ -498,13 +488,6 @@ class Trainer:
         device = self.model.device
         on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
         return {"cpu": torch.get_rng_state(), "device": on_device}
-
-
-MAX_SKIPPED = 100  # updates in a row at an epoch's beginning: more will not help
-WHAT_TO_TRY = (
-    "expected a finite number; try a lower learning rate (--lr), clipping (--clip), or to go on with --on-nan skip or "
-    "restore"
-)
 
 
 def _parts(state: Any) -> list[Tensor]:

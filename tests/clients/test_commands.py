@@ -372,6 +372,7 @@ def test_every_option_of_training_together(sampler, place, tmp_path, capsys):
     out = capsys.readouterr().out
     result = json.loads(out.splitlines()[-1])
     assert 1 < result["test_ppl"] < 40 and 1 < result["val_ppl"] < 40 and ", test " in out and "(best.ckpt, " in out
+    assert out.count("\nsample '") == 1, "of epoch 2"
     assert "bits/char" in out and "norm" in out and "clipped" in out
 
 

@@ -31,6 +31,11 @@ def test_model_and_vocabulary_come_back(tmp_path, kind, embedding):
     written = checkpoint.load(tmp_path / "a.ckpt")
     assert (written.kind, written.source, written.epoch) == (kind, "a fox", 1)
     assert written.vocab.symbols == VOCAB.symbols and written.vocab.letters
+    assert written.versions["torch"] == torch.__version__ and set(written.versions) == {
+        "charrnn_fast",
+        "torch",
+        "python",
+    }
     model = written.build()
     assert generate(model, written.vocab, "the ", 30) == generate(trainer.model, VOCAB, "the ", 30)
     assert [p.name for p in tmp_path.iterdir()] == ["a.ckpt"]
