@@ -53,16 +53,18 @@ def milliseconds(value: float) -> str:
 
 
 def cells(content: dict, mark: str = "") -> list[list[str]]:
-    """The table's rows, its heads first: our time, each side's time over it (the best one's between marks), the floor,
-    memory.
+    """The table's rows, its heads first: our time, each side's time over it (the best one's between marks), both on the
+    device alone where a row has that, the floor, memory.
     """
     rows = content["rows"]
     names = sides(rows)
-    table = [["what", "configuration", "ms", *names, "over the floor", "MB", "of torch.nn.RNN's"]]
+    replayed = [name for name in names if any("ms" in row.get("device", {}).get(name, {}) for row in measured(rows))]
+    alone = ["ms on the device", *(f"{name} there" for name in replayed)] if replayed else []
+    table = [["what", "configuration", "ms", *names, *alone, "over the floor", "MB", "of torch.nn.RNN's"]]
     for row in rows:
         head = [TASKS[row["task"]], row["name"]]
         if "not_measured" in row:
-            table.append([*head, f"not measured: {row['not_measured']}", *[""] * (len(names) + 3)])
+            table.append([*head, f"not measured: {row['not_measured']}", *[""] * (len(table[0]) - 3)])
             continue
         best = min(row["ratios"], key=lambda name: row["ratios"][name]["median"], default="")
         marks = {name: mark if name == best else "" for name in row["ratios"]}
@@ -70,8 +72,20 @@ def cells(content: dict, mark: str = "") -> list[list[str]]:
         floor = f"{row['over_floor']:.2f}" if "over_floor" in row else ""
         memory = f"{row['memory_mb']:.1f}" if "memory_mb" in row else ""
         share = f"{row['memory_ratio']:.2f}" if "memory_ratio" in row else ""
-        table.append([*head, milliseconds(row["ms"]), *ratios, floor, memory, share])
+        table.append([*head, milliseconds(row["ms"]), *ratios, *_on_device(row, replayed), floor, memory, share])
     return table
+
+
+def _on_device(row: dict, replayed: list[str]) -> list[str]:
+    """Our time on the device alone and each side's over it; nothing if no row of the table has them."""
+    if not replayed:
+        return []
+    found = row.get("device", {})
+    own = next(iter(found.values()), {})  # ours comes first
+    return [
+        milliseconds(own["ms"]) if "ms" in own else "",
+        *(found.get(name, {}).get("ratio", "") for name in replayed),
+    ]
 
 
 def skipped(rows: list[dict]) -> dict[str, list[str]]:

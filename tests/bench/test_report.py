@@ -25,6 +25,23 @@ def test_the_table_has_a_column_for_every_side_and_shows_slower_results(content)
     assert "not run, JAX scan: jax is not installed (1 rows)" in text and all(row[1] in text for row in table)
 
 
+def test_the_devices_time_is_a_column_of_its_own(content):
+    """With the sides that have one; a side that could not be captured has an empty cell."""
+    plain = report.cells(content)
+    row = next(row for row in content["rows"] if "not_measured" not in row)
+    (first, *others) = row["ratios"]
+    row["device"] = {"charrnn_fast": {"ms": 0.5}, first: {"ms": 1.0, "ratio": "2.0 (1.9-2.1)"}}
+    row["device"] |= {name: {"none": "it waits"} for name in others}
+    table = report.cells(content)
+    at = table[0].index("ms on the device")
+    assert table[0][at : at + 2] == ["ms on the device", f"{first} there"]
+    assert ["0.5", "2.0 (1.9-2.1)"] in [line[at : at + 2] for line in table]
+    assert {len(line) for line in table} == {len(plain[0]) + 2}
+    assert [line[:at] + line[at + 2 :] for line in table if line[2].startswith("not")] == [
+        line for line in plain if line[2].startswith("not")
+    ]
+
+
 def test_the_sentence_names_the_fastest_and_where_it_is_not(content):
     assert report.sentence(content) == (
         "Fastest here: charrnn_fast in 2 of 3 rows, at 2.0 times the best other side's speed in the median row, but "
