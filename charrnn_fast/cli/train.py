@@ -13,7 +13,7 @@ from charrnn_fast.cli.progress import notice
 from charrnn_fast.cli.run import Run, decode
 from charrnn_fast.cli.settings import CONFIG, Settings, add_settings, config_option, resolve
 from charrnn_fast.errors import InputError
-from charrnn_fast.lm import checkpoint, corpora, data
+from charrnn_fast.lm import checkpoint, corpora, data, toml
 from charrnn_fast.lm.corpora import Corpus
 from charrnn_fast.lm.files import write_whole
 from charrnn_fast.lm.model import CharRNN
@@ -72,6 +72,11 @@ def _train(options: argparse.Namespace) -> int:
     if options.resume and options.out is None:
         raise InputError("--resume continues the run in a folder: name it with --out")
     own = options.out / CONFIG if options.resume else None
+    if own is not None and not toml.readable():
+        notice(
+            f"{own} is not read without Python 3.11 or the package tomli: the run's settings have to be passed again"
+        )
+        own = None
     settings = resolve(options, own)
     if options.print_config:
         print(settings.toml(), end="")

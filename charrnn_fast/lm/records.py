@@ -86,6 +86,7 @@ class EpochSoFar:
 
     generator: Tensor  # the sampler's generator at the start of the epoch
     counts: list[int] = field(default_factory=list)  # characters of each batch
+    tokens: int = 0  # their sum
     losses: list[Tensor] = field(default_factory=list)  # of each batch: scalars on the device
     norms: list[Tensor] = field(default_factory=list)  # of each update
     updates: int = 0
@@ -97,10 +98,6 @@ class EpochSoFar:
     @property
     def batches(self) -> int:
         return len(self.counts)
-
-    @property
-    def tokens(self) -> int:
-        return sum(self.counts)
 
     def mean_loss(self) -> float:
         """In nats over the characters so far. Waits for the device."""
@@ -154,7 +151,8 @@ class EpochSoFar:
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> "EpochSoFar":
         counts = [int(count) for count in state["counts"]]
-        found = cls(state["generator"], counts, list(state["losses"].double()), list(state["norms"].double()))
+        losses, norms = list(state["losses"].double()), list(state["norms"].double())
+        found = cls(state["generator"], counts, sum(counts), losses, norms)
         found.updates, found.skipped = int(state["updates"]), int(state["skipped"])
         if len(found.losses) != len(counts) or len(found.norms) not in (0, found.updates):
             raise ValueError(

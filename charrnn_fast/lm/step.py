@@ -32,8 +32,8 @@ class TrainingStep:
         guard: look at loss and norm before an update, and make none if one of them is not finite.
 
     Attributes:
-        norm: the gradients' norm at the last update, before clipping: a scalar on the model's device, written anew by
-            each update; None before the first one.
+        norm: the gradients' norm at the last update, before clipping: a scalar on the model's device, on a GPU always
+            the same tensor; None before the first update.
         pending: batches that wait for an update. refused: updates that `guard` has not made.
         state: (L, B, H) or None, where `train_batches` keeps the state that the next batch starts from.
     """
@@ -119,7 +119,10 @@ class TrainingStep:
         self.optimizer.step()
 
     def _keep(self, norm: Tensor) -> None:
-        """The norm in a buffer whose address a captured step can hold."""
+        """The norm, on a GPU in a buffer whose address a captured step can hold."""
+        if norm.device.type == "cpu":
+            self.norm = norm.detach()
+            return
         if self.norm is None or self.norm.device != norm.device or self.norm.dtype != norm.dtype:
             self.norm = torch.empty_like(norm)
         self.norm.copy_(norm.detach())

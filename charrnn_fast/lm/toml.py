@@ -13,6 +13,14 @@ from typing import Any
 from charrnn_fast.errors import InputError
 
 
+def readable() -> bool:
+    """Whether this Python can read TOML files."""
+    try:
+        return bool(_reader())
+    except InputError:
+        return False
+
+
 def _reader() -> ModuleType:
     for name in ("tomllib", "tomli"):
         try:

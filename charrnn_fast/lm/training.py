@@ -279,6 +279,7 @@ class Trainer:
             for X, Y in itertools.islice(data.train(), so_far.batches, None):
                 self._set_lr()
                 so_far.counts.append(Y.numel())
+                so_far.tokens += Y.numel()
                 yield X, Y
 
         plain = self._plain_step(data, so_far.state if resumed else None)
@@ -308,7 +309,7 @@ class Trainer:
         assert plain.norm is not None
         so_far.updates += 1
         self.step += 1
-        so_far.norms.append(plain.norm.clone())
+        so_far.norms.append(plain.norm if plain.norm.device.type == "cpu" else plain.norm.clone())
         so_far.state = plain.state
         self._look(so_far, plain)
 
@@ -317,10 +318,13 @@ class Trainer:
         if plain is not None and plain.guard and plain.refused > so_far.skipped:
             if self.on_nan != "skip":
                 bad = so_far.first_not_finite()
-                raise TrainingError(self._what_happened(so_far, so_far.batches - 1 if bad is None else bad))
+                raise TrainingError(
+                    so_far.what_happened(so_far.batches - 1 if bad is None else bad, self.step, len(self.history) + 1)
+                )
             so_far.skipped = plain.refused
             for i in range(so_far.checked, so_far.batches):  # what was not learned from does not count
                 if not math.isfinite(float(so_far.losses[i])):
+                    so_far.tokens -= so_far.counts[i]
                     so_far.losses[i], so_far.counts[i] = torch.zeros_like(so_far.losses[i]), 0
             if plain.state is not None and not bool(
                 torch.stack([s.isfinite().all() for s in _parts(plain.state)]).all()
@@ -328,7 +332,7 @@ class Trainer:
                 plain.state = so_far.state = None
             if so_far.skipped == so_far.updates and so_far.skipped >= MAX_SKIPPED:
                 raise TrainingError(f"the first {so_far.skipped} updates of the epoch are not finite: {WHAT_TO_TRY}")
-        elif so_far.losses[-1].device.type == "cpu" and not math.isfinite(float(so_far.losses[-1])):
+        elif plain is None and so_far.losses[-1].device.type == "cpu" and not math.isfinite(float(so_far.losses[-1])):
             self.check_finite()
 
     def check_finite(self) -> None:
@@ -337,10 +341,7 @@ class Trainer:
         """
         so_far = self._so_far
         if so_far is not None and (bad := so_far.first_not_finite()) is not None:
-            raise TrainingError(self._what_happened(so_far, bad))
-
-    def _what_happened(self, so_far: EpochSoFar, batch: int) -> str:
-        return so_far.what_happened(batch, self.step, len(self.history) + 1)
+            raise TrainingError(so_far.what_happened(bad, self.step, len(self.history) + 1))
 
     def _plain_step(self, data: Sampler, state: Any) -> TrainingStep | None:
         """The step of this epoch, to start from a state; None for the reference model, which has its own."""

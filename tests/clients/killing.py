@@ -21,9 +21,9 @@ from charrnn_fast.lm import checkpoint  # noqa: E402
 
 TEXT = "It was the best of times, it was the worst of times; it was the age of wisdom, it was the age of folly. " * 30
 FORMS = {
-    "windows": ["--recipe", "scratch", "--hidden-size", "16", "--batch-size", "64", "--epochs", "4"],
-    "carried": ["--recipe", "ch8", "--hidden-size", "16", "--batch-size", "4", "--num-steps", "8", "--epochs", "5"],
-    "pieces": ["--recipe", "santa", "--hidden-size", "16", "--num-steps", "16", "--epochs", "3"],
+    "windows": ["--recipe", "scratch", "--hidden-size", "16", "--batch-size", "64", "--epochs", "2"],
+    "carried": ["--recipe", "ch8", "--hidden-size", "16", "--batch-size", "4", "--num-steps", "8", "--epochs", "2"],
+    "pieces": ["--recipe", "santa", "--hidden-size", "16", "--num-steps", "32", "--epochs", "2"],
 }
 
 

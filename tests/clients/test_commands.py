@@ -360,6 +360,17 @@ def test_a_configuration_that_is_not_there(tmp_path, capsys, monkeypatch):
     _fails(capsys, ["train", "--config", tmp_path / "x.toml"], "needs Python 3.11 or the package tomli")
 
 
+def test_resuming_where_toml_cannot_be_read(place, tmp_path, capsys, monkeypatch):
+    """Python 3.10 without tomli: the settings are passed again."""
+    run = ["train", "--text", str(place / "book.txt"), "--hidden-size", "8", "--out", str(tmp_path / "run"), "-q"]
+    assert main([*run, "--epochs", "1"]) == 0
+    monkeypatch.setitem(sys.modules, "tomllib", None)
+    monkeypatch.setitem(sys.modules, "tomli", None)
+    assert main([*run, "--epochs", "2", "--resume"]) == 0
+    assert "config.toml is not read without Python 3.11" in capsys.readouterr().err
+    assert checkpoint.load(tmp_path / "run" / "last.ckpt").epoch == 2
+
+
 @pytest.mark.parametrize("sampler", ["windows", "sequential", "random", "pieces"])
 def test_every_option_of_training_together(sampler, place, tmp_path, capsys):
     """One run of each sampler with the rest of the options, whose meaning tests/lm looks at."""
