@@ -91,7 +91,7 @@ def elman_cases(target: str) -> list[Case]:
         elman_case(step, kind, width, replace(tile, ahead=ahead), full, target)
         for (kind, width), entries in tiles.TILES.items()
         for tile in entries
-        if TILES_OF.get(target, target) in tile.targets
+        if TILES_OF.get(target, target) in tile.targets and tile.shared_kb <= max(99, TARGETS[target][1] // 1024)
         for step, ahead in {
             "forward": tile.ahead,
             "forward_inputs": tile.ahead_inputs,
@@ -153,7 +153,7 @@ def elman_case(step: str, kind: str, width: int, tile, full: bool, target: str) 
         divisible=not full,
         options=tile.launch_options(TILES_OF.get(target, target)),
         matrix=tile.form != "fma",
-        shared=TARGETS[target][1],
+        shared=min(TARGETS[target][1], tile.shared_kb * 1024),
         steps=tile.ahead,
     )
 

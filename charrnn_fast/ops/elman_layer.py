@@ -33,17 +33,21 @@ def layer_forward(
     if h0 is not None and batch_sizes is not None and len(batch_sizes) and h0.shape[1] != batch_sizes[0]:
         expected = (directions, int(batch_sizes[0]), hidden)
         raise RuntimeError(f"Expected hidden size {expected}, got {list(h0.shape)}")
-    in_kernel = {"bias_ih": weights[2::3]} if _adds_bias(backend) and len(weights) == 3 * directions else {}
+    in_kernel: dict[str, Sequence[Tensor]] = {}
+    if _adds_bias(backend) and len(weights) == 3 * directions:
+        in_kernel["bias_ih"] = weights[2::3]
+    tokens: Tensor | None = None
     if is_tokens(input):
         tokens, x = input, _table(weights, directions, bool(in_kernel))
         if backend != "native":  # which looks at the ids itself, in a fraction of the time
             check_tokens(tokens, x.shape[0])
         out = x.new_empty(*tokens.shape, x.shape[1])
     elif _projects(backend, input, weights, directions, batch_sizes):
-        tokens, x, out = None, _unit_stride(input), input.new_empty(*input.shape[:-1], directions * hidden)
+        x = input if input.stride(-1) == 1 else input.contiguous()
+        out = input.new_empty(*input.shape[:-1], directions * hidden)
         in_kernel["weight_ih"] = weights[:: len(weights) // directions]
     else:
-        tokens, x = None, _project(input, weights, directions, bool(in_kernel))
+        x = _project(input, weights, directions, bool(in_kernel))
         out = x
     forward, _ = backends.kernels_of(backend, x.device, x.dtype, hidden)
     try:

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..sums_by_id import sum_by_id
 from . import elman_tiles
 from .elman_forms import Form
 from .elman_kernels import elman_backward_kernel, elman_forward_kernel
@@ -33,7 +34,7 @@ from .elman_tiles import (
 from .launch import INTERPRETED, KINDS, on_device, processors_of, target_of
 from .targets import AMD, launch_options
 
-MAX_SUM_VOCAB = 256  # the most classes whose rows are summed by a product; above, torch's embedding backward sorts
+MAX_SUM_VOCAB = 256  # the most classes whose rows are summed by a kernel of this folder
 _TYPES = {
     torch.float64: tl.float64,
     torch.float32: tl.float32,
@@ -50,9 +51,9 @@ def choose_tile(
 
     The interpreter, which handles one operation on a tile in a time of its own, gets tiles of more rows in one piece.
     """
-    target = target_of(device)[0]
+    target, shared_kb = target_of(device)
     kind = KINDS.get(dtype) or ("tf32" if precision == "tf32" and target not in AMD else "fp32")
-    tile = elman_tiles.find_tile(kind, hidden_size, target, rows / processors_of(device))
+    tile = elman_tiles.find_tile(kind, hidden_size, target, rows / processors_of(device), shared_kb)
     if tile is not None and INTERPRETED and tile.form == "fma":
         width = max(16, next_power_of_2(hidden_size))
         tile = replace(tile, rows=16, lanes_n=width, lanes_k=width // (2 if dtype == torch.float64 else 4), warps=1)
@@ -426,9 +427,7 @@ def _sum_partials(
 
 
 def _table_gradient(grad_x: torch.Tensor, tokens: torch.Tensor, V: int) -> torch.Tensor:
-    """Sum of grad_x's rows by token id, (V, columns). torch's embedding backward sorts, so the order is fixed."""
+    """Sum of grad_x's rows by token id, (V, columns)."""
     if grad_x.dim() == 3 and not grad_x.is_contiguous():  # batch-first: the order in memory, or it would be copied
         grad_x, tokens = grad_x.transpose(0, 1), tokens.transpose(0, 1)
-    outside = (tokens < 0) | (tokens >= V)
-    ids = torch.where(outside, V, tokens)
-    return torch.ops.aten.embedding_dense_backward(grad_x, ids, V + 1, -1, False)[:V]
+    return sum_by_id(grad_x, tokens, V)

@@ -28,6 +28,7 @@ class Tile:
     ahead_sums: int = 0  # the same of the backward kernel that sums the gradient of W; 0: it does not compile to fit
     ahead_inputs: int = 0  # the same of the forward kernel that makes the product with W_ih; 0: there is none
     in_shared: int = 0  # mma: pieces of W in shared memory
+    shared_kb: int = 99  # shared memory that it may need; 99 is what every target since sm_80 has
 
     @property
     def most_inputs(self) -> int:
@@ -90,8 +91,9 @@ TILES: dict[tuple[str, int], tuple[Tile, ...]] = {
     ("fp32", 128): (
         _FMA_128,
         _FMA_128_ROWS,
-        _mma("mma3", 8, _MMA3_128, ahead=2, in_shared=4, targets=AMPERE_HOPPER),
-        _mma("mma3", 8, _MMA3_128, ahead=2, in_shared=8, targets=BLACKWELL),
+        _mma("mma3", 8, _MMA3_128, ahead=2, in_shared=4, shared_kb=144, targets=AMPERE_HOPPER),
+        _mma("mma3", 8, _MMA3_128, ahead=2, in_shared=8, shared_kb=144, targets=BLACKWELL),
+        replace(_FMA_128_ROWS, most=ALL, why="1.97 and 2.00 at B=1024; cuDNN 1.92 and 2.81; mma3 spills on sm_120"),
         _AMD_128,
     ),
     ("tf32", 16): (_FMA_16,),
@@ -115,8 +117,8 @@ TILES: dict[tuple[str, int], tuple[Tile, ...]] = {
         _AMD_128,
     ),
     ("16bit", 256): (
-        _mma("mma", 8, _MMA_256, ahead=2, in_shared=4, targets=("sm_90", "sm_100")),
-        _mma("mma", 8, _MMA_256, ahead=2, in_shared=8, targets=("sm_80",)),
+        _mma("mma", 8, _MMA_256, ahead=2, in_shared=4, shared_kb=144, targets=("sm_90", "sm_100")),
+        _mma("mma", 8, _MMA_256, ahead=2, in_shared=8, shared_kb=144, targets=("sm_80",)),
     ),
     ("fp64", 16): (_fma(1, 16, 2, 1, "derived from fp32's"), replace(_AMD_16, ahead_sums=0)),
     ("fp64", 32): (_fma(1, 32, 1, 1, "derived from fp32's"), replace(_AMD_32, ahead_sums=0)),
@@ -154,14 +156,17 @@ def next_power_of_2(n: int) -> int:
     return 1 << max(n - 1, 0).bit_length()
 
 
-def find_tile(kind: str, hidden_size: int, target: str, rows_per_processor: float = 0.0) -> Tile | None:
+def find_tile(
+    kind: str, hidden_size: int, target: str, rows_per_processor: float = 0.0, shared_kb: float = 1024
+) -> Tile | None:
     """The entry of TILES for a hidden size, or None if there is none that fits one program.
 
     kind: as in TILES; target: "sm_80", "sm_90", "sm_100" or "gfx942"; rows_per_processor: batch rows times directions
-    over the device's multiprocessors.
+    over the device's multiprocessors; shared_kb: what the device has for one program.
     """
     entries = TILES.get((kind, max(16, next_power_of_2(hidden_size))), ())
-    return next((tile for tile in entries if target in tile.targets and rows_per_processor <= tile.most), None)
+    fitting = (tile for tile in entries if target in tile.targets and tile.shared_kb <= max(shared_kb, 99))
+    return next((tile for tile in fitting if rows_per_processor <= tile.most), None)
 
 
 def projects_input(tile: Tile, features: int, steps: int) -> bool:

@@ -425,6 +425,22 @@ def test_infinities_stay_in_their_units(monkeypatch, form):
     assert torch.equal(grad_h0, torch.full_like(grad_h0, torch.inf))
 
 
+def test_a_device_of_less_shared_memory_takes_what_fits():
+    many = 8.0
+    assert elman_tiles.find_tile("fp32", 128, "sm_80", many, 163).form == "mma3"
+    assert elman_tiles.find_tile("fp32", 128, "sm_80", many, 99).form == "fma"
+    assert elman_tiles.find_tile("16bit", 256, "sm_80", many, 163).in_shared == 8
+    assert elman_tiles.find_tile("16bit", 256, "sm_80", many, 99) is None
+
+
+def test_every_number_of_rows_has_a_tile():
+    for (kind, width), tiles in TILES.items():
+        for target in {target for tile in tiles for target in tile.targets}:
+            for shared_kb in (99, 227):
+                found = [elman_tiles.find_tile(kind, width, target, rows, shared_kb) for rows in (0.01, 1, 3, 100)]
+                assert len({tile is None for tile in found}) == 1
+
+
 def test_limits():
     assert elman_limits(128, torch.float32) is None
     assert elman_limits(256, torch.bfloat16) is None
