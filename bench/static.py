@@ -179,7 +179,7 @@ def linear_cross_entropy_case(step: str, kind: str, tile, target: str) -> Case:
     V = 1000 if tile.max_v > tile.block_v and step != "classes" else tile.block_v - 4
     types = {name: value for name in ("hidden_ptr", "weight_ptr", "bias_ptr")} | {"target_ptr": "*i64"}
     constants = {
-        "H": tile.multiple * (999 // tile.multiple) if streams else tile.block_h - 1,
+        "H": tile.multiple * (999 // tile.multiple) if streams else tile.block_h - (tile.multiple == 1),
         "V": V,
         "BLOCK_N": tile.block_n,
         "BLOCK_V": tile.block_v,
@@ -201,11 +201,11 @@ def linear_cross_entropy_case(step: str, kind: str, tile, target: str) -> Case:
         types |= {"grad_logits_ptr" if step == "logits" else "grad_hidden_ptr": value}
         if step == "classes":
             types |= {"grad_weight_ptr": accumulator}
-            constants |= {"GRAD_HIDDEN": True, "PARTIAL": True}
+            constants |= {"GRAD_HIDDEN": True, "PARTIAL": True, "HALVES": tile.halves}
         elif step == "rows":
             constants |= {"SPLIT": False}
     width = f"{tile.multiple}*" if streams else tile.block_h
-    name = f"{step} {kind} H{width} N{tile.block_n} V{tile.block_v} warps{tile.warps}"
+    name = f"{step} {kind} H{width} N{tile.block_n} V{tile.block_v} warps{tile.warps}" + " halves" * tile.halves
     matrix = kind != "ieee" or target == "gfx942"
     if (kind, target) == ("fp64", "sm_100"):
         matrix = None  # DMMA from Triton 3.9 on, FMA before

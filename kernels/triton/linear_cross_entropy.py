@@ -303,6 +303,7 @@ def _grad_by_classes(
         MEAN=p.mean,
         GRAD_HIDDEN=has_hidden,
         PARTIAL=groups > 1,
+        HALVES=tile.halves,
         **p.constants(tile),
     )
     if partial is not None:

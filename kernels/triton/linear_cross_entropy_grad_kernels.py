@@ -8,6 +8,27 @@ from .numerics import cast, dot
 
 
 @triton.jit
+def _halves(x, HALVES: tl.constexpr):
+    """x rounded to tf32's 11 bits, and what that leaves; without HALVES x itself twice."""
+    if HALVES:
+        high = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        return high, x - high
+    else:
+        return x, x
+
+
+@triton.jit
+def _dot(a_high, a_low, b_high, b_low, acc, PRECISION: tl.constexpr, HALVES: tl.constexpr):
+    """acc + a b, with HALVES from those of both: Triton's own tf32x3 guards every sum of it against NaN, too."""
+    if HALVES:
+        acc = dot(a_low, b_high, acc, "tf32")
+        acc = dot(a_high, b_low, acc, "tf32")
+        return dot(a_high, b_high, acc, "tf32")
+    else:
+        return dot(a_high, b_high, acc, PRECISION)
+
+
+@triton.jit
 def _grad_logits(
     logits,
     lse_ptr,
@@ -44,6 +65,29 @@ def _grad_logits(
     return tl.where(counted[:, None], g, 0.0)
 
 
+@triton.jit
+def _store_grad_hidden(
+    ptr,
+    g_high,
+    g_low,
+    w_high,
+    w_low,
+    rows_left,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    PRECISION: tl.constexpr,
+    HALVES: tl.constexpr,
+):
+    """g W of a tile of rows, which ptr stands at."""
+    BLOCK_N: tl.constexpr = g_high.shape[0]
+    acc_type: tl.constexpr = tl.float64 if g_high.dtype == tl.float64 else tl.float32
+    grad_h = _dot(g_high, g_low, w_high, w_low, tl.zeros((BLOCK_N, BLOCK_H), acc_type), PRECISION, HALVES)
+    offs_n = tl.arange(0, BLOCK_N)[:, None]
+    offs_h = tl.arange(0, BLOCK_H)[None, :]
+    mask = (offs_n < rows_left) & (offs_h < H)
+    tl.store(ptr + offs_n * H + offs_h, cast(grad_h, g_high.dtype), mask=mask)
+
+
 @triton.jit(do_not_specialize=["N", "ignore_index"])
 def grad_by_classes_kernel(
     # pointers
@@ -76,6 +120,7 @@ def grad_by_classes_kernel(
     GRAD_HIDDEN: tl.constexpr,  # only where BLOCK_V is at least V
     PARTIAL: tl.constexpr,
     PRECISION: tl.constexpr,  # of the dots: "ieee", "tf32x3" or "tf32"
+    HALVES: tl.constexpr,  # three products of halves for "tf32x3": a row that is not finite makes its products NaN
 ):
     """A program owns BLOCK_V classes and walks every num_programs(1)-th tile of rows."""
     operand_type = weight_ptr.dtype.element_ty
@@ -86,13 +131,16 @@ def grad_by_classes_kernel(
     if HAS_BIAS:
         bias_ptr += first_class
     w = load_tile(weight_ptr, classes_left, stride_weight_v, 0, H, BLOCK_V, BLOCK_H)
+    w_high, w_low = _halves(w, HALVES)
     grad_weight = tl.zeros((BLOCK_V, BLOCK_H), acc_type)
     grad_bias = tl.zeros((BLOCK_V,), acc_type)
     for tile in range(tl.program_id(1), tl.cdiv(N, BLOCK_N), tl.num_programs(1)):
         first_row = tl.cast(tile, tl.int64) * BLOCK_N
         rows_left = N - first_row
         h = load_tile(hidden_ptr + first_row * stride_hidden_n, rows_left, stride_hidden_n, 0, H, BLOCK_N, BLOCK_H)
-        products = dot(h, tl.trans(w), tl.zeros((BLOCK_N, BLOCK_V), acc_type), PRECISION)
+        h_high, h_low = _halves(h, HALVES)
+        products = tl.zeros((BLOCK_N, BLOCK_V), acc_type)
+        products = _dot(h_high, h_low, tl.trans(w_high), tl.trans(w_low), products, PRECISION, HALVES)
         g = _grad_logits(
             add_bias(products, bias_ptr, classes_left, BLOCK_V, HAS_BIAS),
             lse_ptr + first_row,
@@ -109,19 +157,15 @@ def grad_by_classes_kernel(
             BLOCK_V,
             MEAN,
         )
-        operand = cast(g, operand_type)
-        grad_weight = dot(tl.trans(operand), h, grad_weight, PRECISION)
+        g_high, g_low = _halves(cast(g, operand_type), HALVES)
+        grad_hidden_at = grad_hidden_ptr + first_row * H if GRAD_HIDDEN else None
+        if GRAD_HIDDEN and HALVES:  # first: fewer registers, and none of this tile's are spilled
+            _store_grad_hidden(grad_hidden_at, g_high, g_low, w_high, w_low, rows_left, H, BLOCK_H, PRECISION, HALVES)
+        grad_weight = _dot(tl.trans(g_high), tl.trans(g_low), h_high, h_low, grad_weight, PRECISION, HALVES)
         if HAS_BIAS:
             grad_bias += tl.sum(g, 0)
-        if GRAD_HIDDEN:
-            grad_h = dot(operand, w, tl.zeros((BLOCK_N, BLOCK_H), acc_type), PRECISION)
-            offs_n = tl.arange(0, BLOCK_N)[:, None]
-            offs_h = tl.arange(0, BLOCK_H)[None, :]
-            tl.store(
-                grad_hidden_ptr + first_row * H + offs_n * H + offs_h,
-                cast(grad_h, operand_type),
-                mask=(offs_n < rows_left) & (offs_h < H),
-            )
+        if GRAD_HIDDEN and not HALVES:
+            _store_grad_hidden(grad_hidden_at, g_high, g_low, w_high, w_low, rows_left, H, BLOCK_H, PRECISION, HALVES)
     offs_v = tl.arange(0, BLOCK_V)
     offs_h = tl.arange(0, BLOCK_H)[None, :]
     if PARTIAL:

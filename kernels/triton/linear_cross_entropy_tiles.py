@@ -30,6 +30,7 @@ class Tile:
     stages: int  # of the software pipeline over the loop
     targets: tuple[str, ...]  # where it compiles without spills; every tile fits in 99 KB of shared memory, AMD's in 64
     multiple: int = 1  # what H must be a multiple of
+    halves: bool = False  # "classes": the three products of tf32x3 are the kernel's own
 
     def takes(self, hidden_size: int, classes: int) -> bool:
         return hidden_size <= self.max_h and classes <= self.max_v and hidden_size % self.multiple == 0
@@ -69,7 +70,11 @@ TILES: dict[tuple[str, str], tuple[Tile, ...]] = {
     ),
     ("loss", "fp64"): (Tile(32, 32, 32, 32, 32, 4, 2, EVERY), Tile(ANY, ANY, 64, 64, 16, 8, 2, EVERY)),
     ("classes", "ieee"): (Tile(32, 32, 32, 32, 32, 8, 2, EVERY), Tile(64, ANY, 16, 64, 64, 8, 1, EVERY)),
-    ("classes", "tf32x3"): (Tile(32, 32, 16, 32, 32, 1, 1, NVIDIA), Tile(64, ANY, 16, 32, 64, 8, 1, NVIDIA)),
+    ("classes", "tf32x3"): (
+        Tile(32, 32, 16, 32, 32, 1, 1, HOPPER_BLACKWELL, multiple=32, halves=True),
+        Tile(32, 32, 16, 32, 32, 1, 1, NVIDIA),
+        Tile(64, ANY, 16, 32, 64, 8, 1, NVIDIA),
+    ),
     ("classes", "tf32"): (Tile(32, 32, 16, 32, 32, 1, 1, NVIDIA), Tile(64, ANY, 32, 64, 64, 8, 1, NVIDIA)),
     ("classes", "16bit"): (
         Tile(32, 32, 16, 32, 32, 1, 1, NVIDIA),

@@ -136,6 +136,18 @@ def test_tiles_of_the_tensor_core_precisions(N, H, V, precision):
     check(make_problem(N, H, V), precision)
 
 
+@pytest.mark.skipif(DEVICE.type == "cuda", reason="test_gpu_linear_cross_entropy.py has the tolerances of a GPU")
+@pytest.mark.parametrize(("N", "V", "gain"), [(70, 28, 1.0), (5, 32, 30.0), (1, 1, 1.0)])
+def test_three_products_of_halves_are_as_exact_as_fp32(N, V, gain):
+    """H=32 has a tile that splits tf32x3's operands itself; the interpreter multiplies the halves in fp32."""
+    tile = kernels.find_tile("classes", "tf32x3", 32, V, "sm_90")
+    assert tile.halves
+    p = make_problem(N, 32, V, gain=gain)
+    exact, theirs = by_torch(p.to(torch.float64)), by_torch(p)
+    for found, right, other in zip(by_kernels(p, "tf32x3"), exact, theirs, strict=True):
+        assert error(found, right) <= max(2 * error(other, right), 2e-6)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("H", [31, 300])
 def test_a_thousand_classes(H, dtype):
