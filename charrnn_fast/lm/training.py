@@ -114,7 +114,7 @@ class Trainer:
         self.step = 0
         self.stopped: str | None = None
         self.total_updates: int | None = None
-        self._lrs = self._base_lrs()
+        self._lrs, self._lr = self._base_lrs(), self._base_lrs()[0]  # _lr: the next update's, on the host
         self._lr_scale, self._restores = 1.0, 0  # halved by each restore
         self._so_far: EpochSoFar | None = None
         self._plain: TrainingStep | None = None
@@ -191,7 +191,7 @@ class Trainer:
         data.to(next(iter(self.model.parameters())).device)
         if isinstance(self.model, torch.nn.Module):
             self.model.train()
-        self.stopped, self._callbacks, self._data = None, tuple(callbacks), data
+        self.stopped, self._callbacks, self._data, self._lr = None, tuple(callbacks), data, self._base_lrs()[0]
         batches = data.num_batches
         group = self.accumulate * (self.graph_batches if data.carry_state else 1)
         self.total_updates = None if batches is None else self.epochs * -(-batches // group)
@@ -266,7 +266,7 @@ class Trainer:
             so_far.tokens,
             so_far.seconds,
             self.step,
-            self._current_lr(),
+            self._lr,
             norm,
             clipped,
             so_far.skipped,
@@ -303,7 +303,7 @@ class Trainer:
 
     def _record(self, epoch: int, so_far: EpochSoFar, plain: TrainingStep | None) -> StepRecord:
         norm = None if plain is None else so_far.norms[-1]
-        return StepRecord(self.step, epoch, so_far.batches, self._current_lr(), so_far.tokens, so_far.losses[-1], norm)
+        return StepRecord(self.step, epoch, so_far.batches, self._lr, so_far.tokens, so_far.losses[-1], norm)
 
     def _after_update(self, so_far: EpochSoFar, plain: TrainingStep) -> None:
         assert plain.norm is not None
@@ -352,6 +352,8 @@ class Trainer:
         plain = self._plain
         now = (self.optimizer, self.clip, graph_batches)
         if plain is None or (plain.optimizer, plain.clip, plain.graph_batches) != now:
+            if plain is not None and plain.optimizer is not self.optimizer:
+                self._lrs, self._lr = self._base_lrs(), self._base_lrs()[0]
             plain = self._plain = TrainingStep(
                 self.model,
                 self.optimizer,
@@ -406,15 +408,13 @@ class Trainer:
             return [float(optimizer.lr)]
         return [float(group["lr"]) for group in optimizer.param_groups]
 
-    def _current_lr(self) -> float:
-        return self._base_lrs()[0]
-
     def _set_lr(self) -> None:
         """The learning rates of the next update. One that never changes is left to whoever made the optimizer."""
         optimizer = self.optimizer
         if not isinstance(optimizer, torch.optim.Optimizer) or not (self.schedule.changes or self._lr_scale != 1.0):
             return
         factor = self._lr_scale * self.schedule.factor(self.step, len(self.history), self.total_updates)
+        self._lr = self._lrs[0] * factor
         for group, lr in zip(optimizer.param_groups, self._lrs, strict=True):
             if isinstance(group["lr"], Tensor):
                 group["lr"].fill_(lr * factor)

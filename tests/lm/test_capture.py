@@ -18,6 +18,7 @@ from charrnn_fast.lm import step as step_module
 from charrnn_fast.lm.capture import MAX_SHAPES, WARM_UP_STEPS, RecordedSteps, dependencies
 from charrnn_fast.lm.model import CharRNN
 from charrnn_fast.lm.recipes import RECIPES, build_model, build_sampler
+from charrnn_fast.lm.schedule import Schedule
 from charrnn_fast.lm.step import TrainingStep, train_batches
 from charrnn_fast.lm.training import Trainer
 from charrnn_fast.reference import training as reference
@@ -301,6 +302,20 @@ def test_trainer_records_and_keeps_its_curve(name, recorders):
     assert _curve(captured) == _curve(plain)
     for p, q in zip(captured.model.parameters(), plain.model.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_learning_rate_that_changes_is_a_tensor_that_a_recording_follows(optimizer, recorders):
+    recipe = replace(FORMS["ch8"], optimizer=optimizer, lr=0.01)
+    schedule = Schedule("cosine", warmup=5)
+    captured, _ = _fit(recipe, capture=True, schedule=schedule, epochs=6)
+    plain, _ = _fit(recipe, capture=False, schedule=schedule, epochs=6)
+    assert [r.lr for r in captured.history] == pytest.approx([r.lr for r in plain.history])
+    assert [r.train_loss for r in captured.history] == pytest.approx([r.train_loss for r in plain.history], rel=1e-5)
+    assert len({r.lr for r in captured.history}) == 6 and isinstance(
+        captured.optimizer.param_groups[0]["lr"], torch.Tensor
+    )
+    assert recorders[0].recorded == 1 and recorders[0].replays > 20, "not recorded anew when the rate changes"
 
 
 def test_clip_and_optimizer_changed_between_epochs_are_heeded(recorders):
