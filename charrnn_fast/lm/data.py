@@ -109,9 +109,11 @@ class Vocabulary:
         return "".join(self.symbols[i] for i in numbers)
 
 
-def _need(tokens: Tensor, count: int, what: str) -> None:
+def _need(tokens: Tensor, count: int, what: str, way_out: str = "") -> None:
     if len(tokens) < count:
-        raise InputError(f"the text is too short for {what}: expected at least {count} characters, got {len(tokens)}")
+        raise InputError(
+            f"the text is too short for {what}: expected at least {count} characters, got {len(tokens)}{way_out}"
+        )
 
 
 def _random_below(limit: int, generator: torch.Generator) -> int:
@@ -261,6 +263,7 @@ class Sequential(Sampler):
             tokens,
             batch_size * num_steps + num_steps,
             f"{batch_size} streams of {num_steps} characters after an offset",
+            "; a smaller batch size or number of steps needs fewer",
         )
         self.batch_size, self.num_steps = batch_size, num_steps
 
@@ -280,7 +283,8 @@ class RandomWindows(Sampler):
 
     def __init__(self, tokens: Tensor, generator: torch.Generator, *, batch_size: int, num_steps: int):
         super().__init__(tokens, generator)
-        _need(tokens, 2 * num_steps, f"a window of {num_steps} characters after an offset")
+        way_out = "; a smaller number of steps needs fewer"
+        _need(tokens, 2 * num_steps, f"a window of {num_steps} characters after an offset", way_out)
         self.batch_size, self.num_steps = batch_size, num_steps
 
     def train(self) -> Iterator[Batch]:

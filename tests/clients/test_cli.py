@@ -192,7 +192,19 @@ def test_empty_text(tmp_path, capsys):
 def test_text_shorter_than_a_window(tmp_path, capsys):
     (tmp_path / "short.txt").write_text("only this")
     _fails(capsys, ["train", "--text", tmp_path / "short.txt"], "too short for", "at least 34 characters, got 9")
-    _fails(capsys, ["train", "--recipe", "ch8", "--text", tmp_path / "short.txt"], "at least 1155 characters, got 9")
+    _fails(
+        capsys,
+        ["train", "--recipe", "ch8", "--text", tmp_path / "short.txt"],
+        "at least 1155 characters, got 9; a smaller batch size",
+    )
+
+
+@pytest.mark.parametrize("recipe", ["scratch", "concise", "ch8", "santa", "shakespeare"])
+def test_a_hundred_bytes_are_a_text(tmp_path, capsys, recipe):
+    (tmp_path / "short.txt").write_text(TEXT[:100])
+    train = ["train", "--recipe", recipe, "--text", str(tmp_path / "short.txt"), "--num-steps", "8", *SMALL]
+    assert main([*train, "--batch-size", "2", "--max-chars", "none"]) == 0
+    assert "100 characters" in capsys.readouterr().out or recipe in ("scratch", "concise", "ch8")
 
 
 def test_missing_and_undecodable_text(tmp_path, capsys):
