@@ -44,7 +44,8 @@ def curve_of(run: Path) -> Curve:
     if not history:
         raise InputError(f"{written.path} is in its first epoch: there is no curve yet")
     name = run.name if run.is_dir() else run.stem
-    count = sum(p.numel() for p in written.parameters.values())
+    frozen = () if written.config.get("second_bias", True) else (".bias_hh_",)  # zeros that no optimizer sees
+    count = sum(p.numel() for key, p in written.parameters.items() if not any(part in key for part in frozen))
     unit = "iteration" if written.recipe.get("sampler") == "pieces" else "epoch"
     return Curve(name, text_name(written.source), describe(written.kind, written.config, count), history, unit)
 

@@ -170,7 +170,7 @@ class Run:
             from charrnn_fast.cli.plot import describe, text_name
             from charrnn_fast.lm.plots import Curve, plot_curve
 
-            recipe, count = self.recipe, sum(p.numel() for p in self.trainer.model.parameters())
+            recipe, count = self.recipe, sum(p.numel() for p in self.trainer.model.parameters() if p.requires_grad)
             title = describe(self.settings.model, asdict(recipe), count)
             curve = Curve(recipe.name, text_name(self.source), title, self.trainer.history, recipe.unit)
             plot_curve(curve, self.out / "curve.png")
