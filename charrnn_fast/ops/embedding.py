@@ -33,6 +33,6 @@ def embedding(module: nn.Embedding, ids: Tensor) -> Tensor:
     than the weight decides what the module does, or something records what runs, the module is called.
     """
     own = module.padding_idx is None and not module.scale_grad_by_freq and not module.sparse
-    if ids.device.type != "cuda" or not own or not addressable(ids, module.weight):
+    if not isinstance(ids, Tensor) or ids.device.type != "cuda" or not own or not addressable(ids, module.weight):
         return module(ids)
     return _Lookup.apply(ids, module.weight)
