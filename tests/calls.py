@@ -89,12 +89,21 @@ class Call:
 
     spread: are numbers that are not finite where torch's are? Not in the rows of a table that no id names, which a
     product with one-hot rows makes 0 * NaN, and not from a first state of zeros. What torch has finite is finite.
+    operands: what is multiplied; where probabilities cancel, a rounding of one is as large as they are.
     """
 
     def __init__(
-        self, ours: Callable[[], Any], theirs: Callable[[], Any], own: tuple[type, ...] = (), spread: bool = True
+        self,
+        ours: Callable[[], Any],
+        theirs: Callable[[], Any],
+        own: tuple[type, ...] = (),
+        spread: bool = True,
+        operands: tuple[Any, ...] = (),
     ):
         self.ours, self.theirs, self.own, self.spread = ours, theirs, own, spread
+        floats = [plain_values(x) for x in operands if isinstance(x, Tensor) and x.is_floating_point()]
+        sizes = [x[x.isfinite()].abs().max().item() for x in floats if x.device.type == "cpu" and x.isfinite().any()]
+        self.slack = 1e-5 * max(sizes, default=0.0)
 
     def disagreement(self) -> str | None:
         expected, error = _outcome(self.theirs)
@@ -106,7 +115,7 @@ class Call:
             elif own_error is not None and isinstance(own_error, self.own):
                 return None
             return f"torch {_short(error)}, here {_short(own_error)}"
-        return _difference(found, expected, self.spread)
+        return _difference(found, expected, self.spread, self.slack)
 
 
 def _short(error: Exception | None) -> str:
@@ -120,7 +129,7 @@ def _outcome(run: Callable[[], Any]) -> tuple[list[Tensor], Exception | None]:
         return [], error
 
 
-def _difference(found: list[Tensor], expected: list[Tensor], spread: bool) -> str | None:
+def _difference(found: list[Tensor], expected: list[Tensor], spread: bool, slack: float) -> str | None:
     if len(found) != len(expected):
         return f"{len(found)} results, not {len(expected)}"
     for index, (a, b) in enumerate(zip(found, expected, strict=True)):
@@ -139,7 +148,7 @@ def _difference(found: list[Tensor], expected: list[Tensor], spread: bool) -> st
             return f"result {index} is not finite elsewhere: {a} and {b}"
         largest = b[finite].abs().max().item() if finite.any() else 0.0
         narrow = min(torch.finfo(t.dtype).bits for t in expected if t.is_floating_point()) < 32
-        if finite.any() and (a - b)[finite].abs().max().item() > (0.1 if narrow else 2e-4) * (1 + largest):
+        if finite.any() and (a - b)[finite].abs().max().item() > (0.1 if narrow else 2e-4) * (1 + largest) + slack:
             return f"result {index}: {a} is not {b}"
     return None
 
@@ -350,6 +359,7 @@ def loss_call(draw: Draw) -> Call:
     return Call(
         run(lambda h, w, b: linear_cross_entropy(h, w, target, linear_bias=b, **options)),
         run(lambda h, w, b: F.cross_entropy(F.linear(h, w, b), target, **options)),
+        operands=(h, w),
     )
 
 
