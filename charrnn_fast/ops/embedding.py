@@ -5,6 +5,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
 
 from charrnn_fast.kernels.sums_by_id import sum_by_id
 
@@ -33,6 +34,6 @@ def embedding(module: nn.Embedding, ids: Tensor) -> Tensor:
     than the weight decides what the module does, or something records what runs, the module is called.
     """
     own = module.padding_idx is None and not module.scale_grad_by_freq and not module.sparse
-    if not isinstance(ids, Tensor) or ids.device.type != "cuda" or not own or not addressable(ids, module.weight):
+    if isinstance(ids, Proxy) or ids.device.type != "cuda" or not own or not addressable(ids, module.weight):
         return module(ids)
     return _Lookup.apply(ids, module.weight)
