@@ -375,10 +375,9 @@ def _chunked_cross_entropy(hidden, weight, bias, target, ignore_index, reduction
     wide = weight.to(compute) if need_grad else weight
     step = max(1, _CHUNK_LOGITS // V)
     for chunk in (slice(n, n + step) for n in range(0, N, step)):
-        logits = torch.nn.functional.linear(hidden[chunk], weight, bias).to(compute)
+        # In two steps inside, the largest and then the sum: a log-sum-exp of large logits would lose the sum's logarithm.
+        logits = torch.nn.functional.linear(hidden[chunk], weight, bias).to(compute).log_softmax(1)
         chosen = torch.where(valid[chunk], target[chunk], 0).unsqueeze(1)
-        total = logits.logsumexp(1, keepdim=True)
-        logits -= total.masked_fill_(total == torch.inf, torch.nan)  # as in torch, whose largest minus itself is NaN
         rows[chunk] = torch.where(valid[chunk], -logits.gather(1, chosen).squeeze(1), 0)
         if not need_grad:
             continue

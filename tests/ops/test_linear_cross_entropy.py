@@ -189,3 +189,17 @@ def test_options_are_refused_after_shapes_as_torch_does(options):
                 _call(function, given, target, **options)
             errors.append(error.type)
         assert errors[0] is errors[1]
+
+
+@pytest.mark.parametrize("V", [3, 200, 1000, 1100])
+def test_large_logits_keep_their_differences(V):
+    """An offset common to all classes changes nothing but the logits' own rounding, the same for both."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(V, 4, requires_grad=True)
+    bias = torch.full((V,), 1e6)
+    target = torch.randint(V, (5,))
+    found = torch.autograd.grad(linear_cross_entropy(hidden, weight, target, linear_bias=bias), (hidden, weight))
+    logits = torch.nn.functional.linear(hidden, weight, bias)
+    wanted = torch.autograd.grad(torch.nn.functional.cross_entropy(logits, target), (hidden, weight))
+    for ours, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
