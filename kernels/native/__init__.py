@@ -375,7 +375,7 @@ def _chunked_cross_entropy(hidden, weight, bias, target, ignore_index, reduction
     wide = weight.to(compute) if need_grad else weight
     step = max(1, _CHUNK_LOGITS // V)
     for chunk in (slice(n, n + step) for n in range(0, N, step)):
-        # In two steps inside, the largest and then the sum: a log-sum-exp of large logits would lose the sum's logarithm.
+        # Which subtracts the largest first: a log-sum-exp of large logits would lose its sum's logarithm.
         logits = torch.nn.functional.linear(hidden[chunk], weight, bias).to(compute).log_softmax(1)
         chosen = torch.where(valid[chunk], target[chunk], 0).unsqueeze(1)
         rows[chunk] = torch.where(valid[chunk], -logits.gather(1, chosen).squeeze(1), 0)
