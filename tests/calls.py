@@ -445,7 +445,8 @@ def model_loss_call(draw: Draw) -> Call:
     tokens, targets = draw.ids(batch, steps, below=11), draw.ids(batch, steps, below=11)
     state = None if draw.rarely(2) else draw.floats(1, batch, 8)
     arguments = (tokens, targets, state)
-    wrong = () if _outcome(lambda: theirs.loss(*arguments))[1] is None else REFUSALS
+    right = _outcome(lambda: theirs.loss(*arguments))[1] is None and targets.shape == tokens.shape
+    wrong = () if right else REFUSALS
     return Call(
         _with_gradients(ours, lambda: ours.loss(*arguments)),
         _with_gradients(theirs, lambda: theirs.loss(*arguments)),

@@ -128,7 +128,12 @@ class CharRNN(nn.Module):
         return self.head(self._drop(outputs)), state
 
     def loss(self, tokens: Tensor, targets: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The mean loss in nats over targets (B, T) int64, and the final states (L, B, H)."""
+        """The mean loss in nats over targets (B, T) int64, and the final states (L, B, H).
+
+        Raises ValueError if targets are not shaped as tokens (B, T) are: paired by place, they would be others'.
+        """
+        if targets.shape != tokens.shape:
+            raise ValueError(f"targets must be {tuple(tokens.shape)} as tokens are, got {tuple(targets.shape)}")
         if not self._is_own("forward") or self._is_watched():
             logits, state = self(tokens, state)
             return F.cross_entropy(logits.flatten(0, 1), targets.flatten()), state

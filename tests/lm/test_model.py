@@ -138,3 +138,11 @@ def test_state_of_another_number_of_layers_is_refused():
     tokens = torch.randint(7, (20, 10), generator=torch.Generator().manual_seed(1))
     with pytest.raises(RuntimeError, match="Expected hidden size"):
         _model().loss(tokens[:, :-1], tokens[:, 1:], torch.zeros(2, 20, 5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"cell": "torch"}])
+def test_targets_of_another_shape_are_refused(options):
+    """As many, but (T, B): some ways of the loss would pair them with other tokens than others do."""
+    tokens = torch.randint(11, (2, 3))
+    with pytest.raises(ValueError, match=r"targets must be \(2, 3\) as tokens are, got \(3, 2\)"):
+        CharRNN(11, 8, **options).loss(tokens, torch.randint(11, (3, 2)))
