@@ -150,8 +150,8 @@ class _GpuLibrary(Peer):
         return "it takes no packed input" if problem.config.packed else None
 
     def _run(self, problem: Problem) -> tuple[Callable[[], Tensor], list[Tensor]]:
-        """The outputs (T, B, H) as a function of nothing, and the leaves that they depend on."""
-        raise NotImplementedError
+        """The outputs (T, B, H) as a function of nothing, and the leaves that they depend on. Each library's own."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how it is run")
 
     def _leaves(self, problem: Problem) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """The input (T, B, I), the layer's four parameters, and those of these that gradients are asked of."""

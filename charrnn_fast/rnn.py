@@ -123,7 +123,7 @@ class FusedRNN(TorchRNN):
         return torch_rnn(
             input,
             hx,
-            self._flat_weights,  # type: ignore[arg-type]
+            self._flat_weights,  # type: ignore[arg-type]  # torch has None in its list where a parameter was taken away
             batch_sizes,
             "tanh" if self.mode == "RNN_TANH" else "relu",
             self.bias,

@@ -175,7 +175,7 @@ def resolve(options: argparse.Namespace, own: Path | None = None) -> Settings:
         content = toml.read(path)
         prompts = _prompts(path, content.pop("prompts", None))
         given = _parsed(path, content) | given
-    run = {name: given.get(name, default) for name, default in RUN.items()}
+    run: dict[str, Any] = {name: given.get(name, default) for name, default in RUN.items()}
     recipe = RECIPES[str(run.pop("recipe"))]
     changes = {
         f.name: given[option]
@@ -193,7 +193,7 @@ def resolve(options: argparse.Namespace, own: Path | None = None) -> Settings:
     _check(recipe)
     text = run["text"]
     run["text"] = [text] if isinstance(text, str) else text
-    return Settings(recipe, **run)  # type: ignore[arg-type]
+    return Settings(recipe, **run)
 
 
 def _check(recipe: Recipe) -> None:

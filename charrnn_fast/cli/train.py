@@ -17,7 +17,7 @@ from charrnn_fast.lm import checkpoint, corpora, data, toml
 from charrnn_fast.lm.corpora import Corpus
 from charrnn_fast.lm.files import write_whole
 from charrnn_fast.lm.model import CharRNN
-from charrnn_fast.lm.recipes import Recipe, build_model, build_sampler, prepare_text, schedule_of, split_by_place
+from charrnn_fast.lm.recipes import Recipe, build_model, build_sampler, build_trainer, prepare_text, split_by_place
 from charrnn_fast.lm.records import EpochRecord, perplexity
 from charrnn_fast.lm.texts import LargeText, read_texts
 from charrnn_fast.lm.training import Trainer
@@ -163,24 +163,8 @@ def _backend(settings: Settings, device: torch.device) -> str:
 
 def _trainer(settings: Settings, model: CharRNN | RNNLM) -> Trainer:
     """The recipe's trainer. What it refuses, steps that cannot be captured for one, is an InputError that says why."""
-    recipe = settings.recipe
     try:
-        return Trainer(
-            model,
-            optimizer=recipe.optimizer,
-            lr=recipe.lr,
-            momentum=recipe.momentum,
-            weight_decay=recipe.weight_decay,
-            clip=recipe.clip,
-            epochs=recipe.epochs,
-            graph_batches=recipe.graph_batches,
-            accumulate=recipe.accumulate,
-            schedule=schedule_of(recipe),
-            patience=recipe.patience,
-            precision=recipe.precision,
-            on_nan=recipe.on_nan,
-            capture=CAPTURE[settings.capture],
-        )
+        return build_trainer(settings.recipe, model, CAPTURE[settings.capture])
     except (ValueError, RuntimeError) as error:
         raise InputError(str(error)) from None
 

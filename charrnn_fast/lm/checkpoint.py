@@ -67,23 +67,11 @@ class Checkpoint:
             raise InputError(f"{self.path} is a checkpoint of another model: {reason}") from None
 
 
-def save(
-    path: Path,
-    trainer: Trainer,
-    sampler: Sampler,
-    vocab: Vocabulary,
-    recipe: Recipe,
-    *,
-    kind: str,
-    seed: int,
-    source: str,
-    text_sha256: str | None = None,
-) -> None:
-    """Write a checkpoint. The file is complete or absent at every moment: it is written beside its place and moved
-    there.
+def save(path: Path, *state: Any, **identity: Any) -> None:
+    """Write a checkpoint; arguments and errors as in :func:`as_bytes`. The file is complete or absent at every moment:
+    it is written beside its place and moved there.
     """
-    content = as_bytes(trainer, sampler, vocab, recipe, kind=kind, seed=seed, source=source, text_sha256=text_sha256)
-    write_whole(path, content, "the checkpoint")
+    write_whole(path, as_bytes(*state, **identity), "the checkpoint")
 
 
 def as_bytes(

@@ -20,6 +20,7 @@ from charrnn_fast.lm.data import Sampler, Vocabulary
 from charrnn_fast.lm.model import CharRNN
 from charrnn_fast.lm.schedule import Schedule
 from charrnn_fast.lm.texts import LargeText
+from charrnn_fast.lm.training import Trainer
 from charrnn_fast.reference.language_model import RNNLM
 
 
@@ -246,6 +247,26 @@ def split_by_place(recipe: Recipe, tokens: Tensor) -> tuple[Tensor, Tensor | Non
 def schedule_of(recipe: Recipe) -> Schedule:
     """The recipe's learning-rate schedule. Raises ValueError for values out of range."""
     return Schedule(recipe.schedule, recipe.warmup, recipe.lr_final, recipe.lr_every, recipe.lr_gamma)
+
+
+def build_trainer(recipe: Recipe, model: CharRNN | RNNLM, capture: bool | str = "auto") -> Trainer:
+    """The recipe's trainer of a model. Raises what Trainer raises."""
+    return Trainer(
+        model,
+        optimizer=recipe.optimizer,
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.weight_decay,
+        clip=recipe.clip,
+        epochs=recipe.epochs,
+        graph_batches=recipe.graph_batches,
+        accumulate=recipe.accumulate,
+        schedule=schedule_of(recipe),
+        patience=recipe.patience,
+        precision=recipe.precision,
+        on_nan=recipe.on_nan,
+        capture=capture,
+    )
 
 
 def prepare_text(recipe: Recipe, text: str | LargeText) -> tuple[Vocabulary, Tensor]:

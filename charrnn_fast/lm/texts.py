@@ -100,6 +100,7 @@ def _files(path: str) -> list[tuple[str, Path | BinaryIO]]:
 
 def _spooled() -> BinaryIO:
     """Standard input, which can be read only once, in a file without a name."""
+    # No BinaryIO to the type checker, though it has the methods; open as long as the text is read, so no `with`.
     spool: BinaryIO = tempfile.SpooledTemporaryFile(max_size=LARGE)  # type: ignore[assignment]  # noqa: SIM115
     try:
         shutil.copyfileobj(sys.stdin.buffer, spool, PIECE)
@@ -143,7 +144,7 @@ def _decoded(name: str, place: Path | BinaryIO, encoding: str, errors: str) -> I
     decoder, consumed, first = codecs.getincrementaldecoder(encoding)(errors), 0, True
     for piece in _then_none(_pieces(name, place)):
         waiting = 0
-        with suppress(NotImplementedError):
+        with suppress(NotImplementedError):  # a decoder of another package may not say what it holds back
             waiting = len(decoder.getstate()[0])
         try:
             text = decoder.decode(piece or b"", final=piece is None)

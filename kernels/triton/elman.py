@@ -43,7 +43,7 @@ _TYPES = {
 }
 
 
-@functools.cache
+@functools.lru_cache(4096)  # batch sizes may be any number of numbers
 def choose_tile(
     hidden_size: int, dtype: torch.dtype, precision: str, device: torch.device, rows: int = 1
 ) -> Tile | None:

@@ -27,7 +27,7 @@ INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
 def device_function(function):
     """Decorator of what kernels call. Interpreted it stays plain Python, which calls the same operations.
 
-    As a triton.jit of its own it would have the interpreter patch Triton's language anew at each call: a millisecond.
+    As a triton.jit of its own it would have the interpreter patch Triton's language anew at each call.
     """
     return function if INTERPRETED.value else triton.jit(function)
 

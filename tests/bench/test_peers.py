@@ -90,16 +90,21 @@ def _documented_flashrnn(Wx, R, b, states=None, function="lstm", backend="cuda_f
     return torch.stack(steps, 1)[None], h[None, :, None]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.name)
-def test_flashrnn_is_called_as_it_documents(config, monkeypatch):
-    monkeypatch.setitem(sys.modules, "flashrnn", types.SimpleNamespace(flashrnn=_documented_flashrnn))
+def _is_torchs(peer, config):
+    """Outputs and gradients are torch.nn.RNN's."""
     problem = Problem(config)
     wanted = problem.rnn(problem.input)[0]
-    torch.testing.assert_close(FlashRNN().job(problem, "forward")(), wanted, atol=1e-5, rtol=1e-5)
-    grads = FlashRNN().job(problem, "forward_backward")()
+    torch.testing.assert_close(peer.job(problem, "forward")(), wanted, atol=1e-5, rtol=1e-5)
+    grads = peer.job(problem, "forward_backward")()
     theirs = torch.autograd.grad(wanted, list(problem.rnn.parameters()), problem.grad_output)
     for found, right in zip(grads[-4:], theirs, strict=True):
         torch.testing.assert_close(found, right, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.name)
+def test_flashrnn_is_called_as_it_documents(config, monkeypatch):
+    monkeypatch.setitem(sys.modules, "flashrnn", types.SimpleNamespace(flashrnn=_documented_flashrnn))
+    _is_torchs(FlashRNN(), config)
 
 
 def test_a_flashrnn_that_computes_something_else_is_not_timed(monkeypatch):
@@ -130,10 +135,4 @@ STAND_INS = {
 def test_triton_libraries_are_called_as_they_document(library, config, monkeypatch):
     for name, module in STAND_INS[library].items():
         monkeypatch.setitem(sys.modules, name, module)
-    problem = Problem(config)
-    wanted = problem.rnn(problem.input)[0]
-    torch.testing.assert_close(library().job(problem, "forward")(), wanted, atol=1e-5, rtol=1e-5)
-    grads = library().job(problem, "forward_backward")()
-    theirs = torch.autograd.grad(wanted, list(problem.rnn.parameters()), problem.grad_output)
-    for found, right in zip(grads[-4:], theirs, strict=True):
-        torch.testing.assert_close(found, right, atol=1e-4, rtol=1e-4)
+    _is_torchs(library(), config)

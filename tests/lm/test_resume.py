@@ -9,7 +9,7 @@ import torch
 from charrnn_fast.errors import InputError, TrainingError
 from charrnn_fast.lm import checkpoint, corpora, data
 from charrnn_fast.lm.callbacks import Callback
-from charrnn_fast.lm.recipes import RECIPES, build_model, build_sampler, schedule_of
+from charrnn_fast.lm.recipes import RECIPES, build_model, build_sampler, build_trainer
 from charrnn_fast.lm.training import Trainer
 
 TEXT = corpora.fallback(corpora.BOOKS["timemachine"], "offline").text[:3_000]
@@ -44,20 +44,7 @@ class StopAt(Callback):
 
 def _start(recipe) -> tuple[Trainer, data.Sampler]:
     torch.manual_seed(0)
-    trainer = Trainer(
-        build_model(recipe, len(VOCAB), seed=0),
-        optimizer=recipe.optimizer,
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        clip=recipe.clip,
-        epochs=recipe.epochs,
-        graph_batches=recipe.graph_batches,
-        accumulate=recipe.accumulate,
-        schedule=schedule_of(recipe),
-        patience=recipe.patience,
-        on_nan=recipe.on_nan,
-    )
+    trainer = build_trainer(recipe, build_model(recipe, len(VOCAB), seed=0))
     return trainer, build_sampler(recipe, TOKENS, seed=0)
 
 
