@@ -120,10 +120,11 @@ class FusedRNN(TorchRNN):
             layers = self.num_layers * (2 if self.bidirectional else 1)
             hx = torch.zeros(layers, batch, self.hidden_size, dtype=input.dtype, device=input.device)
         self.check_forward_args(input, hx, batch_sizes)
+        # The type checker's ignore: torch has None among the weights where one was taken away, which no script has.
         return torch_rnn(
             input,
             hx,
-            self._flat_weights,  # type: ignore[arg-type]  # torch has None in its list where a parameter was taken away
+            self._flat_weights,  # type: ignore[arg-type]
             batch_sizes,
             "tanh" if self.mode == "RNN_TANH" else "relu",
             self.bias,
