@@ -6,7 +6,6 @@ tests/test_malformed_calls.py runs them in processes of their own.
 """
 
 import math
-import random
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -14,150 +13,12 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from drawn import NOT_TENSORS, REFUSALS, Call, Draw, outcome_of
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from unusual import TorchLM, _one_hot, plain_values, tensors_of
+from unusual import TorchLM, _one_hot, tensors_of
 
 from charrnn_fast import CharRNN, FusedRNN, clip_grad_norm_, linear_cross_entropy
-
-NOT_TENSORS: list[Any] = [None, 3, 1.5, "x", [1.0], [[1, 2]], {}, True, object(), (torch.zeros(1),)]
-FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-OTHERS = [torch.int64, torch.int32, torch.uint8, torch.bool, torch.complex64, torch.int16]
-
-
-class Draw(random.Random):
-    """Arguments, most of them right."""
-
-    def rarely(self, one_in: int = 12) -> bool:
-        return self.randrange(one_in) == 0
-
-    def size(self, right: int) -> int:
-        return self.choice([0, 1, 2, 3, 5, 9]) if self.rarely(20) else right
-
-    def shape(self, *right: int) -> list[int]:
-        shape = [self.size(n) for n in right]
-        if self.rarely(25):
-            shape.insert(self.randrange(len(shape) + 1), self.choice([0, 1, 2]))
-        if shape and self.rarely(25):
-            del shape[self.randrange(len(shape))]
-        return shape
-
-    def floats(self, *right: int, dtype: torch.dtype = torch.float32) -> Any:
-        """A tensor of the right shape, type and device; or not."""
-        if self.rarely(60):
-            return self.choice(NOT_TENSORS)
-        shape = self.shape(*right)
-        if self.rarely(20):
-            dtype = self.choice(FLOATS + OTHERS)
-        x = torch.randn(shape, generator=self._generator()).mul(2).to(dtype)
-        if self.rarely(40) and x.numel() and x.is_floating_point():
-            x.view(-1)[0] = self.choice([math.nan, math.inf, 1e15])
-        return x.to("meta") if self.rarely(80) else self._strided(x)
-
-    def ids(self, *right: int, below: int) -> Any:
-        if self.rarely(60):
-            return self.choice(NOT_TENSORS)
-        x = torch.randint(max(below, 1), self.shape(*right), generator=self._generator())
-        if self.rarely(10) and x.numel():
-            x.view(-1)[self.randrange(x.numel())] = self.choice(
-                [-1, -100, below, below + 1, 2**31, -(2**63), 2**63 - 1]
-            )
-        if self.rarely(15):
-            x = x.to(self.choice(FLOATS[:2] + OTHERS))
-        return x.to("meta") if self.rarely(80) else self._strided(x)
-
-    def _strided(self, x: Tensor) -> Tensor:
-        kind = self.randrange(8)
-        if kind == 0 and x.dim() > 1:
-            return x.transpose(0, -1).contiguous().transpose(0, -1)
-        if kind == 1 and x.dim():
-            return x.repeat_interleave(2, -1)[..., ::2]
-        if kind == 2 and x.dim() and x.shape[0]:
-            return x[:1].expand(x.shape)
-        return x
-
-    def _generator(self) -> torch.Generator:
-        return torch.Generator().manual_seed(self.getrandbits(40))
-
-
-# Of what is no function of torch's and has several things wrong, which is said first is not torch's to decide.
-REFUSALS = (ValueError, TypeError, IndexError, RuntimeError, AttributeError, OverflowError)
-
-
-class Call:
-    """One call of the library and one of torch, and the types of exception that it may raise where torch has none.
-
-    spread: are numbers that are not finite where torch's are? Not in the rows of a table that no id names, which a
-    product with one-hot rows makes 0 * NaN, and not from a first state of zeros. What torch has finite is finite.
-    operands: what is multiplied; where probabilities cancel, a rounding of one is as large as they are, and where
-    logits are too large for their last digit to count, or of two types (some torch reads as one), they are no numbers.
-    """
-
-    def __init__(
-        self,
-        ours: Callable[[], Any],
-        theirs: Callable[[], Any],
-        own: tuple[type, ...] = (),
-        spread: bool = True,
-        operands: tuple[Any, ...] = (),
-    ):
-        self.ours, self.theirs, self.own, self.spread = ours, theirs, own, spread
-        floats = [plain_values(x) for x in operands if isinstance(x, Tensor) and x.is_floating_point()]
-        sizes = [x[x.isfinite()].abs().max().item() for x in floats if x.device.type == "cpu" and x.isfinite().any()]
-        self.slack = 1e-4 * max(sizes, default=0.0)
-        eps = max((torch.finfo(x.dtype).eps for x in floats), default=0.0)
-        types = {x.dtype for x in operands if isinstance(x, Tensor)}
-        self.numbers = math.prod(sizes) * eps < 1e-3 and len(types) < 2
-
-    def disagreement(self) -> str | None:
-        expected, error = _outcome(self.theirs)
-        found, own_error = _outcome(self.ours)
-        if error is not None or own_error is not None:
-            if error is not None and own_error is not None:
-                if isinstance(own_error, (type(error), *self.own)) or isinstance(error, type(own_error)):
-                    return None
-            elif own_error is not None and isinstance(own_error, self.own):
-                return None
-            return f"torch {_short(error)}, here {_short(own_error)}"
-        return _difference(found, expected, self.spread, self.slack) if self.numbers else None
-
-
-def _short(error: Exception | None) -> str:
-    return "no error" if error is None else f"{type(error).__name__}: {str(error)[:160]}"
-
-
-def _outcome(run: Callable[[], Any]) -> tuple[list[Tensor], Exception | None]:
-    try:
-        return tensors_of(run()), None
-    except Exception as error:
-        return [], error
-
-
-def _difference(found: list[Tensor], expected: list[Tensor], spread: bool, slack: float) -> str | None:
-    if len(found) != len(expected):
-        return f"{len(found)} results, not {len(expected)}"
-    for index, (a, b) in enumerate(zip(found, expected, strict=True)):
-        if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
-            return f"result {index} is {a.shape} {a.dtype} {a.device}, not {b.shape} {b.dtype} {b.device}"
-        if a.device.type == "meta" or not a.numel():
-            continue
-        a, b = plain_values(a), plain_values(b)
-        if not a.dtype.is_floating_point and not a.dtype.is_complex:
-            if not torch.equal(a, b):
-                return f"result {index}: {a} is not {b}"
-            continue
-        a, b = a.to(torch.complex128), b.to(torch.complex128)
-        finite = b.isfinite()
-        if not torch.equal(a.isfinite() | (not spread), finite | (not spread)) or (finite & ~a.isfinite()).any():
-            return f"result {index} is not finite elsewhere: {a} and {b}"
-        largest = b[finite].abs().max().item() if finite.any() else 0.0
-        narrow = min(torch.finfo(t.dtype).bits for t in expected if t.is_floating_point()) < 32
-        if finite.any() and (a - b)[finite].abs().max().item() > (0.1 if narrow else 2e-4) * (1 + largest) + slack:
-            return f"result {index}: {a} is not {b}"
-    return None
-
-
-# ---- one function for each operation -----------------------------------------------------------------------------
 
 
 def _modules(draw: Draw, kind: type) -> tuple[Any, Any]:
@@ -314,7 +175,7 @@ def tokens_call(draw: Draw) -> Call:
     ours, theirs = _modules(draw, OneHotRNN)
     ids, batch = _input(draw, ours, lambda *shape: draw.ids(*shape, below=ours.input_size))
     hx = _state(draw, ours, batch)
-    wrong = () if _outcome(lambda: theirs.forward_tokens(ids, hx))[1] is None else REFUSALS
+    wrong = () if outcome_of(lambda: theirs.forward_tokens(ids, hx))[1] is None else REFUSALS
     return Call(
         _with_gradients(ours, lambda: _unpacked(ours.forward_tokens(ids, hx))),
         _with_gradients(theirs, lambda: _unpacked(theirs.forward_tokens(ids, hx))),
@@ -445,7 +306,7 @@ def model_loss_call(draw: Draw) -> Call:
     tokens, targets = draw.ids(batch, steps, below=11), draw.ids(batch, steps, below=11)
     state = None if draw.rarely(2) else draw.floats(1, batch, 8)
     arguments = (tokens, targets, state)
-    right = _outcome(lambda: theirs.loss(*arguments))[1] is None and targets.shape == tokens.shape
+    right = outcome_of(lambda: theirs.loss(*arguments))[1] is None and targets.shape == tokens.shape
     wrong = () if right else REFUSALS
     return Call(
         _with_gradients(ours, lambda: ours.loss(*arguments)),

@@ -15,6 +15,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .many_classes import MAX_FUSED_CLASSES, chunked_cross_entropy
+from .memory import (
+    COMPUTE,
+    array_of,
+    buffer_of,
+    buffers_of,
+    computed,
+    pair_of,
+    require_one_type,
+    rows_of,
+    sequence_of,
+    states_of,
+)
+
 try:
     _native: Any = import_module(f"{__name__}._native")
 except ModuleNotFoundError:
@@ -25,7 +39,6 @@ else:
     _missing = None
 
 ISAS = ("baseline", "avx2", "avx512")
-_COMPUTE = {torch.float32: 0, torch.float64: 1}
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _selected: int | None = None
 
@@ -80,67 +93,6 @@ def elman_limits(hidden_size: int, dtype: torch.dtype) -> str | None:
     return None
 
 
-def _computed(tensor: Tensor | None) -> Tensor | None:
-    """The tensor in the type that the kernels compute in, its last stride 1."""
-    if tensor is None:
-        return None
-    if tensor.is_neg():  # a view whose memory holds the numbers of the other sign
-        tensor = tensor.resolve_neg()
-    if tensor.dtype not in _COMPUTE:
-        tensor = tensor.float()
-    return tensor if tensor.shape[-1] == 1 or tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _require_one_type(*tensors: Tensor | None) -> None:
-    """C is told one type and reads all floating-point memory as it: ValueError where a tensor has another."""
-    dtypes = {t.dtype for t in tensors if t is not None}
-    if len(dtypes) > 1:
-        raise ValueError(f"expected tensors of one type, got {' and '.join(sorted(map(str, dtypes)))}")
-
-
-def _buffer(tensor: Tensor | None) -> tuple[int, int]:
-    """Address, and the bytes from there to the end of its memory: what C checks sizes and strides against."""
-    if tensor is None:
-        return 0, 0
-    if tensor.is_contiguous():
-        return tensor.data_ptr(), tensor.nbytes
-    return tensor.data_ptr(), tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.itemsize
-
-
-def _buffers(tensors: Sequence[Tensor | None]) -> tuple[int, int, int, int]:
-    """The addresses and then the sizes of one or two tensors."""
-    first, second = _buffer(tensors[0]), _buffer(tensors[1] if len(tensors) > 1 else None)
-    return first[0], second[0], first[1], second[1]
-
-
-def _array(values: array) -> tuple[int, int]:
-    """Address and bytes of an array."""
-    address, length = values.buffer_info()
-    return address, length * values.itemsize
-
-
-def _sequence(tensor: Tensor | None) -> tuple[int, int, int, int]:
-    """Buffer and strides (t, b) of a sequence (T, B, C), or packed (N, C)."""
-    if tensor is None:
-        return 0, 0, 0, 0
-    strides = tensor.stride()
-    return *_buffer(tensor), (strides[0] if tensor.dim() == 3 else 0), strides[-2]
-
-
-def _states(tensor: Tensor | None) -> tuple[int, int, int, int]:
-    """Buffer and strides (d, b) of states (D, B, H)."""
-    return (0, 0, 0, 0) if tensor is None else (*_buffer(tensor), tensor.stride(0), tensor.stride(1))
-
-
-def _rows(tensor: Tensor) -> tuple[int, int, int]:
-    """Buffer and stride of the rows of a matrix."""
-    return *_buffer(tensor), tensor.stride(0)
-
-
-def _pair(values: Sequence[int]) -> tuple[int, int]:
-    return values[0], (values[1] if len(values) > 1 else 0)
-
-
 class _Walk:
     """The sizes of one call and the tensors that its argument record points into, kept alive until it returns."""
 
@@ -149,8 +101,8 @@ class _Walk:
             raise ValueError(f"nonlinearity: expected 'tanh' or 'relu', got {nonlinearity!r}")
         if lead.device.type != "cpu":
             raise ValueError(f"expected tensors on the CPU, got {lead.device}")
-        self.weight = [_computed(w) for w in weight_hh]
-        self.h0 = _computed(h0)
+        self.weight = [computed(w) for w in weight_hh]
+        self.h0 = computed(h0)
         self.H, self.D = self.weight[0].shape[0], len(self.weight)
         self.dtype = self.weight[0].dtype
         self.tokens = None if tokens is None else tokens.to(torch.int64)
@@ -165,7 +117,7 @@ class _Walk:
             self.offsets = self.batch_sizes.cumsum(0) - self.batch_sizes
             self.B = int(self.batch_sizes[0]) if self.T else 0
         self.relu = int(nonlinearity == "relu")
-        self.reverse = _pair([int(r) for r in reverse])
+        self.reverse = pair_of([int(r) for r in reverse])
 
     @property
     def empty(self) -> bool:
@@ -180,11 +132,11 @@ class _Walk:
         strides = (0, 0) if tokens is None else (tokens.stride(0) if tokens.dim() == 2 else 0, tokens.stride(-1))
         return (
             *(self.T, self.B, self.H, self.D, num_tokens, threads, columns, self.relu, *self.reverse),
-            *(*_buffer(self.batch_sizes), *_buffer(self.offsets), *_buffer(tokens), *strides),
-            *_buffers(self.weight),
-            *_pair([w.stride(0) for w in self.weight]),
-            *_states(self.h0),
-            *_sequence(out),
+            *(*buffer_of(self.batch_sizes), *buffer_of(self.offsets), *buffer_of(tokens), *strides),
+            *buffers_of(self.weight),
+            *pair_of([w.stride(0) for w in self.weight]),
+            *states_of(self.h0),
+            *sequence_of(out),
         )
 
 
@@ -223,8 +175,8 @@ def elman_forward(
     have one dtype among float32, float64, bfloat16, float16; a token outside the table is an IndexError.
     """
     walk = _Walk(x, weight_hh, h0, tokens, batch_sizes, nonlinearity, reverse)
-    source = _computed(x)
-    _require_one_type(source, walk.h0, *walk.weight)
+    source = computed(x)
+    require_one_type(source, walk.h0, *walk.weight)
     if out is not None and (out.shape != walk.shape or (walk.H > 1 and out.stride(-1) != 1)):
         raise ValueError(
             f"out: expected {tuple(walk.shape)} with last stride 1, got {tuple(out.shape)} with strides {out.stride()}"
@@ -242,7 +194,7 @@ def elman_forward(
     threads, columns = _plan(walk.B, walk.H, walk.D, walk.T)
     table_rows = 0 if tokens is None else source.shape[0]
     shape = walk.record(result, table_rows, threads, columns)
-    _native.elman_forward(_isa(), _COMPUTE[walk.dtype], *shape, *_sequence(source), *_buffer(h_n))
+    _native.elman_forward(_isa(), COMPUTE[walk.dtype], *shape, *sequence_of(source), *buffer_of(h_n))
     if out is not None and out is not result:
         result = out.copy_(result)
     return result.to(x.dtype), h_n.to(x.dtype)
@@ -268,9 +220,9 @@ def elman_backward(
     grad_weight_hh: D tensors (H, H), or None. grad_h0 (D, B, H) always.
     """
     walk = _Walk(out, weight_hh, h0, tokens, batch_sizes, nonlinearity, reverse)
-    states = _computed(out)
-    grad_out, grad_h_n = _computed(grad_out), _computed(grad_h_n)
-    _require_one_type(states, grad_out, grad_h_n, walk.h0, *walk.weight)
+    states = computed(out)
+    grad_out, grad_h_n = computed(grad_out), computed(grad_h_n)
+    require_one_type(states, grad_out, grad_h_n, walk.h0, *walk.weight)
     batch = walk.B if h0 is None else h0.shape[1]
     grad_h0 = walk.states(batch)
     new: Any = functools.partial(torch.empty, dtype=walk.dtype, device="cpu")
@@ -287,10 +239,10 @@ def elman_backward(
             grad_h0.copy_(grad_h_n)
     else:
         _native.elman_backward(
-            *(_isa(), _COMPUTE[walk.dtype], *walk.record(states, num_tokens or 0, threads, 0 if fused else columns)),
-            *(fused, *_sequence(grad_out), *_states(grad_h_n), *_sequence(grad_x), *_buffer(table)),
-            *_buffers(weights or (None, None)),
-            *_buffer(grad_h0),
+            *(_isa(), COMPUTE[walk.dtype], *walk.record(states, num_tokens or 0, threads, 0 if fused else columns)),
+            *(fused, *sequence_of(grad_out), *states_of(grad_h_n), *sequence_of(grad_x), *buffer_of(table)),
+            *buffers_of(weights or (None, None)),
+            *buffer_of(grad_h0),
         )
     dtype = out.dtype
     result = (table if table is not None else grad_x).to(dtype)
@@ -326,11 +278,11 @@ def linear_cross_entropy(
     """
     if reduction not in ("mean", "sum", "none"):
         raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
-    if weight.shape[0] > _MAX_FUSED_CLASSES:
-        return _chunked_cross_entropy(hidden, weight, bias, target, ignore_index, reduction, need_grad, grad_loss)
+    if weight.shape[0] > MAX_FUSED_CLASSES:
+        return chunked_cross_entropy(hidden, weight, bias, target, ignore_index, reduction, need_grad, grad_loss)
     dtype = hidden.dtype
-    hidden, weight, bias, grad_loss = (_computed(t) for t in (hidden, weight, bias, grad_loss))
-    _require_one_type(hidden, weight, bias, grad_loss)
+    hidden, weight, bias, grad_loss = (computed(t) for t in (hidden, weight, bias, grad_loss))
+    require_one_type(hidden, weight, bias, grad_loss)
     target = target.to(torch.int64).contiguous()
     (N, H), V = hidden.shape, weight.shape[0]
     loss = array("d", [0.0])
@@ -341,55 +293,16 @@ def linear_cross_entropy(
     threads = torch.get_num_threads() if N * H * V >= 1 << 17 else 1
     try:
         _native.linear_cross_entropy(
-            *(_isa(), _COMPUTE[hidden.dtype], N, H, V, threads, ignore_index, int(reduction == "mean")),
-            *(*_rows(hidden), *_rows(weight)),
-            *(*_buffer(bias), *_buffer(target), *_buffer(grad_loss), *_array(loss), *_buffer(rows)),
-            *(field for g in grads for field in _buffer(g)),
+            *(_isa(), COMPUTE[hidden.dtype], N, H, V, threads, ignore_index, int(reduction == "mean")),
+            *(*rows_of(hidden), *rows_of(weight)),
+            *(*buffer_of(bias), *buffer_of(target), *buffer_of(grad_loss), *array_of(loss), *buffer_of(rows)),
+            *(field for g in grads for field in buffer_of(g)),
         )
     except IndexError:
         bad = target[(target != ignore_index) & ((target < 0) | (target >= V))][0]
         raise IndexError(f"Target {int(bad)} is out of bounds.") from None
     value = rows if reduction == "none" else hidden.new_tensor(loss[0])
     return (value.to(dtype), *grads)
-
-
-_MAX_FUSED_CLASSES = 1024
-_CHUNK_LOGITS = 1 << 22
-
-
-def _chunked_cross_entropy(hidden, weight, bias, target, ignore_index, reduction, need_grad, grad_loss):
-    """The same for many classes: a few rows' logits at a time, by torch's own products."""
-    N, V = hidden.shape[0], weight.shape[0]
-    compute = hidden.dtype if hidden.dtype in _COMPUTE else torch.float32
-    valid = target != ignore_index
-    outside = valid & ((target < 0) | (target >= V))
-    if outside.any():
-        raise IndexError(f"Target {int(target[outside][0])} is out of bounds.")
-    factor = valid.to(compute) if grad_loss is None else torch.where(valid, grad_loss.to(compute), 0)
-    if reduction == "mean":
-        factor = factor / valid.sum().clamp(min=1)
-    rows = hidden.new_zeros(N, dtype=compute)
-    grad_hidden = hidden.new_empty(hidden.shape, dtype=compute) if need_grad else None
-    grad_weight = weight.new_zeros(weight.shape, dtype=compute) if need_grad else None
-    grad_bias = hidden.new_zeros(V, dtype=compute) if need_grad and bias is not None else None
-    wide = weight.to(compute) if need_grad else weight
-    step = max(1, _CHUNK_LOGITS // V)
-    for chunk in (slice(n, n + step) for n in range(0, N, step)):
-        # Which subtracts the largest first: a log-sum-exp of large logits would lose its sum's logarithm.
-        logits = torch.nn.functional.linear(hidden[chunk], weight, bias).to(compute).log_softmax(1)
-        chosen = torch.where(valid[chunk], target[chunk], 0).unsqueeze(1)
-        rows[chunk] = torch.where(valid[chunk], -logits.gather(1, chosen).squeeze(1), 0)
-        if not need_grad:
-            continue
-        probabilities = logits.exp_()
-        probabilities.scatter_add_(1, chosen, torch.full_like(chosen, -1, dtype=compute))
-        probabilities *= factor[chunk].unsqueeze(1)
-        torch.mm(probabilities, wide, out=grad_hidden[chunk])
-        grad_weight.addmm_(probabilities.t(), hidden[chunk].to(compute))
-        if grad_bias is not None:
-            grad_bias += probabilities.sum(0)
-    loss = rows if reduction == "none" else rows.sum() / (valid.sum() if reduction == "mean" else 1)
-    return loss.to(hidden.dtype), grad_hidden, grad_weight, grad_bias
 
 
 def language_model_limits(batch: int, hidden_size: int, vocab: int, dtype: torch.dtype) -> str | None:
@@ -402,7 +315,7 @@ def language_model_limits(batch: int, hidden_size: int, vocab: int, dtype: torch
     """
     if _missing:
         return _missing
-    if dtype not in _COMPUTE:
+    if dtype not in COMPUTE:
         return f"dtype {dtype} is neither float32 nor float64"
     if hidden_size > 512:
         return f"hidden size {hidden_size} is above 512"
@@ -434,9 +347,9 @@ def language_model_loss(
     """
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"nonlinearity: expected 'tanh' or 'relu', got {nonlinearity!r}")
-    table, weight_hh, head_weight, h0 = (_computed(t) for t in (table, weight_hh, head_weight, h0))
+    table, weight_hh, head_weight, h0 = (computed(t) for t in (table, weight_hh, head_weight, h0))
     head_bias = None if head_bias is None else head_bias.contiguous()
-    _require_one_type(table, weight_hh, head_weight, head_bias, h0)
+    require_one_type(table, weight_hh, head_weight, head_bias, h0)
     # Ids that share memory are copied: C takes as many as there are, so that nothing makes it loop for nothing.
     tokens, targets = (ids.contiguous() if 0 in ids.stride() else ids for ids in (tokens, targets))
     (T, B), (V, H) = tokens.shape, table.shape
@@ -447,12 +360,12 @@ def language_model_loss(
     threads = torch.get_num_threads() if T * B * H * (H + V) >= 1 << 17 else 1
     try:
         _native.language_model(
-            *(_isa(), _COMPUTE[table.dtype], T, B, H, V, threads, int(nonlinearity == "relu"), ignore_index),
-            *(*_buffer(tokens), *tokens.stride(), *_buffer(targets), *targets.stride()),
-            *(*_rows(table), *_rows(weight_hh), *_rows(head_weight), *_buffer(head_bias)),
-            *((0, 0, 0) if h0 is None else _rows(h0)),
-            *(*_array(loss), *_buffer(h_n), *_buffer(grad_table), *_buffer(grad_weight)),
-            *(*_buffer(grad_head), *_buffer(grad_bias), *_buffer(grad_h0)),
+            *(_isa(), COMPUTE[table.dtype], T, B, H, V, threads, int(nonlinearity == "relu"), ignore_index),
+            *(*buffer_of(tokens), *tokens.stride(), *buffer_of(targets), *targets.stride()),
+            *(*rows_of(table), *rows_of(weight_hh), *rows_of(head_weight), *buffer_of(head_bias)),
+            *((0, 0, 0) if h0 is None else rows_of(h0)),
+            *(*array_of(loss), *buffer_of(h_n), *buffer_of(grad_table), *buffer_of(grad_weight)),
+            *(*buffer_of(grad_head), *buffer_of(grad_bias), *buffer_of(grad_h0)),
         )
     except IndexError:
         raise IndexError(_bad_id(tokens, targets, V, ignore_index)) from None
@@ -501,10 +414,10 @@ def generate(
             f"temperature {temperature}, alpha {alpha}, top_k {top_k}"
         )
     kept = [
-        None if t is None else _computed(t).contiguous()
+        None if t is None else computed(t).contiguous()
         for t in (table, *weight_ih[1:], *weight_hh, *bias[1:], head_weight, head_bias)
     ]
-    _require_one_type(*kept)
+    require_one_type(*kept)
     table = kept[0]
     result = table.new_zeros(L, B, H)
     if state is not None:
@@ -512,7 +425,7 @@ def generate(
     ids = torch.empty((B, num_chars), dtype=torch.int64, device="cpu")
     if B == 0 or num_chars == 0:
         return ids, result.to(head_weight.dtype)
-    buffers = [_buffer(t) for t in kept]
+    buffers = [buffer_of(t) for t in kept]
     per_layer = ([(0, 0), *buffers[1:L]], buffers[L : 2 * L], [(0, 0), *buffers[2 * L : -2]])
     lists = [array("q", [*(at for at, _ in layers), *(size for _, size in layers)]) for layers in per_layer]
     prompt = prompt.to(torch.int64).contiguous()
@@ -520,10 +433,10 @@ def generate(
     sharpness = array("d", [alpha / temperature])
     relu = int(nonlinearity == "relu")
     _native.generate(
-        *(_isa(), _COMPUTE[table.dtype], B, P, num_chars, H, V, L, _generate_threads(B, H), relu),
-        *(*_buffer(prompt), *buffers[0], *(field for layers in lists for field in _array(layers))),
+        *(_isa(), COMPUTE[table.dtype], B, P, num_chars, H, V, L, _generate_threads(B, H), relu),
+        *(*buffer_of(prompt), *buffers[0], *(field for layers in lists for field in array_of(layers))),
         *(field for buffer in buffers[-2:] for field in buffer),
-        *(*_buffer(uniforms), *_array(sharpness), top_k or 0, *_buffer(result), *_buffer(ids)),
+        *(*buffer_of(uniforms), *array_of(sharpness), top_k or 0, *buffer_of(result), *buffer_of(ids)),
     )
     return ids, result.to(head_weight.dtype)
 
@@ -538,7 +451,7 @@ def clip_limits(grads: Sequence[Tensor]) -> str | None:
     if _missing:
         return _missing
     dtype = grads[0].dtype if grads else torch.float32
-    if dtype not in _COMPUTE or any(g.dtype != dtype or not g.is_cpu or not g.is_contiguous() for g in grads):
+    if dtype not in COMPUTE or any(g.dtype != dtype or not g.is_cpu or not g.is_contiguous() for g in grads):
         return "not all gradients are contiguous CPU tensors of one type among float32 and float64"
     return None
 
@@ -555,7 +468,7 @@ def clip_grad_norm_(grads: Sequence[Tensor], max_norm: float) -> Tensor:
     limit, norm = array("d", [max_norm]), array("d", [0.0])
     dtype = grads[0].dtype
     _native.clip(
-        *(_isa(), _COMPUTE[dtype], len(grads), torch.get_num_threads()),
-        *(*_array(addresses), *_array(sizes), *_array(limit), *_array(norm)),
+        *(_isa(), COMPUTE[dtype], len(grads), torch.get_num_threads()),
+        *(*array_of(addresses), *array_of(sizes), *array_of(limit), *array_of(norm)),
     )
     return torch.tensor(norm[0], dtype=dtype, device="cpu")
