@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import triton.language as tl
 
 from .gluon_interpreter import device_function, gl, mma_v2
+from .numerics import tf32_high
 
 
 @dataclass(frozen=True)
@@ -183,13 +184,6 @@ def zero_tile(F: tl.constexpr):
 
 
 @device_function
-def _tf32_high(x):
-    """x rounded to the ten bits of mantissa that tf32 multiplies, ties away from zero."""
-    bits = x.to(gl.int32, bitcast=True) + 0x1000
-    return (bits & -0x2000).to(gl.float32, bitcast=True)
-
-
-@device_function
 def _tf32_low(x, high):
     """What `high` leaves of x; nothing where x is infinite, whose difference would be NaN."""
     return gl.where(gl.abs(x) == float("inf"), 0.0, x - high)
@@ -217,7 +211,7 @@ def load_weight(weight_ptr, TRANSPOSE: tl.constexpr, F: tl.constexpr):
         high = gl.load(weight_ptr + offsets, mask=(n < F.hidden) & (column < F.hidden), other=0.0).to(F.operand)
         low = high
         if F.three:
-            high = _tf32_high(high)
+            high = tf32_high(high)
             low = _tf32_low(low, high)
         if a < IN_REGISTERS:
             highs = highs + (high,)
@@ -270,7 +264,7 @@ def _chain_step(chain, w, stored, state, a, F: tl.constexpr):
             low = w[IN_REGISTERS + a]
         else:
             low = stored[0].index(a - IN_REGISTERS + F.in_shared).load(F.weight)
-        state_high = _tf32_high(state)
+        state_high = tf32_high(state)
         chain = mma_v2(high, _tf32_low(state, state_high), chain)
         # An infinite state counts in the last product alone: W's low parts have signs of their own.
         chain = mma_v2(low, gl.where(gl.abs(state) == float("inf"), 0.0, state_high), chain)

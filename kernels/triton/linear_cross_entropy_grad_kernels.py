@@ -4,14 +4,14 @@ import triton
 import triton.language as tl
 
 from .linear_cross_entropy_kernels import add_bias, load_targets, load_tile, logits_of
-from .numerics import cast, dot
+from .numerics import cast, dot, tf32_high
 
 
 @triton.jit
 def _halves(x, HALVES: tl.constexpr):
-    """x rounded to tf32's 11 bits, and what that leaves; without HALVES x itself twice."""
+    """x rounded to what tf32 multiplies, and what that leaves; without HALVES x itself twice."""
     if HALVES:
-        high = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        high = tf32_high(x)
         return high, x - high
     else:
         return x, x

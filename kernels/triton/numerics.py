@@ -108,6 +108,12 @@ def activation_backward(grad, h, TANH: tl.constexpr):
 
 
 @device_function
+def tf32_high(x):
+    """x rounded to the ten bits of mantissa that tf32 multiplies, ties away from zero. x less this is its low part."""
+    return ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+
+
+@device_function
 def cast(x, dtype: tl.constexpr):
     """x in another float type, to nearest even; the interpreter cuts fp32 to bf16, so there its bits are rounded."""
     if INTERPRETED and dtype == tl.bfloat16:
