@@ -15,10 +15,10 @@ from charrnn_fast.ops import generate as decoder
 from charrnn_fast.ops import language_model_loss as one_call
 from charrnn_fast.ops.clip_grad_norm import clip_grad_norm_
 from charrnn_fast.ops.context import plain
-from charrnn_fast.ops.elman_layer import check_tokens
-from charrnn_fast.ops.elman_torch import TOKEN_TYPES, TorchRNN, one_hot_rows
+from charrnn_fast.ops.elman_torch import TorchRNN
 from charrnn_fast.ops.embedding import embedding
 from charrnn_fast.ops.linear_cross_entropy import linear_cross_entropy
+from charrnn_fast.ops.tokens import TOKEN_TYPES, check_tokens, one_hot_rows
 from charrnn_fast.reference import generate as reference_generate
 from charrnn_fast.reference.language_model import RNNLM, Cell
 from charrnn_fast.rnn import FusedRNN
