@@ -190,8 +190,8 @@ class FusedRNN(TorchRNN):
                 hx = self.permute_hidden(hx, sorted_indices)
             self._check(data, hx, batch_sizes, tokens)
             output, hidden = elman_stack(self, data, hx, batch_sizes, tokens, onlooker)
-            output = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-            return output, self.permute_hidden(hidden, unsorted_indices)
+            rows = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+            return rows, self.permute_hidden(hidden, unsorted_indices)
         dims = input.dim()
         if dims == (2 if tokens else 3) and (hx is None or hx.dim() == 3):
             steps, batch = input.size(0), input.size(1)

@@ -191,12 +191,12 @@ class Layer:
         projected = rows.new_empty((*input.shape[:-1], directions * hidden))
         projected_rows = projected.flatten(0, 1) if input.dim() == 3 else projected
         for direction in range(directions):
-            weight_ih, _, bias = of_direction(weights, direction, directions)
+            weight_ih, _, total = of_direction(weights, direction, directions)
             columns = projected_rows[:, direction * hidden : (direction + 1) * hidden]
-            if bias is None or not adds_bias:
+            if total is None or not adds_bias:
                 torch.mm(rows, weight_ih.t(), out=columns)
             else:
-                torch.addmm(bias, rows, weight_ih.t(), out=columns)
+                torch.addmm(total, rows, weight_ih.t(), out=columns)
         return projected
 
     def _grad_input(self, grad_rows: Tensor, weights: Sequence[Tensor]) -> Tensor:

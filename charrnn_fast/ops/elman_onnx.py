@@ -27,11 +27,11 @@ def layer_in_onnx(
     hidden = weights[1].shape[0]
     bias = None
     if each == 4:  # (D, 2H): the input's and the state's
-        bias = torch.cat([torch.stack(weights[2::4]), torch.stack(weights[3::4])], dim=1)
+        bias = torch.cat([torch.stack(list(weights[2::4])), torch.stack(list(weights[3::4]))], dim=1)
     steps, batch = input.shape[:2]
     output, h_n = torch.onnx.ops.symbolic_multi_out(
         "RNN",
-        (input, torch.stack(weights[::each]), torch.stack(weights[1::each]), bias, None, h0),
+        (input, torch.stack(list(weights[::each])), torch.stack(list(weights[1::each])), bias, None, h0),
         {
             "hidden_size": hidden,
             "direction": "bidirectional" if directions == 2 else "forward",

@@ -31,7 +31,7 @@ from .elman_tiles import (
     next_power_of_2,
     token_blocks,
 )
-from .launch import INTERPRETED, KINDS, Launch, processors_of, target_of
+from .launch import INTERPRETED, KINDS, Launch, processors_of, start, target_of
 from .targets import AMD, launch_options
 
 MAX_SUM_VOCAB = 256  # the most classes whose rows are summed by a kernel of this folder
@@ -89,7 +89,7 @@ def _pass_of(kernel: Any, tile: Tile, hidden_size: int, dtype: torch.dtype, devi
             wide=wide,
             **{"ahead": tile.ahead, **options},
         )
-        launches.append(Launch(kernel, {"F": form}, tile.launch_options(target_of(device)[0])))
+        launches.append(Launch(kernel, F=form, **tile.launch_options(target_of(device)[0])))
     return _Pass(tile.rows, *launches)
 
 
@@ -408,7 +408,9 @@ def _rows_by_token(grad_x: torch.Tensor, tokens: torch.Tensor, V: int, acc_type:
     chunks = -(-num_rows // chunk)
     partial = torch.empty((chunks, V, C), dtype=acc_type, device=grad_x.device)
     block_v, block_c = token_blocks(V, C)
-    _rows_by_token_launch(block_v, block_c, grad_x.dtype, tokens.dtype, grad_x.device)(
+    target = target_of(grad_x.device)[0]
+    start(
+        rows_by_token_kernel,
         (chunks, -(-V // block_v), -(-C // block_c)),
         grad_x.device,
         grad_x,
@@ -420,18 +422,13 @@ def _rows_by_token(grad_x: torch.Tensor, tokens: torch.Tensor, V: int, acc_type:
         chunk,
         grad_x.stride(0),
         tokens.stride(0),
+        BLOCK_N=TOKEN_ROWS,
+        BLOCK_V=block_v,
+        BLOCK_C=block_c,
+        PRECISION="tf32x3" if grad_x.dtype == torch.float32 and target not in AMD else "ieee",
+        **launch_options(TOKEN_WARPS, target),
     )
     return partial
-
-
-@functools.cache
-def _rows_by_token_launch(
-    block_v: int, block_c: int, dtype: torch.dtype, ids: torch.dtype, device: torch.device
-) -> Launch:
-    target = target_of(device)[0]
-    precision = "tf32x3" if dtype == torch.float32 and target not in AMD else "ieee"
-    constants = {"BLOCK_N": TOKEN_ROWS, "BLOCK_V": block_v, "BLOCK_C": block_c, "PRECISION": precision}
-    return Launch(rows_by_token_kernel, constants, launch_options(TOKEN_WARPS, target))
 
 
 def _sum_partials(
@@ -455,7 +452,7 @@ def _sum_partials(
             totals.append(total)
     if bare or (weight is None and table is None and not need_bias):
         return totals
-    launch, block = _sum_partials_launch(dtype, bias.device)
+    block_p, block = (16, 4096) if INTERPRETED else (PARTIAL_SUMS, PARTIAL_ELEMENTS)  # few programs to interpret
     blocks, numels = 0, []
     for total in totals:
         numel = 0 if total is None else total.numel()
@@ -463,12 +460,20 @@ def _sum_partials(
         blocks += -(-numel // block)
     # The kernel takes its types from the bias's, which stands in for itself where no sum of it is needed.
     first = torch.empty(0, dtype=dtype, device=bias.device) if totals[0] is None else totals[0]
-    launch((blocks, 1, 1), bias.device, bias, weight, table, first, *totals[1:], programs, chunks, *numels)
+    start(
+        sum_partials_kernel,
+        (blocks, 1, 1),
+        bias.device,
+        bias,
+        weight,
+        table,
+        first,
+        *totals[1:],
+        programs,
+        chunks,
+        *numels,
+        BLOCK_P=block_p,
+        BLOCK=block,
+        **launch_options(PARTIAL_WARPS, target_of(bias.device)[0]),
+    )
     return totals
-
-
-@functools.cache
-def _sum_partials_launch(dtype: torch.dtype, device: torch.device) -> tuple[Launch, int]:
-    block_p, block = (16, 4096) if INTERPRETED else (PARTIAL_SUMS, PARTIAL_ELEMENTS)  # few programs to interpret
-    options = launch_options(PARTIAL_WARPS, target_of(device)[0])
-    return Launch(sum_partials_kernel, {"BLOCK_P": block_p, "BLOCK": block}, options), block

@@ -74,14 +74,13 @@ class Launch:
 
     Args:
         kernel: a function of triton.jit or gluon.jit.
-        constants: its constexpr parameters by name, which follow all others.
-        options: Triton's, num_warps and the like.
+        constants: its constexpr parameters, which follow all others, and Triton's options (num_warps and the like).
     """
 
-    __slots__ = ("_compiled", "constants", "kernel", "options")
+    __slots__ = ("_compiled", "constants", "kernel")
 
-    def __init__(self, kernel: Any, constants: dict[str, Any], options: dict[str, Any]):
-        self.kernel, self.constants, self.options = kernel, constants, options
+    def __init__(self, kernel: Any, **constants: Any):
+        self.kernel, self.constants = kernel, constants
         self._compiled: list[tuple[Any, ...]] | None = []  # (function, threads, shared, cooperative, codes) and owner
 
     def __call__(self, grid: tuple[int, int, int], device: torch.device, *arguments: Any) -> None:
@@ -96,7 +95,7 @@ class Launch:
                 if library.extension.launch(function, *grid, threads, shared, cooperative, stream, codes, values):
                     return
         with on_device(device):
-            compiled = self.kernel[grid](*arguments, **self.constants, **self.options)
+            compiled = self.kernel[grid](*arguments, **self.constants)
         if INTERPRETED or self._compiled is None:
             return
         record = None if driver_missing() else record_of(compiled, self.kernel.params, arguments)
@@ -104,6 +103,17 @@ class Launch:
             self._compiled = None
         elif len(self._compiled) < _MOST_FORMS:
             self._compiled.append(record)
+
+
+def start(kernel: Any, grid: tuple[int, int, int], device: torch.device, *arguments: Any, **constants: Any) -> None:
+    """Call the `Launch` of this kernel for these constants and the arguments' types, kept from call to call."""
+    types = tuple([None if a is None or type(a) is int else a.dtype for a in arguments])
+    _kept(kernel, device, types, *constants.items())(grid, device, *arguments)
+
+
+@functools.cache
+def _kept(kernel: Any, device: torch.device, types: tuple[torch.dtype | None, ...], *constants: Any) -> Launch:
+    return Launch(kernel, **dict(constants))
 
 
 _MOST_FORMS = 8  # that are tried in turn; more are Triton's to look up

@@ -14,14 +14,14 @@ MOST = {
         "forward": (26, 6, 1),
         "forward + backward": (62, 19, 2),
         "tokens, forward + backward": (60, 18, 2),
-        "loss + backward": (136, 28, 1),
+        "loss + backward": (93, 29, 1),
     },
     "triton": {
         "forward, no_grad": (26, 2, 1),
         "forward": (22, 2, 1),
-        "forward + backward": (53, 18, 3),
-        "tokens, forward + backward": (62, 23, 4),
-        "loss + backward": (237, 48, 4),
+        "forward + backward": (58, 18, 3),
+        "tokens, forward + backward": (72, 23, 4),
+        "loss + backward": (204, 48, 4),
     },
 }
 

@@ -93,7 +93,7 @@ def test_errors(driver):
         library.extension.launch(1)
     with pytest.raises(TypeError):
         start(3, b"P", ("0",))
-    with pytest.raises(RuntimeError, match="no CUDA driver: .*no-such"):
+    with pytest.raises(RuntimeError, match=r"no CUDA driver: .*no-such"):
         library.extension.use_driver("no-such-library.so")
 
 
@@ -163,7 +163,7 @@ GPU = torch.device("cuda", 0)
 
 def test_the_first_call_of_a_kind_is_tritons_and_the_others_the_drivers(as_on_a_gpu):
     kernel, x = Kernel(), torch.zeros(64)
-    launch = Launch(kernel, {"F": 1}, {})
+    launch = Launch(kernel, F=1)
     launch((3, 2, 1), GPU, x, 5, 32)
     assert kernel.launched == 1
     for steps in (5, 1, 16, 1000):  # which is not specialized
@@ -187,7 +187,7 @@ def test_the_first_call_of_a_kind_is_tritons_and_the_others_the_drivers(as_on_a_
 )
 def test_kernels_that_the_launch_does_not_know_stay_tritons(as_on_a_gpu, metadata):
     kernel = Kernel(metadata)
-    launch = Launch(kernel, {}, {})
+    launch = Launch(kernel)
     for _ in range(3):
         launch((1, 1, 1), GPU, torch.zeros(4), 5, 32)
     assert kernel.launched == 3
@@ -195,7 +195,7 @@ def test_kernels_that_the_launch_does_not_know_stay_tritons(as_on_a_gpu, metadat
 
 def test_another_device_and_profilers_are_tritons(as_on_a_gpu, monkeypatch):
     kernel = Kernel()
-    launch = Launch(kernel, {}, {})
+    launch = Launch(kernel)
     launch((1, 1, 1), GPU, torch.zeros(4), 5, 32)
     launch((1, 1, 1), torch.device("cuda", 1), torch.zeros(4), 5, 32)
     assert kernel.launched == 2
@@ -211,7 +211,7 @@ def test_another_device_and_profilers_are_tritons(as_on_a_gpu, monkeypatch):
 def test_without_a_driver_everything_is_tritons(as_on_a_gpu, monkeypatch):
     monkeypatch.setattr(launches, "DRIVER", "no-such-library.so")
     kernel = Kernel()
-    launch = Launch(kernel, {}, {})
+    launch = Launch(kernel)
     for _ in range(3):
         launch((1, 1, 1), GPU, torch.zeros(4), 5, 32)
     assert kernel.launched == 3
