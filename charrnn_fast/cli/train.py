@@ -68,7 +68,13 @@ def add_parser(commands) -> None:
     p.add_argument(
         "--keep", type=at_least(0), default=0, metavar="K", help="keep the last K states as step-N.ckpt (default: 0)"
     )
-    p.add_argument("--log", type=Path, metavar="FILE", help="append one JSON object a line: steps, epochs, checkpoints")
+    p.add_argument(
+        "--log",
+        "--log-file",  # torchrun takes the short name for one of its own options
+        type=Path,
+        metavar="FILE",
+        help="append one JSON object a line: steps, epochs, checkpoints",
+    )
     p.add_argument("--tensorboard", type=Path, metavar="DIR", help="event files for TensorBoard (package tensorboard)")
     p.add_argument("--sample-every", type=at_least(1), metavar="N", help="print a decoded text every N epochs")
     p.add_argument("-q", "--quiet", action="store_true", help="print nothing but notices, errors and --json")

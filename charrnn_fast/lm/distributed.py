@@ -227,8 +227,16 @@ def join() -> Processes:
 
     Raises ProcessLost if they cannot be reached.
     """
+    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
     with _together():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "cpu:gloo")
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+            # torchrun's store outlives a restart, with the addresses of processes that are gone.
+            rank, count = int(os.environ["RANK"]), launched()
+            where = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+            store = dist.PrefixStore(f"charrnn_fast/{restarts()}", dist.TCPStore(*where, count, is_master=False))
+            dist.init_process_group(backend, store=store, rank=rank, world_size=count)
+        else:
+            dist.init_process_group(backend)
     return Processes()
 
 

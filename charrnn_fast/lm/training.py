@@ -148,11 +148,12 @@ class Trainer:
             return f"gradients are added up over {self.accumulate} batches, and a captured step is one batch"
         if self.on_nan != "stop":
             return f"on_nan='{self.on_nan}' looks at every step's loss"
-        if self.processes is not None and self.capture == "auto":
+        reason = why_not(self.model, self.graph_batches)
+        if reason is not None or self.processes is None:
+            return reason
+        if self.capture == "auto":
             return "steps with collectives in them are captured only where that is asked for"
-        if self.processes is not None and (why_not_captured := self.processes.why_not_captured()) is not None:
-            return why_not_captured
-        return why_not(self.model, self.graph_batches)
+        return self.processes.why_not_captured()
 
     def _require_capture(self) -> None:
         if self.capture is True and (reason := self.capture_reason) is not None:
