@@ -2,11 +2,14 @@
 
     python processes.py RANK COUNT FOLDER CASES
 
-with the cases as JSON, [[name, argument, ...], ...]. Each process writes one JSON file with what each case returned.
+with the cases as JSON, [[name, argument, ...], ...], a name being a function of this file or module.function of this
+folder. Each process writes one JSON file with what each case returned. `run` starts them.
 """
 
+import importlib
 import json
 import os
+import subprocess
 import sys
 from dataclasses import replace
 from datetime import timedelta
@@ -170,7 +173,27 @@ def one_dies(processes: Processes, folder: Path) -> Any:
     return {"error": None}
 
 
-CASES = (curve, stopped_and_resumed, not_finite, a_write_that_fails, one_dies)
+def run(count: int, folder: Path, cases: Any, codes: list[int] | None = None) -> list[Any]:
+    """What each of so many processes returned of each case; None for one that was not to come to its end."""
+    folder.mkdir()
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-W", "ignore", __file__]
+    started = [
+        subprocess.Popen(
+            [*command, *map(str, (rank, count, folder, json.dumps(cases)))],
+            stderr=subprocess.PIPE,
+            env=environment,
+        )
+        for rank in range(count)
+    ]
+    try:
+        said = [process.communicate(timeout=300)[1].decode() for process in started]
+    finally:
+        for process in started:
+            process.kill()
+    assert [process.returncode for process in started] == (codes or [0] * count), "\n".join(said)
+    files = [folder / f"{rank}.json" for rank in range(count)]
+    return [json.loads(file.read_text()) if file.exists() else None for file in files]
 
 
 def main() -> None:
@@ -182,7 +205,8 @@ def main() -> None:
     processes, results = Processes(), []
     for i, (case, *arguments) in enumerate(json.loads(cases)):
         print(case, *arguments, file=sys.stderr, flush=True)
-        (function,) = (f for f in CASES if f.__name__ == case)
+        module, _, name = case.rpartition(".")
+        function = getattr(importlib.import_module(module or __name__), name)
         own = Path(folder, str(i))
         own.mkdir(exist_ok=True)
         results.append(function(processes, own, *arguments))

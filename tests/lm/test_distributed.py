@@ -1,11 +1,7 @@
 """Several processes that train one model: the curve of one process with the whole batch, one checkpoint, one end."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
-from subprocess import PIPE
 
 import processes
 import pytest
@@ -32,25 +28,6 @@ RESUMED = [("carried", 0.0), ("layers", 0.3)]
 ON_NAN = ["stop", "skip", "restore"]
 
 
-def run(count, folder, cases, codes=None):
-    """What each of so many processes returned of each case; None for one that was not to come to its end."""
-    folder.mkdir()
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-W", "ignore", processes.__file__]
-    started = [
-        subprocess.Popen([*command, *map(str, (rank, count, folder, json.dumps(cases)))], stderr=PIPE, env=environment)
-        for rank in range(count)
-    ]
-    try:
-        said = [process.communicate(timeout=300)[1].decode() for process in started]
-    finally:
-        for process in started:
-            process.kill()
-    assert [process.returncode for process in started] == (codes or [0] * count), "\n".join(said)
-    files = [folder / f"{rank}.json" for rank in range(count)]
-    return [json.loads(file.read_text()) if file.exists() else None for file in files]
-
-
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """What two processes came to, by case; both the same."""
@@ -58,7 +35,7 @@ def two(tmp_path_factory):
     cases += [("stopped_and_resumed", *case, 20) for case in RESUMED]
     cases += [("not_finite", on_nan) for on_nan in ON_NAN] + [("a_write_that_fails",)]
     folder = tmp_path_factory.mktemp("processes") / "two"
-    first, second = run(2, folder, cases)
+    first, second = processes.run(2, folder, cases)
     assert first == second  # to the bit
     return {
         json.dumps(case): (result, folder / str(i)) for i, (case, result) in enumerate(zip(cases, first, strict=True))
@@ -86,7 +63,7 @@ def test_two_processes_follow_the_curve_of_one_with_the_whole_batch(two, form, o
 
 def test_three_processes_of_which_some_have_no_rows(tmp_path):
     """The last windows of an epoch are fewer than the processes, and so are the streams of a short validation."""
-    together = run(3, tmp_path / "three", [("curve", "windows", {}), ("curve", "carried", {})])
+    together = processes.run(3, tmp_path / "three", [("curve", "windows", {}), ("curve", "carried", {})])
     assert together[0] == together[1] == together[2]
     same_curve(together[0][0], "windows", {})
     same_curve(together[0][1], "carried", {})
@@ -128,7 +105,7 @@ def test_a_checkpoint_that_cannot_be_written_is_known_to_all(two):
 
 
 def test_a_process_that_dies_is_an_error_in_the_others_at_once(tmp_path):
-    first, second = run(2, tmp_path / "run", [("one_dies",)], codes=[0, 7])
+    first, second = processes.run(2, tmp_path / "run", [("one_dies",)], codes=[0, 7])
     assert second is None
     assert first[0]["error"].startswith("another process of this run has ended or cannot be reached: ")
     assert first[0]["step"] <= 6
