@@ -11,6 +11,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -67,7 +68,7 @@ def _measure(rank: int, meeting: str, seconds: float) -> None:
             dist.barrier()
             double = _turn(together)
             dist.barrier()
-            rounds.append((single, double, _turn(lambda buffer=buffer: processes.add_up(buffer))))
+            rounds.append((single, double, _turn(partial(processes.add_up, buffer))))
         if rank == 0:
             by_clock, by_processor = (
                 _quartiles([2 * single[i] / double[i] for single, double, _ in rounds]) for i in (0, 1)
