@@ -197,7 +197,8 @@ class FusedRNN(TorchRNN):
             steps, batch = input.size(0), input.size(1)
             if self.batch_first:
                 steps, batch = batch, steps
-            if steps < backends.LEAST_CPU_STEPS and not tokens and onlooker is None and self._is_brief(input):
+            # A compiler is not asked about sizes: whatever is asked of one fixes it in the graph.
+            if onlooker is None and not tokens and steps < backends.LEAST_CPU_STEPS and self._is_brief(input):
                 return super().forward(input, hx)
             first: Any = self._flat_weights[0]
             if tokens:

@@ -59,28 +59,27 @@ def linear_cross_entropy(
     if weight.shape[0] > MAX_FUSED_CLASSES:
         return chunked_cross_entropy(hidden, weight, bias, target, ignore_index, reduction, need_grad, grad_loss)
     dtype = hidden.dtype
-    hidden, weight, bias, grad_loss = (computed(t) for t in (hidden, weight, bias, grad_loss))
+    hidden, weight, bias, grad_loss = computed(hidden), computed(weight), computed(bias), computed(grad_loss)
     require_one_type(hidden, weight, bias, grad_loss)
     target = target.to(torch.int64).contiguous()
     (N, H), V = hidden.shape, weight.shape[0]
     loss = array("d", [0.0])
     rows = hidden.new_empty(N) if reduction == "none" else None
-    grads = [hidden.new_empty(N, H), hidden.new_empty(V, H), hidden.new_empty(V)] if need_grad else [None] * 3
-    if bias is None:
-        grads[2] = None
+    grad_hidden, grad_weight = (hidden.new_empty(N, H), hidden.new_empty(V, H)) if need_grad else (None, None)
+    grad_bias = hidden.new_empty(V) if need_grad and bias is not None else None
     threads = torch.get_num_threads() if N * H * V >= 1 << 17 else 1
     try:
         library.extension.linear_cross_entropy(
             *(library.isa_number(), COMPUTE[hidden.dtype], N, H, V, threads, ignore_index, int(reduction == "mean")),
             *(*rows_of(hidden), *rows_of(weight)),
             *(*buffer_of(bias), *buffer_of(target), *buffer_of(grad_loss), *array_of(loss), *buffer_of(rows)),
-            *(field for g in grads for field in buffer_of(g)),
+            *(*buffer_of(grad_hidden), *buffer_of(grad_weight), *buffer_of(grad_bias)),
         )
     except IndexError:
         bad = target[(target != ignore_index) & ((target < 0) | (target >= V))][0]
         raise IndexError(f"Target {int(bad)} is out of bounds.") from None
-    value = rows if reduction == "none" else hidden.new_tensor(loss[0])
-    return (value.to(dtype), *grads)
+    value = hidden.new_tensor(loss[0]) if rows is None else rows
+    return value.to(dtype), grad_hidden, grad_weight, grad_bias
 
 
 def language_model_limits(batch: int, hidden_size: int, vocab: int, dtype: torch.dtype) -> str | None:
@@ -125,7 +124,7 @@ def language_model_loss(
     """
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"nonlinearity: expected 'tanh' or 'relu', got {nonlinearity!r}")
-    table, weight_hh, head_weight, h0 = (computed(t) for t in (table, weight_hh, head_weight, h0))
+    table, weight_hh, head_weight, h0 = computed(table), computed(weight_hh), computed(head_weight), computed(h0)
     head_bias = None if head_bias is None else head_bias.contiguous()
     require_one_type(table, weight_hh, head_weight, head_bias, h0)
     # Ids that share memory are copied: C takes as many as there are, so that nothing makes it loop for nothing.
@@ -192,12 +191,10 @@ def generate(
             "expected temperature > 0, alpha >= 0 and top_k >= 1, got "
             f"temperature {temperature}, alpha {alpha}, top_k {top_k}"
         )
-    kept = [
-        None if t is None else computed(t).contiguous()
-        for t in (table, *weight_ih[1:], *weight_hh, *bias[1:], head_weight, head_bias)
-    ]
+    table = computed(table).contiguous()
+    others = (*weight_ih[1:], *weight_hh, *bias[1:], head_weight, head_bias)
+    kept = [table, *(None if t is None else computed(t).contiguous() for t in others)]
     require_one_type(*kept)
-    table = kept[0]
     result = table.new_zeros(L, B, H)
     if state is not None:
         result.copy_(state)

@@ -8,14 +8,13 @@ import torch
 
 _PACKAGE = __name__.rpartition(".")[0]
 
+missing: str | None = None
 try:
     extension: Any = import_module(f"{_PACKAGE}._native")
 except ModuleNotFoundError:
     extension, missing = None, "the C extension is not built: install with GCC or Clang at hand"
 except ImportError as error:
     extension, missing = None, f"the C extension cannot be loaded: {error}"
-else:
-    missing = None
 
 ISAS = ("baseline", "avx2", "avx512")
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

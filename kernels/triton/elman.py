@@ -74,8 +74,7 @@ class _Pass:
 
 
 def _pass_of(kernel: Any, tile: Tile, hidden_size: int, dtype: torch.dtype, device: torch.device, **options) -> _Pass:
-    launches = []
-    for wide in (False, True):
+    def launch(wide: bool) -> Launch:
         form = Form(
             hidden=hidden_size,
             rows=tile.rows,
@@ -89,8 +88,9 @@ def _pass_of(kernel: Any, tile: Tile, hidden_size: int, dtype: torch.dtype, devi
             wide=wide,
             **{"ahead": tile.ahead, **options},
         )
-        launches.append(Launch(kernel, F=form, **tile.launch_options(target_of(device)[0])))
-    return _Pass(tile.rows, *launches)
+        return Launch(kernel, F=form, **tile.launch_options(target_of(device)[0]))
+
+    return _Pass(tile.rows, launch(False), launch(True))
 
 
 @functools.lru_cache(4096)  # batch sizes may be any number of numbers
@@ -187,6 +187,8 @@ def elman_reason(
 ) -> str:
     """The tile for a hidden size that elman_limits allows, and why it is that one. rows: batch times directions."""
     tile = choose_tile(hidden_size, dtype, precision, torch.device(device), rows)
+    if tile is None:
+        raise RuntimeError(f"elman_reason: {elman_limits(hidden_size, dtype, precision, device)}")
     name = {"fma": "FMA", "mma": "tensor cores", "mma3": "tensor cores in three products"}[tile.form]
     return f"{name}, {tile.rows} rows and {tile.warps} warps a program ({tile.why})"
 
@@ -236,13 +238,12 @@ def elman_forward(
     row's own last step of the walk.
     Raises ValueError for a last stride that is not 1 or tensors on several devices, RuntimeError past elman_limits.
     """
-    packed = batch_sizes is not None
     D, H = len(weight_hh), weight_hh[0].shape[0]
     dtype, device = x.dtype, x.device
     _check(device, x=None if tokens is not None else x, h0=h0, out=out)
     rows = x if tokens is None else tokens
-    T = len(batch_sizes) if packed else rows.shape[0]
-    B = (int(batch_sizes[0]) if T else 0) if packed else rows.shape[1]
+    T = rows.shape[0] if batch_sizes is None else len(batch_sizes)
+    B = rows.shape[1] if batch_sizes is None else int(batch_sizes[0]) if T else 0
     if out is None:
         shape = (*(x.shape[:-1] if tokens is None else tokens.shape), D * H)
         out = torch.empty(shape, dtype=dtype, device=device)
@@ -267,7 +268,7 @@ def elman_forward(
         tokens,
         *of_directions,
         h0,
-        _steps_table(batch_sizes, device) if packed else None,
+        None if batch_sizes is None else _steps_table(batch_sizes, device),
         out,
         h_n,
         T,
@@ -310,28 +311,30 @@ def elman_backward(
     bias, (D*H,), or None.
     Raises ValueError for a last stride that is not 1 or tensors on several devices, RuntimeError past elman_limits.
     """
-    packed = batch_sizes is not None
     D, H = len(weight_hh), weight_hh[0].shape[0]
     dtype, device = out.dtype, out.device
     _check(device, grad_out=grad_out, grad_h_n=grad_h_n, h0=h0)
     out = out.contiguous()  # grad_x has its strides, which the kernel counts on
-    T = len(batch_sizes) if packed else out.shape[0]
-    B = (int(batch_sizes[0]) if T else 0) if packed else out.shape[1]
+    if tokens is not None and num_tokens is None:
+        raise ValueError("num_tokens: expected the rows of the table with tokens, got None")
+    V = num_tokens or 0
+    T = out.shape[0] if batch_sizes is None else len(batch_sizes)
+    B = out.shape[1] if batch_sizes is None else int(batch_sizes[0]) if T else 0
     grad_h0 = torch.empty((D, B, H), dtype=dtype, device=device)
     if T == 0 or B == 0 or H == 0:
-        grad_x = torch.zeros_like(out) if tokens is None else out.new_zeros((num_tokens, D * H))
+        grad_x = torch.zeros_like(out) if tokens is None else out.new_zeros((V, D * H))
         grad_weight = tuple(torch.zeros_like(w) for w in weight_hh) if need_weight_grad else None
         grad_bias = out.new_zeros(D * H) if need_bias_grad else None
         return grad_x, grad_weight, grad_h0.zero_() if grad_h_n is None else grad_h0.copy_(grad_h_n), grad_bias
 
     how = _backward_pass(H, dtype, precision, device, B * D, D, nonlinearity == "tanh")
-    sum_weight = need_weight_grad and how.sums is not None and how.sum_steps >= T
-    if sum_weight:
+    sum_weight = need_weight_grad and how.sum_steps >= T
+    if sum_weight and how.sums is not None:
         how = how.sums
     programs = -(-B // how.rows)
     acc_type = torch.float64 if dtype == torch.float64 else torch.float32
     grad_x = torch.empty(out.shape, dtype=dtype, device=device)
-    h_prev = torch.empty_like(grad_x) if need_weight_grad and not sum_weight and packed else None
+    h_prev = torch.empty_like(grad_x) if need_weight_grad and not sum_weight and batch_sizes is not None else None
     partial_bias = torch.empty((programs, D * H), dtype=acc_type, device=device)
     partial_weight = torch.empty((programs, D, H, H), dtype=acc_type, device=device) if sum_weight else None
     reach = D * H
@@ -347,7 +350,7 @@ def elman_backward(
         weight_hh[0].contiguous(),
         weight_hh[-1].contiguous(),
         h0,
-        _steps_table(batch_sizes, device) if packed else None,
+        None if batch_sizes is None else _steps_table(batch_sizes, device),
         grad_x,
         h_prev,
         grad_h0,
@@ -363,21 +366,22 @@ def elman_backward(
         *((0, 0) if h0 is None else h0.stride()[:2]),
     )
     partial_table = None
-    if tokens is not None and num_tokens <= MAX_SUM_VOCAB:
-        partial_table = _rows_by_token(grad_x, tokens, num_tokens, acc_type)
-    grad_bias, grad_weight, grad_table = _sum_partials(
-        partial_bias, partial_weight, partial_table, need_bias_grad, dtype
-    )
-    if need_weight_grad and grad_weight is None:
-        if packed:
-            grad_weight = [
-                torch.mm(grad_x[:, d * H : (d + 1) * H].t(), h_prev[:, d * H : (d + 1) * H]) for d in range(D)
-            ]
-        else:
-            grad_weight = [_weight_gradient(grad_x, out, h0, d, H, reverse[d]) for d in range(D)]
+    if tokens is not None and V <= MAX_SUM_VOCAB:
+        partial_table = _rows_by_token(grad_x, tokens, V, acc_type)
+    grad_bias, weights, grad_table = _sum_partials(partial_bias, partial_weight, partial_table, need_bias_grad, dtype)
+    if weights is not None:
+        grad_weight = tuple(weights.unbind(0))
+    elif not need_weight_grad:
+        grad_weight = None
+    elif h_prev is None:
+        grad_weight = tuple([_weight_gradient(grad_x, out, h0, d, H, reverse[d]) for d in range(D)])
+    else:
+        grad_weight = tuple(
+            [torch.mm(grad_x[:, d * H : (d + 1) * H].t(), h_prev[:, d * H : (d + 1) * H]) for d in range(D)]
+        )
     if tokens is not None:
-        grad_x = sum_by_id(grad_x, tokens, num_tokens) if grad_table is None else grad_table
-    return grad_x, None if grad_weight is None else tuple(grad_weight), grad_h0, grad_bias
+        grad_x = sum_by_id(grad_x, tokens, V) if grad_table is None else grad_table
+    return grad_x, grad_weight, grad_h0, grad_bias
 
 
 def _weight_gradient(
@@ -448,8 +452,7 @@ def _sum_partials(
         if partial is None:
             totals.append(None)
         else:
-            total = partial[0] if bare else torch.empty(partial.shape[1:], dtype=dtype, device=bias.device)
-            totals.append(total)
+            totals.append(partial[0] if bare else torch.empty(partial.shape[1:], dtype=dtype, device=bias.device))
     if bare or (weight is None and table is None and not need_bias):
         return totals
     block_p, block = (16, 4096) if INTERPRETED else (PARTIAL_SUMS, PARTIAL_ELEMENTS)  # few programs to interpret

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
+from . import numerics
 from .numerics import INTERPRETED, dot
 
 if TYPE_CHECKING:
@@ -103,13 +104,11 @@ def _stand_in() -> types.SimpleNamespace:
     )
 
 
-if INTERPRETED:
-    from .numerics import device_function
-
-    gl, jit, mma_v2 = _stand_in(), triton.jit, _mma_v2
-else:
+if not INTERPRETED:
     from triton.experimental.gluon import jit
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
     device_function = jit
+else:
+    gl, jit, mma_v2, device_function = _stand_in(), triton.jit, _mma_v2, numerics.device_function
