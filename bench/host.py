@@ -3,7 +3,7 @@
 Every launch is replaced by one that returns at once, so this runs on any machine, for GPU kernels too: their launchers
 take CPU tensors then. Sizes are tiny, so that the matrix products that stay cost little more than any operation.
 
-    python -m charrnn_fast.bench.host
+    charrnn-fast bench --host
 """
 
 import contextlib
@@ -214,15 +214,16 @@ def table(rows: dict[str, list[Row]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
+def sides(*, timed: bool = True) -> dict[str, list[Row]]:
+    """torch.nn.RNN and every backend of ours that is here, on one thread."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    sides: dict[str, list[Row]] = {"torch.nn.RNN": rows_of(None)}
-    if library.missing is None:
-        sides["native"] = rows_of("native")
-    if backends._HAS_TRITON:
-        sides["triton"] = rows_of("triton")
-    print(table(sides))
-
-
-if __name__ == "__main__":
-    main()
+    try:
+        found = {"torch.nn.RNN": rows_of(None, timed=timed)}
+        if library.missing is None:
+            found["native"] = rows_of("native", timed=timed)
+        if backends._HAS_TRITON:
+            found["triton"] = rows_of("triton", timed=timed)
+        return found
+    finally:
+        torch.set_num_threads(threads)

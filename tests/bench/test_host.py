@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from charrnn_fast.bench import host
+from charrnn_fast.cli import main
 from charrnn_fast.kernels import native
 
 # Python calls, ATen operations, launches: no more than these. torch.nn.RNN's backward is ATen's and has none of the
@@ -65,6 +66,13 @@ def test_the_stubs_are_taken_away_again(rows):
 def test_times_are_ratios_of_one_run():
     add = host.adds_of(lambda: torch.add(torch.ones(4), 1))
     assert 1 < add < 20
+
+
+def test_the_command_prints_the_table(capsys, monkeypatch):
+    monkeypatch.setattr(host, "adds_of", lambda call: 1.5)
+    assert main(["bench", "--host"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:2] == ["torch.nn.RNN", "forward,"] and "1.5" in lines[1]
 
 
 def test_the_table_names_every_side():
