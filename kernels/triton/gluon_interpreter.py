@@ -21,7 +21,7 @@ from .numerics import INTERPRETED, dot
 if TYPE_CHECKING:
     import numpy as np  # which need not be there where kernels are compiled
 
-__all__ = ["device_function", "gl", "jit", "mma_v2"]
+__all__ = ["barrier", "device_function", "gl", "jit", "mma_v2"]
 
 
 class SharedMemory:
@@ -84,6 +84,7 @@ def _stand_in() -> types.SimpleNamespace:
     same = ("constexpr", "float16", "bfloat16", "float32", "float64", "int1", "int32", "int64")
     # The interpreter replaces these while a kernel runs, so they are looked up at each call.
     called = ("load", "store", "where", "program_id", "num_programs", "expand_dims", "exp", "exp2", "abs", "fma")
+    called += ("minimum", "atomic_add")
 
     def late(name):
         return lambda *arguments, **options: getattr(tl, name)(*arguments, **options)
@@ -99,7 +100,6 @@ def _stand_in() -> types.SimpleNamespace:
         convert_layout=lambda value, layout: value,
         allocate_shared_memory=_allocate_shared_memory,
         static_range=range,
-        barrier=lambda: None,
     )
 
 
@@ -107,9 +107,13 @@ if INTERPRETED:
     from .numerics import device_function
 
     gl, jit, mma_v2 = _stand_in(), triton.jit, _mma_v2
+
+    def barrier() -> None:
+        """Nothing to wait for: a program is one thread."""
 else:
     from triton.experimental.gluon import jit
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
     device_function = jit
+    barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name before 3.7

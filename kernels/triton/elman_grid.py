@@ -1,0 +1,356 @@
+"""Launchers of the recurrence across the chip (elman_grid_kernels.py has the algorithm, elman_grid_tiles.py the choice).
+
+Arguments and results are those of elman.py's launchers. A launch has no more teams of programs than run at once, by the
+driver's own count for the compiled kernel; the others go in launches after it. Where not one team fits, or a driver
+refuses after all, the steps are launched one by one, which is slow and asks for nothing of the sort.
+
+With CHARRNN_GRID_DEBUG=1 in the environment every call waits for the device and raises a RuntimeError if a program
+waited for the others in vain. Without it such a call ends as well, with NaN for results.
+"""
+
+import ctypes
+import functools
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+
+from . import elman
+from .elman_grid_forms import GridForm
+from .elman_grid_kernels import COUNTER_STRIDE, elman_grid_backward_kernel, elman_grid_forward_kernel
+from .elman_grid_tiles import Chip, GridTile, find_grid_tile, programs_at_once
+from .launch import INTERPRETED, KINDS, on_device, processors_of, target_of
+
+
+@functools.lru_cache(4096)  # batch sizes may be any number of numbers
+def choose_grid_tile(
+    hidden_size: int, dtype: torch.dtype, precision: str, device: torch.device, rows: int = 1
+) -> GridTile | None:
+    """The tile for so many rows (batch times directions), or None if the chip cannot hold W or cuDNN is faster."""
+    kind = KINDS.get(dtype) or ("tf32" if precision == "tf32" else "fp32")
+    library = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, kind)
+    return find_grid_tile(kind, hidden_size, target_of(device)[0], rows, processors_of(device), library)
+
+
+def grid_limits(
+    hidden_size: int, dtype: torch.dtype, precision: str = "ieee", device: torch.device | str = "cpu", rows: int = 1
+) -> str | None:
+    """None if the recurrence goes across the chip, else one clause that says why not. rows: batch times directions."""
+    device = torch.device(device)
+    if torch.version.hip is not None and device.type == "cuda":
+        return f"hidden size {hidden_size} is too large for one program, and AMD's have no grid ({dtype})"
+    if choose_grid_tile(hidden_size, dtype, precision, device, rows) is None:
+        return f"hidden size {hidden_size} is too large for one program and no grid is known to be faster than cuDNN ({dtype})"
+    return None
+
+
+def grid_reason(
+    hidden_size: int, dtype: torch.dtype, precision: str = "ieee", device: torch.device | str = "cpu", rows: int = 1
+) -> str:
+    """The tile for a size that grid_limits allows: programs, teams, what is resident, and why it is that one."""
+    tile = choose_grid_tile(hidden_size, dtype, precision, torch.device(device), rows)
+    assert tile is not None  # by grid_limits
+    return tile.describe(hidden_size, dtype.itemsize, rows)
+
+
+@functools.cache
+def _form(tile: GridTile, hidden_size: int, dtype: torch.dtype, tanh: bool, wide: bool) -> GridForm:
+    return GridForm(
+        hidden=hidden_size,
+        units=tile.units,
+        rows=tile.rows,
+        warps=tile.warps,
+        dtype=elman._TYPES[dtype],
+        mma=tile.form != "fma",
+        three=tile.form == "mma3",
+        low=tile.low,
+        lanes_k=tile.lanes_k,
+        ahead=1 if INTERPRETED else tile.ahead,
+        tanh=tanh,
+        wide=wide,
+    )
+
+
+def chip_of(device: torch.device) -> Chip:
+    """What a device has for programs that run at once."""
+    properties = torch.cuda.get_device_properties(device)
+    return Chip(
+        processors=properties.multi_processor_count,
+        registers=getattr(properties, "regs_per_multiprocessor", Chip.registers),
+        shared=getattr(properties, "shared_memory_per_multiprocessor", Chip.shared),
+        threads=properties.max_threads_per_multi_processor,
+    )
+
+
+def _asked_of_driver(function: int, warps: int, shared: int) -> int | None:
+    """Programs of a loaded kernel that a multiprocessor holds, by the driver; None where it cannot be asked."""
+    try:
+        ask = ctypes.CDLL("libcuda.so.1").cuOccupancyMaxActiveBlocksPerMultiprocessor
+    except (OSError, AttributeError):
+        return None
+    found = ctypes.c_int()
+    arguments = ctypes.byref(found), ctypes.c_void_p(function), ctypes.c_int(32 * warps), ctypes.c_size_t(shared)
+    return found.value if ask(*arguments) == 0 else None
+
+
+def _resident(compiled: Any, warps: int, device: torch.device) -> int:
+    """Programs of a compiled kernel that the device runs at once: what the driver says, and never more than computed."""
+    _ = compiled.run  # loads it
+    chip = chip_of(device)
+    shared = compiled.metadata.shared
+    computed = programs_at_once(compiled.n_regs, shared, warps, chip)
+    asked = _asked_of_driver(compiled.function, warps, shared)
+    return computed if asked is None else min(computed, asked * chip.processors)
+
+
+_resident_of: dict[tuple, int] = {}
+
+
+def _teams_at_once(kernel: Any, arguments: Sequence[Any], form: GridForm, options: dict, device: torch.device) -> int:
+    """Teams of a launch that run at once; 0 if not one does. Asked once for each kernel that is compiled."""
+    kinds = tuple(
+        None if a is None else a.data_ptr() % 16 == 0 if isinstance(a, torch.Tensor) else (a == 1, a % 16 == 0, a < 2**31)
+        for a in arguments
+    )
+    key = (kernel, form, device, kinds)
+    if key not in _resident_of:
+        compiled = kernel.warmup(*arguments, grid=(form.programs, 1), F=form, **options)
+        _resident_of[key] = _resident(compiled, form.warps, device)
+    return _resident_of[key] // form.programs
+
+
+def _launch(
+    kernel: Any,
+    arguments: Callable[[int, int, int], Sequence[Any]],
+    teams: int,
+    steps: int,
+    steps_per_launch: int | None,
+    counters: torch.Tensor,
+    form: GridForm,
+    options: dict[str, object],
+) -> None:
+    """All teams through all steps, in as many launches as it takes.
+
+    arguments: the kernel's, by first step, number of steps and first team.
+    """
+    device = counters.device
+    if INTERPRETED:  # programs run one after another
+        alone = form.programs == 1
+        at_once, most = teams, steps if alone else 1
+    else:
+        options = options | {"launch_cooperative_grid": True}
+        at_once, most = _teams_at_once(kernel, arguments(0, steps, 0), form, options, device), steps
+    if steps_per_launch is not None:
+        most = min(most, steps_per_launch)
+    first_team = 0
+    while first_team < teams:
+        if at_once == 0 or most == 1:  # no program waits for another
+            options = {name: value for name, value in options.items() if name != "launch_cooperative_grid"}
+            at_once, most = teams - first_team, 1
+        now = min(at_once, teams - first_team)
+        try:
+            for first_step in range(0, steps, most):
+                if first_step and most > 1:
+                    counters.zero_()
+                kernel[form.programs, now](*arguments(first_step, most, first_team), F=form, **options)
+        except RuntimeError as error:
+            if "cooperative" not in str(error) or most == 1:
+                raise
+            at_once = now // 2  # the device is shared with somebody, or the driver counts otherwise
+            continue
+        first_team += now
+    if os.environ.get("CHARRNN_GRID_DEBUG") == "1" and counters[0, 0].item():
+        raise RuntimeError(
+            f"{kernel.__name__}: a program waited for the {form.programs} of its team in vain, "
+            f"{form.most_polls} times; were all of them running?"
+        )
+
+
+def _counters(teams: int, device: torch.device) -> torch.Tensor:
+    return torch.zeros((1 + teams, COUNTER_STRIDE.value), dtype=torch.int32, device=device)
+
+
+def _tile(
+    name: str, tile: GridTile | None, hidden_size: int, dtype: torch.dtype, precision: str, device: torch.device, rows
+) -> GridTile:
+    tile = tile or choose_grid_tile(hidden_size, dtype, precision, device, rows)
+    if tile is None:
+        raise RuntimeError(f"{name}: {grid_limits(hidden_size, dtype, precision, device, rows)}")
+    return tile
+
+
+def elman_grid_forward(
+    x: torch.Tensor,
+    weight_hh,
+    h0: torch.Tensor | None = None,
+    *,
+    bias_ih=None,
+    bias_hh=None,
+    tokens: torch.Tensor | None = None,
+    batch_sizes: torch.Tensor | None = None,
+    nonlinearity: str = "tanh",
+    reverse=(False,),
+    out: torch.Tensor | None = None,
+    precision: str = "ieee",
+    tile: GridTile | None = None,
+    steps_per_launch: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As elman.elman_forward with projected input or tokens, W_hh shared out among programs that exchange the state.
+
+    tile: instead of the chosen one. steps_per_launch: how many steps a launch makes, None for all; 1 lets the programs
+    run in any order. Interpreted it is 1 wherever there is more than one program.
+    Raises ValueError for a last stride that is not 1 or tensors on several devices, RuntimeError past grid_limits.
+    """
+    packed = batch_sizes is not None
+    D, H = len(weight_hh), weight_hh[0].shape[0]
+    dtype, device = x.dtype, x.device
+    rows = x if tokens is None else tokens
+    elman._check({"x": x}, device, unit_stride=tokens is None)
+    elman._check({"h0": h0, "out": out}, device)
+    T = len(batch_sizes) if packed else rows.shape[0]
+    B = (int(batch_sizes[0]) if T else 0) if packed else rows.shape[1]
+    tile = _tile("elman_grid_forward", tile, H, dtype, precision, device, B * D)
+    if out is None:
+        out = elman._like_rows(x if tokens is None else tokens.unsqueeze(-1), D * H, dtype)
+    h_n = torch.empty((D, B, H), dtype=dtype, device=device)
+    if T == 0 or B == 0 or H == 0:
+        return out, h_n.zero_() if h0 is None else h_n.copy_(h0)
+
+    wide = elman._is_wide(tile.rows, (None if tokens is not None else x, h0, out), None if tokens is None else x)
+    teams = triton.cdiv(B, tile.rows) * D
+    counters = _counters(teams, device)
+    pointers = (
+        x,
+        tokens,
+        elman._of_direction(weight_hh, 0),
+        elman._of_direction(weight_hh, 1),
+        elman._of_direction(bias_ih, 0),
+        elman._of_direction(bias_ih, 1),
+        elman._of_direction(bias_hh, 0),
+        elman._of_direction(bias_hh, 1),
+        h0,
+        elman._steps_table(batch_sizes, device) if packed else None,
+        out,
+        h_n,
+        counters,
+    )
+    strides = (
+        *(elman._row_strides(x, packed) if tokens is None else (x.stride(0), 0)),
+        1 if tokens is None else x.stride(1),
+        *elman._row_strides(tokens, packed),
+        *(h0.stride()[:2] if h0 is not None else (0, 0)),
+        *elman._row_strides(out, packed),
+    )
+    sizes = (T, B, x.shape[0], elman._mask(reverse))
+    form = _form(tile, H, dtype, nonlinearity == "tanh", wide)
+    with on_device(device):
+        _launch(
+            elman_grid_forward_kernel,
+            lambda *launch: (*pointers, *sizes, *launch, *strides),
+            teams,
+            T,
+            steps_per_launch,
+            counters,
+            form,
+            tile.launch_options(target_of(device)[0]),
+        )
+    return out, h_n
+
+
+def elman_grid_backward(
+    grad_out: torch.Tensor | None,
+    grad_h_n: torch.Tensor | None,
+    out: torch.Tensor,
+    weight_hh,
+    h0: torch.Tensor | None = None,
+    *,
+    tokens: torch.Tensor | None = None,
+    num_tokens: int | None = None,
+    batch_sizes: torch.Tensor | None = None,
+    nonlinearity: str = "tanh",
+    reverse=(False,),
+    need_weight_grad: bool = True,
+    need_bias_grad: bool = True,
+    precision: str = "ieee",
+    tile: GridTile | None = None,
+    steps_per_launch: int | None = None,
+) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None, torch.Tensor, torch.Tensor | None]:
+    """As elman.elman_backward, W_hh shared out among programs that exchange d_t; grad_W by a matrix product afterwards.
+
+    tile, steps_per_launch: as in elman_grid_forward.
+    Raises ValueError for a last stride that is not 1 or tensors on several devices, RuntimeError past grid_limits.
+    """
+    packed = batch_sizes is not None
+    D, H = len(weight_hh), weight_hh[0].shape[0]
+    dtype, device = out.dtype, out.device
+    elman._check({"grad_out": grad_out, "grad_h_n": grad_h_n, "out": out, "h0": h0}, device)
+    V = 0 if tokens is None else num_tokens
+    T = len(batch_sizes) if packed else out.shape[0]
+    B = (int(batch_sizes[0]) if T else 0) if packed else out.shape[1]
+    tile = _tile("elman_grid_backward", tile, H, dtype, precision, device, B * D)
+    grad_h0 = torch.empty((D, B, H), dtype=dtype, device=device)
+    if T == 0 or B == 0 or H == 0:
+        grad_x = torch.zeros_like(out) if tokens is None else out.new_zeros((V, D * H))
+        grad_weight = tuple(torch.zeros_like(w) for w in weight_hh) if need_weight_grad else None
+        grad_bias = out.new_zeros(D * H) if need_bias_grad else None
+        return grad_x, grad_weight, grad_h0.zero_() if grad_h_n is None else grad_h0.copy_(grad_h_n), grad_bias
+
+    # grad_x has out's strides, which the kernel counts on; where a buffer has gaps, a copy of it has none.
+    grad_x = elman._like_rows(out, D * H, dtype)
+    if grad_x.stride() != out.stride():
+        out = grad_x.new_empty(grad_x.shape).copy_(out) if packed else torch.empty_like(grad_x).copy_(out)
+    row_teams = triton.cdiv(B, tile.rows)
+    in_order = not packed and (T == 1 or out.stride(0) == B * out.stride(1))  # so a step is B rows of one matrix
+    acc_type = torch.float64 if dtype == torch.float64 else torch.float32
+    h_prev = torch.empty_like(grad_x) if need_weight_grad and not in_order else None
+    partial_bias = torch.empty((row_teams, D * H), dtype=acc_type, device=device)
+    target = target_of(device)[0]
+    counters = _counters(row_teams * D, device)
+    pointers = (
+        grad_out,
+        grad_h_n,
+        out,
+        elman._of_direction(weight_hh, 0),
+        elman._of_direction(weight_hh, 1),
+        h0,
+        elman._steps_table(batch_sizes, device) if packed else None,
+        grad_x,
+        h_prev,
+        grad_h0,
+        partial_bias,
+        counters,
+    )
+    strides = (
+        *elman._row_strides(grad_out, packed),
+        *(grad_h_n.stride()[:2] if grad_h_n is not None else (0, 0)),
+        *elman._row_strides(out, packed),
+        *(h0.stride()[:2] if h0 is not None else (0, 0)),
+    )
+    sizes = (T, B, D, elman._mask(reverse))
+    wide = elman._is_wide(tile.rows, (grad_out, grad_h_n, out, h0))
+    with on_device(device):
+        _launch(
+            elman_grid_backward_kernel,
+            lambda *launch: (*pointers, *sizes, *launch, *strides),
+            row_teams * D,
+            T + 1,
+            steps_per_launch,
+            counters,
+            _form(tile, H, dtype, nonlinearity == "tanh", wide),
+            tile.launch_options(target),
+        )
+        partial_table = None
+        if tokens is not None and V <= elman.MAX_SUM_VOCAB:
+            partial_table = elman._rows_by_token(grad_x, tokens, V, acc_type, target)
+        grad_bias, _, grad_table = elman._sum_partials(partial_bias, None, partial_table, dtype, target)
+    grad_weight = None
+    if need_weight_grad:
+        grad_weight = tuple(
+            elman._weight_gradient(grad_x, out if in_order else h_prev, h0, d, H, reverse[d], shifted=in_order)
+            for d in range(D)
+        )
+    if tokens is not None:
+        grad_x = elman._table_gradient(grad_x, tokens, V) if grad_table is None else grad_table
+    return grad_x, grad_weight, grad_h0, grad_bias if need_bias_grad else None
