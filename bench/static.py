@@ -41,8 +41,9 @@ if str(ROOT) not in sys.path:  # this checkout's, also where charrnn_fast and so
     sys.path.insert(0, str(ROOT))
 _cases = importlib.import_module("bench.static_cases")
 Case, TARGETS, all_cases, load = _cases.Case, _cases.TARGETS, _cases.all_cases, _cases.load
-elman_cases, case_name, clip_cases, generate_cases = (
+elman_cases, elman_grid_cases, case_name, clip_cases, generate_cases = (
     _cases.elman_cases,
+    _cases.elman_grid_cases,
     _cases.case_name,
     _cases.clip_cases,
     _cases.generate_cases,
@@ -111,6 +112,10 @@ PER_STEP = (
 def figures(case: Case) -> dict:
     """Compile one case and measure it."""
     found = of_compiled(compile_case(case), positions(case))
+    if case.team:
+        tiles, warps = load("elman_grid_tiles"), case.options["num_warps"]
+        at_once = tiles.programs_at_once(found["registers"], found["shared"], warps, tiles.CHIPS[case.target])
+        found |= {"team": case.team, "at_once": at_once}
     if case.steps > 1:
         found |= {name: round(found[name] / case.steps, 2) for name in PER_STEP if name in found}
     return found

@@ -1,4 +1,4 @@
-"""Launchers of the recurrence across the chip (elman_grid_kernels.py has the algorithm, elman_grid_tiles.py the choice).
+"""Launchers of the recurrence across the chip (elman_grid_kernels.py: the algorithm; elman_grid_tiles.py: the choice).
 
 Arguments and results are those of elman.py's launchers. A launch has no more teams of programs than run at once, by the
 driver's own count for the compiled kernel; the others go in launches after it. Where not one team fits, or a driver
@@ -18,10 +18,11 @@ import torch
 import triton
 
 from . import elman
-from .elman_grid_forms import GridForm
-from .elman_grid_kernels import COUNTER_STRIDE, elman_grid_backward_kernel, elman_grid_forward_kernel
+from .elman_grid_forms import COUNTER_STRIDE, GridForm
+from .elman_grid_kernels import elman_grid_backward_kernel, elman_grid_forward_kernel
 from .elman_grid_tiles import Chip, GridTile, find_grid_tile, programs_at_once
 from .launch import INTERPRETED, KINDS, on_device, processors_of, target_of
+from .targets import NVIDIA
 
 
 @functools.lru_cache(4096)  # batch sizes may be any number of numbers
@@ -29,6 +30,8 @@ def choose_grid_tile(
     hidden_size: int, dtype: torch.dtype, precision: str, device: torch.device, rows: int = 1
 ) -> GridTile | None:
     """The tile for so many rows (batch times directions), or None if the chip cannot hold W or cuDNN is faster."""
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 12:
+        return None  # the tiles have not been compiled for consumer Blackwell
     kind = KINDS.get(dtype) or ("tf32" if precision == "tf32" else "fp32")
     library = {torch.float16: "fp16", torch.bfloat16: "bf16"}.get(dtype, kind)
     return find_grid_tile(kind, hidden_size, target_of(device)[0], rows, processors_of(device), library)
@@ -39,11 +42,12 @@ def grid_limits(
 ) -> str | None:
     """None if the recurrence goes across the chip, else one clause that says why not. rows: batch times directions."""
     device = torch.device(device)
-    if torch.version.hip is not None and device.type == "cuda":
-        return f"hidden size {hidden_size} is too large for one program, and AMD's have no grid ({dtype})"
-    if choose_grid_tile(hidden_size, dtype, precision, device, rows) is None:
-        return f"hidden size {hidden_size} is too large for one program and no grid is known to be faster than cuDNN ({dtype})"
-    return None
+    if choose_grid_tile(hidden_size, dtype, precision, device, rows) is not None:
+        return None
+    too_large = f"hidden size {hidden_size} is too large for one program ({dtype})"
+    if target_of(device)[0] not in NVIDIA:
+        return f"{too_large}, and this GPU has no grid of them"
+    return f"{too_large}, and a grid of them is not known to be faster than cuDNN"
 
 
 def grid_reason(
@@ -65,7 +69,7 @@ def _form(tile: GridTile, hidden_size: int, dtype: torch.dtype, tanh: bool, wide
         dtype=elman._TYPES[dtype],
         mma=tile.form != "fma",
         three=tile.form == "mma3",
-        low=tile.low,
+        most_chains=tile.chains,
         lanes_k=tile.lanes_k,
         ahead=1 if INTERPRETED else tile.ahead,
         tanh=tanh,
@@ -96,7 +100,7 @@ def _asked_of_driver(function: int, warps: int, shared: int) -> int | None:
 
 
 def _resident(compiled: Any, warps: int, device: torch.device) -> int:
-    """Programs of a compiled kernel that the device runs at once: what the driver says, and never more than computed."""
+    """Programs of a compiled kernel that the device runs at once: the driver's count, and never more than computed."""
     _ = compiled.run  # loads it
     chip = chip_of(device)
     shared = compiled.metadata.shared
@@ -105,16 +109,22 @@ def _resident(compiled: Any, warps: int, device: torch.device) -> int:
     return computed if asked is None else min(computed, asked * chip.processors)
 
 
+INTERPRETED_AT_ONCE = 1  # programs: they run one after another
 _resident_of: dict[tuple, int] = {}
+
+
+def _specialization(argument: torch.Tensor | int | None) -> Any:
+    """What of an argument Triton compiles for."""
+    if isinstance(argument, torch.Tensor):
+        return argument.data_ptr() % 16 == 0
+    return argument if argument is None else (argument == 1, argument % 16 == 0, argument < 2**31)
 
 
 def _teams_at_once(kernel: Any, arguments: Sequence[Any], form: GridForm, options: dict, device: torch.device) -> int:
     """Teams of a launch that run at once; 0 if not one does. Asked once for each kernel that is compiled."""
-    kinds = tuple(
-        None if a is None else a.data_ptr() % 16 == 0 if isinstance(a, torch.Tensor) else (a == 1, a % 16 == 0, a < 2**31)
-        for a in arguments
-    )
-    key = (kernel, form, device, kinds)
+    if INTERPRETED:
+        return INTERPRETED_AT_ONCE // form.programs
+    key = (kernel, form, device, *map(_specialization, arguments))
     if key not in _resident_of:
         compiled = kernel.warmup(*arguments, grid=(form.programs, 1), F=form, **options)
         _resident_of[key] = _resident(compiled, form.warps, device)
@@ -136,40 +146,34 @@ def _launch(
     arguments: the kernel's, by first step, number of steps and first team.
     """
     device = counters.device
-    if INTERPRETED:  # programs run one after another
-        alone = form.programs == 1
-        at_once, most = teams, steps if alone else 1
-    else:
-        options = options | {"launch_cooperative_grid": True}
-        at_once, most = _teams_at_once(kernel, arguments(0, steps, 0), form, options, device), steps
-    if steps_per_launch is not None:
-        most = min(most, steps_per_launch)
+    most = min(steps, steps_per_launch or steps)
+    together = options | {"launch_cooperative_grid": True}
+    at_once = _teams_at_once(kernel, arguments(0, steps, 0), form, together, device) if most > 1 else 0
     first_team = 0
     while first_team < teams:
-        if at_once == 0 or most == 1:  # no program waits for another
-            options = {name: value for name, value in options.items() if name != "launch_cooperative_grid"}
-            at_once, most = teams - first_team, 1
+        if at_once == 0:  # no program waits for another
+            at_once, most, together = teams - first_team, 1, options
         now = min(at_once, teams - first_team)
         try:
             for first_step in range(0, steps, most):
                 if first_step and most > 1:
                     counters.zero_()
-                kernel[form.programs, now](*arguments(first_step, most, first_team), F=form, **options)
+                kernel[form.programs, now](*arguments(first_step, most, first_team), F=form, **together)
         except RuntimeError as error:
-            if "cooperative" not in str(error) or most == 1:
+            if "cooperative" not in str(error) or most == 1 or first_step:
                 raise
             at_once = now // 2  # the device is shared with somebody, or the driver counts otherwise
             continue
         first_team += now
     if os.environ.get("CHARRNN_GRID_DEBUG") == "1" and counters[0, 0].item():
         raise RuntimeError(
-            f"{kernel.__name__}: a program waited for the {form.programs} of its team in vain, "
-            f"{form.most_polls} times; were all of them running?"
+            f"the recurrence across the chip: one of {form.programs} programs waited for the others in vain, "
+            f"for {form.most_polls} polls of their counter"
         )
 
 
-def _counters(teams: int, device: torch.device) -> torch.Tensor:
-    return torch.zeros((1 + teams, COUNTER_STRIDE.value), dtype=torch.int32, device=device)
+def _counters(teams: int, form: GridForm, device: torch.device) -> torch.Tensor:
+    return torch.zeros((1 + teams * form.counters, COUNTER_STRIDE.value), dtype=torch.int32, device=device)
 
 
 def _tile(
@@ -220,7 +224,8 @@ def elman_grid_forward(
 
     wide = elman._is_wide(tile.rows, (None if tokens is not None else x, h0, out), None if tokens is None else x)
     teams = triton.cdiv(B, tile.rows) * D
-    counters = _counters(teams, device)
+    form = _form(tile, H, dtype, nonlinearity == "tanh", wide)
+    counters = _counters(teams, form, device)
     pointers = (
         x,
         tokens,
@@ -244,7 +249,6 @@ def elman_grid_forward(
         *elman._row_strides(out, packed),
     )
     sizes = (T, B, x.shape[0], elman._mask(reverse))
-    form = _form(tile, H, dtype, nonlinearity == "tanh", wide)
     with on_device(device):
         _launch(
             elman_grid_forward_kernel,
@@ -307,7 +311,9 @@ def elman_grid_backward(
     h_prev = torch.empty_like(grad_x) if need_weight_grad and not in_order else None
     partial_bias = torch.empty((row_teams, D * H), dtype=acc_type, device=device)
     target = target_of(device)[0]
-    counters = _counters(row_teams * D, device)
+    wide = elman._is_wide(tile.rows, (grad_out, grad_h_n, out, h0))
+    form = _form(tile, H, dtype, nonlinearity == "tanh", wide)
+    counters = _counters(row_teams * D, form, device)
     pointers = (
         grad_out,
         grad_h_n,
@@ -329,7 +335,6 @@ def elman_grid_backward(
         *(h0.stride()[:2] if h0 is not None else (0, 0)),
     )
     sizes = (T, B, D, elman._mask(reverse))
-    wide = elman._is_wide(tile.rows, (grad_out, grad_h_n, out, h0))
     with on_device(device):
         _launch(
             elman_grid_backward_kernel,
@@ -338,7 +343,7 @@ def elman_grid_backward(
             T + 1,
             steps_per_launch,
             counters,
-            _form(tile, H, dtype, nonlinearity == "tanh", wide),
+            form,
             tile.launch_options(target),
         )
         partial_table = None

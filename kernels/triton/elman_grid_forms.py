@@ -8,9 +8,9 @@ added through shared memory, after which every thread has the same few elements 
 
 - MMA: W the left operand of mma.sync, the state the right one, eight rows a matrix instruction. k_width is 128 bits, so
   that a thread's loads are. 16-bit operands, or float32 in one product of ten bits (tf32) or in three (tf32x3: high and
-  low part of both, all but low times low); W's low parts stay in registers, or, where these hold W once (`low` False),
-  are made anew at each step.
-- FMA: for float64. A thread owns units / lanes_n units and of each piece the 16 bytes of k that one of lanes_k lanes has.
+  low part of both, all but low times low; W's low parts take as many registers again).
+- FMA: float64, and float32 where registers hold W once. A thread owns units / lanes_n units and of each piece the 16
+  bytes of k that one of lanes_k lanes has.
 
 Shared memory is written in the MMA's order and read eight rows by four units a warp, with no bank conflict.
 """
@@ -24,6 +24,8 @@ from .elman_forms import tf32_low
 from .gluon_interpreter import INTERPRETED, barrier, device_function, gl, mma_v2
 from .numerics import tf32_high
 
+COUNTER_STRIDE = tl.constexpr(32)  # int32 between two counters: 128 bytes, a line of the second-level cache
+
 
 @dataclass(frozen=True)
 class GridForm:
@@ -36,18 +38,18 @@ class GridForm:
     dtype: tl.dtype  # of the tensors
     mma: bool = True
     three: bool = False  # tf32x3
-    low: bool = True  # W's low parts are kept
     most_chains: int = 4  # MMA: sums of a warp that do not wait for each other, over all its units
     lanes_k: int = 8  # FMA: lanes that share a unit
     ahead: int = 2  # steps by which input is loaded before it is needed
     tanh: bool = True  # else relu
     wide: bool = False  # offsets inside a tile need int64
+    by_part: bool = True  # a counter for each warp's part of k, else one for all
     most_polls: int = 1 << 24  # of a counter before the others are given up
 
     def __repr__(self) -> str:
         """Names the layouts as well: Triton's cache of compiled kernels tells constants apart by this."""
-        values = [self.hidden, self.units, self.rows, self.warps, self.dtype, self.mma, self.three, self.low]
-        values += [self.most_chains, self.lanes_k, self.ahead, self.tanh, self.wide, self.most_polls]
+        values = [self.hidden, self.units, self.rows, self.warps, self.dtype, self.mma, self.three]
+        values += [self.most_chains, self.lanes_k, self.ahead, self.tanh, self.wide, self.by_part, self.most_polls]
         return f"GridForm({values}, {self.products}, {self.sums}, {self.shared})"
 
     @property
@@ -80,6 +82,16 @@ class GridForm:
         return -(-self.hidden // (self.warps * self.piece))
 
     @property
+    def part(self) -> int:
+        """Values of k of a warp: a whole number of programs' units."""
+        return self.pieces * self.piece
+
+    @property
+    def counters(self) -> int:
+        """Of a team."""
+        return self.warps if self.by_part else 1
+
+    @property
     def chains(self) -> int:
         """Sums that an MMA's unit of 16 x 8 is made of."""
         return min(self.pieces, max(1, self.most_chains * 16 * 8 // (self.units * self.rows)))
@@ -87,7 +99,7 @@ class GridForm:
     @property
     def exact(self) -> bool:
         """Whether the pieces end where H does, so that no k has to be masked."""
-        return self.warps * self.pieces * self.piece == self.hidden
+        return self.warps * self.part == self.hidden
 
     @functools.cached_property
     def products(self):
@@ -106,6 +118,12 @@ class GridForm:
     def weight(self):
         """Layout of a piece of W, (warps, units, KP)."""
         return gl.DotOperandLayout(0, self.products, self.k_width) if self.mma else gl.SliceLayout(2, self.products)
+
+    @property
+    def transposed(self):
+        """Layout in which a piece of W's transpose is read, (warps, KP, units): 16 bytes a thread along the units."""
+        lanes = max(1, self.units // self.k_width)
+        return gl.BlockedLayout([1, 1, self.k_width], [1, 32 // lanes, lanes], [self.warps, 1, 1], [2, 1, 0])
 
     @property
     def state(self):
@@ -136,7 +154,7 @@ class GridForm:
 
     @property
     def shared(self):
-        """Layout of the warps' sums in shared memory: blocks of eight rows, moved so that four units meet no conflict."""
+        """Layout of the warps' sums in shared memory: blocks of eight rows, moved so that units do not conflict."""
         phases = min(4, max(1, self.rows // 8))
         return gl.SwizzledSharedLayout(min(8, self.rows), 4 // phases, phases, [2, 1, 0])
 
@@ -160,26 +178,36 @@ def own_units(F: tl.constexpr):
 def load_weight(weight_ptr, first_unit, TRANSPOSE: tl.constexpr, F: tl.constexpr):
     """This program's rows of W (H, H) contiguous, or of its transpose, zero outside: a tuple of pieces.
 
-    For tf32x3 with `low` the high parts, then the low.
+    For tf32x3 the high parts, then the low. The transpose is read along its units, as it lies, and turned in
+    shared memory: read where it is needed, a thread would have a value at a time, and registers for all of them.
     """
     PIECES: tl.constexpr = F.pieces
-    KEPT: tl.constexpr = F.three and F.low
-    s = gl.arange(0, F.warps, layout=gl.SliceLayout(1, gl.SliceLayout(2, F.weight))).expand_dims(1).expand_dims(2)
-    n = gl.arange(0, F.units, layout=gl.SliceLayout(0, gl.SliceLayout(2, F.weight))).expand_dims(0).expand_dims(2)
-    k = gl.arange(0, F.piece, layout=gl.SliceLayout(0, gl.SliceLayout(1, F.weight))).expand_dims(0).expand_dims(1)
-    n += first_unit
-    k += s * (PIECES * F.piece)
+    L: tl.constexpr = F.transposed if TRANSPOSE else F.weight
+    s = gl.arange(0, F.warps, layout=gl.SliceLayout(1, gl.SliceLayout(2, L))).expand_dims(1).expand_dims(2)
+    middle: tl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, L))
+    last: tl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, L))
+    if TRANSPOSE:
+        n = gl.arange(0, F.units, layout=last).expand_dims(0).expand_dims(1) + first_unit
+        k = gl.arange(0, F.piece, layout=middle).expand_dims(0).expand_dims(2) + s * F.part
+    else:
+        n = gl.arange(0, F.units, layout=middle).expand_dims(0).expand_dims(2) + first_unit
+        k = gl.arange(0, F.piece, layout=last).expand_dims(0).expand_dims(1) + s * F.part
     highs = ()
     lows = ()
     for a in gl.static_range(PIECES):
         column = k + a * F.piece
         offsets = column * F.hidden + n if TRANSPOSE else n * F.hidden + column
-        high = gl.load(weight_ptr + offsets, mask=(n < F.hidden) & (column < F.hidden), other=0.0).to(F.operand)
-        if KEPT:
+        high = gl.load(weight_ptr + offsets, mask=(n < F.hidden) & (column < F.hidden), other=0.0)
+        if TRANSPOSE:
+            high = gl.convert_layout(gl.permute(high, (0, 2, 1)), F.weight)
+        high = high.to(F.operand)
+        if F.three:
             low = high
             high = tf32_high(low)
             lows = lows + (tf32_low(low, high),)
         highs = highs + (high,)
+    if TRANSPOSE:
+        barrier()  # what the pieces passed through is shared memory that the steps use
     return highs + lows
 
 
@@ -195,41 +223,17 @@ def state_places(F: tl.constexpr):
         rows = gl.arange(0, F.rows, layout=gl.SliceLayout(0, gl.SliceLayout(2, F.state))).expand_dims(0).expand_dims(2)
     if F.wide:
         rows = rows.to(gl.int64)
-    return k + s * (F.pieces * F.piece), rows
+    return k + s * F.part, rows
 
 
 @device_function
-def load_state(rows_ptr, k, mask_rows, F: tl.constexpr):
-    """The whole state, a tuple of pieces, zero outside `mask_rows`; past the first-level cache, which may be old.
-
-    rows_ptr: where its rows lie, shaped to broadcast over k.
-    """
-    PIECES: tl.constexpr = F.pieces
-    pieces = ()
-    for a in gl.static_range(PIECES):
-        if F.exact:
-            mask = mask_rows & (k >= 0)
-        else:
-            mask = mask_rows & (k + a * F.piece < F.hidden)
-        pieces = pieces + (gl.load(rows_ptr + (k + a * F.piece), mask=mask, other=0.0, cache_modifier=".cg"),)
-    return pieces
-
-
-@device_function
-def _tf32_high_anew(x):
-    """tf32_high where it stands: what is the same at every step is not made ahead of all, in registers of its own."""
-    if INTERPRETED:
-        return tf32_high(x)
+def _load_piece(rows_ptr, k, mask_rows, a, F: tl.constexpr):
+    """Piece a of a state, zero outside `mask_rows`; past the first-level cache, which may be old."""
+    if F.exact:
+        mask = mask_rows & (k >= 0)
     else:
-        bits = gl.inline_asm_elementwise(
-            "{ .reg .b32 t; add.s32 t, $1, 0x1000; and.b32 $0, t, 0xffffe000; }",
-            "=r,r",
-            [x.to(gl.int32, bitcast=True)],
-            dtype=gl.int32,
-            is_pure=False,
-            pack=1,
-        )
-        return bits.to(gl.float32, bitcast=True)
+        mask = mask_rows & (k + a * F.piece < F.hidden)
+    return gl.load(rows_ptr + (k + a * F.piece), mask=mask, other=0.0, cache_modifier=".cg")
 
 
 @device_function
@@ -237,12 +241,7 @@ def _chain_step(chain, w, state, a, F: tl.constexpr):
     """chain + piece a of W times its piece of the state."""
     high = w[a]
     if F.three:
-        if F.low:
-            low = w[F.pieces + a]
-        else:
-            whole = high
-            high = _tf32_high_anew(whole)
-            low = tf32_low(whole, high)
+        low = w[F.pieces + a]
         state_high = tf32_high(state)
         chain = mma_v2(high, tf32_low(state, state_high), chain)
         # An infinite state counts in the last product alone: W's low parts have signs of their own.
@@ -252,10 +251,16 @@ def _chain_step(chain, w, state, a, F: tl.constexpr):
 
 
 @device_function
-def product(w, state, buffer, F: tl.constexpr):
-    """This program's units of state W^T, a tile (units, R). buffer: of the warps' sums."""
+def product(w, rows_ptr, k, mask_rows, late, buffer, F: tl.constexpr):
+    """This program's units of state W^T, a tile (units, R); NaN if a warp is `late`.
+
+    rows_ptr: where the state's rows lie, shaped to broadcast over k; k: of state_places; buffer: of the warps' sums.
+    """
     PIECES: tl.constexpr = F.pieces
     CHAINS: tl.constexpr = F.chains
+    state = ()
+    for a in gl.static_range(PIECES):
+        state = state + (_load_piece(rows_ptr, k, mask_rows, a, F),)
     if F.mma:
         chains = ()
         for a in gl.static_range(PIECES):
@@ -271,43 +276,80 @@ def product(w, state, buffer, F: tl.constexpr):
         total = chains[0]
         for c in gl.static_range(1, CHAINS):
             total += chains[c]
-        buffer.store(total)
     else:
         products = w[0].expand_dims(2) * state[0].to(F.acc).expand_dims(1)
         for a in gl.static_range(1, PIECES):
             products += w[a].expand_dims(2) * state[a].to(F.acc).expand_dims(1)
-        buffer.store(gl.sum(products, axis=3))
+        total = gl.sum(products, axis=3)
+    total += gl.where(late, float("nan"), 0.0).to(F.acc).expand_dims(1).expand_dims(2)
+    buffer.store(total)
     return gl.sum(buffer.load(F.sums), axis=0)
 
 
 @device_function
-def load_acquire(ptr):
-    """An int32 that others release: what they wrote before is seen by the loads after this one."""
-    if INTERPRETED:
-        return gl.load(ptr)
-    else:
-        return gl.inline_asm_elementwise(
-            "ld.acquire.gpu.global.b32 $0, [$1];", "=r,l", [ptr], dtype=gl.int32, is_pure=False, pack=1
-        )
-
-
-@device_function
-def announce(counter_ptr):
-    """Count this program in, after all that its threads stored."""
+def announce(counters_ptr, first_unit, F: tl.constexpr):
+    """Count this program in, after all that its threads stored; at the counter of the part of k that its units are."""
     barrier()
-    gl.atomic_add(counter_ptr, 1, sem="release", scope="gpu")
+    if F.by_part:
+        counters_ptr += first_unit // F.part * COUNTER_STRIDE
+    gl.atomic_add(counters_ptr, 1, sem="release", scope="gpu")
 
 
 @device_function
-def wait(counter_ptr, target, late, F: tl.constexpr):
-    """Wait until the counter has come to `target`, each warp for itself; whether that, or an earlier wait, was in vain.
+def parts(F: tl.constexpr):
+    """The numbers of the warps' parts of k, in a layout that gives each warp its own."""
+    if F.mma:
+        layout: tl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, F.products))
+    else:
+        layout: tl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, F.products)))
+    return gl.arange(0, F.warps, layout=layout)
+
+
+@device_function
+def part_counters(counters_ptr, F: tl.constexpr):
+    """Of each part: the address of its counter, and how many programs a step adds to it."""
+    part = parts(F)
+    if F.by_part:
+        units = gl.minimum(gl.maximum(F.hidden - part * F.part, 0), F.part)
+        return counters_ptr + part * COUNTER_STRIDE, (units + F.units - 1) // F.units
+    else:
+        return counters_ptr + part * 0, part * 0 + F.programs
+
+
+@device_function
+def wait(counters_ptr, target, late, F: tl.constexpr):
+    """Each warp waits until the counter of its part is at `target`; whether that, or an earlier wait, was in vain.
 
     In vain after most_polls. The launcher has all programs run at once, so that is an error that should not be; whoever
-    is late once waits no more, and what it computes from then on is NaN.
+    is late once waits no more, and what it computes from then on is NaN. What others stored before they counted
+    themselves in is seen by the loads after this.
     """
-    polls = gl.where(late, F.most_polls, 0)
-    seen = load_acquire(counter_ptr)
-    while (seen - target < 0) & (polls < F.most_polls):
-        seen = load_acquire(counter_ptr)
-        polls += 1
-    return late | (seen - target < 0)
+    polls = gl.where(late, 0, F.most_polls)
+    if INTERPRETED:
+        behind = gl.load(counters_ptr) - target
+        tries = 0
+        while gl.max(gl.where((behind < 0) & (tries < polls), 1, 0), axis=0) > 0:
+            behind = gl.load(counters_ptr) - target
+            tries += 1
+    else:
+        behind = gl.inline_asm_elementwise(
+            """{
+            .reg .pred again, more;
+            .reg .b32 left;
+            mov.b32 left, $3;
+            POLL:
+            ld.acquire.gpu.global.b32 $0, [$1];
+            sub.s32 $0, $0, $2;
+            setp.lt.s32 again, $0, 0;
+            setp.gt.s32 more, left, 0;
+            sub.s32 left, left, 1;
+            and.pred again, again, more;
+            @again bra POLL;
+            }""",
+            "=&r,l,r,r",
+            [counters_ptr, target, polls],
+            dtype=gl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    return late | (behind < 0)

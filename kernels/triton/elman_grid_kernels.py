@@ -21,20 +21,19 @@ import triton.language as tl
 
 from .elman_forms import zero_tile
 from .elman_grid_forms import (
+    COUNTER_STRIDE,
     announce,
-    load_state,
     load_weight,
     own_rows,
     own_units,
+    part_counters,
     product,
     state_places,
     wait,
 )
-from .elman_walk import begin_walk, load_bias, load_ids, load_input, load_tile, place_of
+from .elman_walk import begin_walk, load_bias, load_input, load_tile, place_of
 from .gluon_interpreter import device_function, gl, jit
 from .numerics import activation, activation_backward, cast
-
-COUNTER_STRIDE = tl.constexpr(32)  # int32 between two teams' counters: 128 bytes, a line of the second-level cache
 
 
 @device_function
@@ -99,7 +98,7 @@ def elman_grid_forward_kernel(
     steps_ptr,  # (2, T) int64, packed rows before each step and active rows in it, or None
     out_ptr,  # (T, B, D*H) or packed (N, D*H), hidden states; may be x_ptr
     h_n_ptr,  # (D, B, H) contiguous, last states; of the launch before, where first_step is not 0
-    counters_ptr,  # (1 + teams, COUNTER_STRIDE) int32, zero: whether a wait was in vain, a counter for each team
+    counters_ptr,  # (1 + teams * F.counters, COUNTER_STRIDE) int32, zero: whether a wait was in vain, counters
     # sizes
     T,
     B,
@@ -147,7 +146,8 @@ def elman_grid_forward_kernel(
     offs_h_n = rows * F.hidden + units
     in_batch = (rows < B - first_row) & in_width
     late_ptr = counters_ptr
-    counters_ptr += (1 + team) * COUNTER_STRIDE
+    counters_ptr += (1 + team * F.counters) * COUNTER_STRIDE
+    part_ptr, part_programs = part_counters(counters_ptr, F)
     buffer = gl.allocate_shared_memory(F.acc, F.sums_shape, F.shared)
 
     walk = begin_walk(steps_ptr, T, first_row, (reverse >> pid_d) & 1)
@@ -179,17 +179,15 @@ def elman_grid_forward_kernel(
             ids = ids + (gl.load(tokens_ptr + places[0][k] * stride_tokens_t + offs_tokens, mask=mask, other=-1),)
     for k in gl.static_range(AHEAD):
         x = x + (load_input(x_ptr, tokens_ptr, ids, places, k, V, stride_x_t, offs_x, rows, in_width, F),)
-    late = first < 0
+    late = part_programs < 0
     for i in range(first, last):
-        late = wait(counters_ptr, (i - first) * F.programs, late, F)
-        state = load_state(rows_ptr, state_k, state_rows < limit, F)
-        pre = product(w, state, buffer, F) + (x[0].to(F.acc) + bias)
-        pre = gl.where(late, float("nan"), pre)
+        late = wait(part_ptr, (i - first) * part_programs, late, F)
+        pre = product(w, rows_ptr, state_k, state_rows < limit, late, buffer, F) + (x[0].to(F.acc) + bias)
         new = activation(pre, F.tanh)
         position, active = places[0][0], places[1][0]
         mask = (rows < active) & in_width
         gl.store(out_ptr + position * stride_out_t + offs_out, cast(new, F.dtype), mask=mask)
-        announce(counters_ptr)
+        announce(counters_ptr, first_unit, F)
         h = gl.where(mask, new, h)
         tile = load_input(x_ptr, tokens_ptr, ids, places, AHEAD, V, stride_x_t, offs_x, rows, in_width, F)
         x = _advance(x, tile)
@@ -207,8 +205,7 @@ def elman_grid_forward_kernel(
             limit = active
 
     gl.store(h_n_ptr + offs_h_n, cast(h, F.dtype), mask=in_batch)
-    if late:
-        gl.store(late_ptr, 1)
+    gl.store(late_ptr + late.to(gl.int32) * 0, 1, mask=late)
 
 
 @jit(do_not_specialize=["T", "B", "D", "reverse", "first_step", "num_steps", "first_team"])
@@ -225,7 +222,7 @@ def elman_grid_backward_kernel(
     h_prev_ptr,  # like out, strides too: h_{t-1}, for a weight gradient outside, or None
     grad_h0_ptr,  # (D, B, H) contiguous; of the launch before, where first_step is not 0
     partial_bias_ptr,  # (teams of a direction, D, H) fp32 or fp64, sum of a team's d_t; of the launch before likewise
-    counters_ptr,  # (1 + teams, COUNTER_STRIDE) int32, zero: whether a wait was in vain, a counter for each team
+    counters_ptr,  # (1 + teams * F.counters, COUNTER_STRIDE) int32, zero: whether a wait was in vain, counters
     # sizes
     T,
     B,
@@ -279,7 +276,8 @@ def elman_grid_backward_kernel(
         h0_ptr += pid_d.to(gl.int64) * stride_h0_d + first_row.to(gl.int64) * stride_h0_b
         h0 = gl.load(h0_ptr + rows * stride_h0_b + units, mask=in_batch, other=0.0)
     late_ptr = counters_ptr
-    counters_ptr += (1 + team) * COUNTER_STRIDE
+    counters_ptr += (1 + team * F.counters) * COUNTER_STRIDE
+    part_ptr, part_programs = part_counters(counters_ptr, F)
     buffer = gl.allocate_shared_memory(F.acc, F.sums_shape, F.shared)
     grad_bias = zero_tile(F)
 
@@ -295,19 +293,19 @@ def elman_grid_backward_kernel(
     for k in gl.static_range(AHEAD):
         h = h + (load_tile(out_ptr, places, k, stride_out_t, offs_out, rows, in_width, F),)
         grad = grad + (load_tile(grad_out_ptr, places, k, stride_grad_out_t, offs_grad_out, rows, in_width, F),)
-    late = first < 0
+    late = part_programs < 0
     for i in range(first, last):
-        late = wait(counters_ptr, (i - first) * F.programs, late, F)
-        state = load_state(state_ptr + before * stride_out_t, state_k, state_rows < before_active, F)
-        carry = gl.where(rows < before_active, product(w, state, buffer, F), carry)
-        carry = gl.where(late, float("nan"), carry)
+        late = wait(part_ptr, (i - first) * part_programs, late, F)
+        rows_ptr = state_ptr + before * stride_out_t
+        new = product(w, rows_ptr, state_k, state_rows < before_active, late, buffer, F)
+        carry = gl.where(rows < before_active, new, carry)
         position, active = places[0][0], places[1][0]
         mask = (rows < active) & in_width
         d = activation_backward(grad[0].to(F.acc) + carry, h[0].to(F.acc), F.tanh)
         d = gl.where(mask, d, 0.0)
         offs = position * stride_out_t + offs_out
         gl.store(grad_x_ptr + offs, cast(d, F.dtype), mask=mask)
-        announce(counters_ptr)
+        announce(counters_ptr, first_unit, F)
         grad_bias += d
         tile = load_tile(grad_out_ptr, places, AHEAD, stride_grad_out_t, offs_grad_out, rows, in_width, F)
         grad = _advance(grad, tile)
@@ -328,5 +326,4 @@ def elman_grid_backward_kernel(
     partial_bias_ptr += row * F.hidden + own
     earlier = gl.load(partial_bias_ptr, mask=own < gl.where(first_step > 0, F.hidden, 0), other=0.0)
     gl.store(partial_bias_ptr, earlier + gl.sum(grad_bias, axis=1), mask=own < F.hidden)
-    if late:
-        gl.store(late_ptr, 1)
+    gl.store(late_ptr + late.to(gl.int32) * 0, 1, mask=late)

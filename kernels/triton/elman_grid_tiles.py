@@ -1,10 +1,10 @@
 """When the recurrence goes across the chip, and in which tile. Imports the standard library alone.
 
-Each tile has the microseconds of a step that its prototype took on an H200 (Triton 3.6, November 2026, forward, all its
-programs at work) at the hidden size it is for. CUDNN has those of torch.nn.RNN on the same device: the whole forward pass
-in a CUDA graph, by batch size. Rows for which the chip has no room go in several launches, one after the other, and the
-choice is by the time of all of them. Of what was not measured (backward, hidden sizes between, three products) the next
-larger size's figure is taken, and an advantage of less than MARGIN is none.
+Each tile has the microseconds of a step that its prototype took on an H200 (Triton 3.6, November 2026, forward, as many
+teams at work as there is room for) at the hidden size it is for. CUDNN has torch.nn.RNN's on the same device: the whole
+forward pass in a CUDA graph, by batch size. Rows for which the chip has no room go in several launches, one after the
+other, and the choice is by the time of all of them. Where nothing was measured (backward, hidden sizes between, three
+products) it is by the next larger size's forward figure, or says "derived"; an advantage of less than MARGIN is none.
 """
 
 from dataclasses import dataclass
@@ -23,12 +23,8 @@ class Chip:
     programs: int = 32
 
 
-# The smallest device of each target that is sold for computing.
-CHIPS = {
-    "sm_80": Chip(108, shared=167936),
-    "sm_90": Chip(114),
-    "sm_100": Chip(148),
-}
+# A100, H100 and H200 (SXM), B200.
+CHIPS = {"sm_80": Chip(108, shared=167936), "sm_90": Chip(132), "sm_100": Chip(148)}
 _WARP_REGISTERS = 256  # registers are given to a warp by so many,
 _SHARED_RESERVED = 1024  # and a program has so many bytes of shared memory besides its own
 
@@ -54,7 +50,7 @@ class GridTile:
     warps: int
     us: float  # a step
     why: str
-    low: bool = True  # mma3: W's low parts stay in registers
+    chains: int = 4  # mma: sums that do not wait for each other
     lanes_k: int = 8  # fma
     ahead: int = 2
     targets: tuple[str, ...] = NVIDIA
@@ -76,12 +72,16 @@ class GridTile:
         return launch_options(self.warps, target)
 
 
-def _mma(units, rows, warps, us, why="measured") -> GridTile:
-    return GridTile("mma", units, rows, warps, us, why)
+def _mma(units, rows, warps, us, **options) -> GridTile:
+    return GridTile("mma", units, rows, warps, us, f"prototype: {us} us a step forward", **options)
 
 
-def _mma3(units, rows, warps, us, **options) -> GridTile:
-    return GridTile("mma3", units, rows, warps, us, "derived: tf32's time and twice its products", **options)
+def _mma3(units, rows, warps, us) -> GridTile:
+    return GridTile("mma3", units, rows, warps, us, "derived: tf32's time and its products twice more")
+
+
+def _fma(rows, warps, us, why="derived: it compiles without spills, and no time is known") -> GridTile:
+    return GridTile("fma", 16, rows, warps, us, why)
 
 
 # (kind, most hidden units): tiles, those of fewer rows first. Kinds as in elman_tiles.py.
@@ -89,7 +89,7 @@ GRID_TILES: dict[tuple[str, int], tuple[GridTile, ...]] = {
     ("tf32", 256): (_mma(16, 8, 8, 1.56), _mma(16, 16, 4, 1.97)),
     ("tf32", 512): (_mma(16, 8, 8, 1.68), _mma(16, 16, 8, 2.36)),
     ("tf32", 1024): (_mma(16, 8, 8, 2.37), _mma(16, 16, 8, 2.53)),
-    ("tf32", 2048): (_mma(16, 8, 8, 2.77),),
+    ("tf32", 2048): (_mma(16, 8, 8, 2.77, chains=2),),
     ("16bit", 256): (_mma(16, 8, 4, 1.58), _mma(16, 16, 4, 1.53)),
     ("16bit", 512): (_mma(16, 8, 8, 1.62), _mma(16, 16, 4, 1.80)),
     ("16bit", 1024): (_mma(16, 8, 8, 2.01), _mma(32, 16, 8, 2.50)),
@@ -97,10 +97,10 @@ GRID_TILES: dict[tuple[str, int], tuple[GridTile, ...]] = {
     ("fp32", 256): (_mma3(16, 8, 8, 1.7), _mma3(16, 16, 4, 2.4)),
     ("fp32", 512): (_mma3(16, 8, 8, 1.9), _mma3(16, 16, 8, 2.9)),
     ("fp32", 1024): (_mma3(16, 8, 8, 2.8),),
-    ("fp32", 2048): (_mma3(16, 8, 8, 4.0, low=False),),
-    ("fp64", 256): (GridTile("fma", 16, 2, 4, 3.0, "derived: compiles without spills, nothing was measured"),),
-    ("fp64", 512): (GridTile("fma", 16, 2, 8, 3.0, "derived: compiles without spills, nothing was measured"),),
-    ("fp64", 1024): (GridTile("fma", 16, 1, 8, 4.0, "derived: compiles without spills, nothing was measured"),),
+    ("fp32", 2048): (_fma(1, 8, 2.8, "derived: FMA at one row has half the instructions of tf32's eight"),),
+    ("fp64", 256): (_fma(2, 4, 3.0),),
+    ("fp64", 512): (_fma(2, 8, 3.0),),
+    ("fp64", 1024): (_fma(2, 8, 4.0),),
 }
 
 # Microseconds a step of torch.nn.RNN forward on an H200, by (kind, hidden size): {batch: time}; in a CUDA graph, and

@@ -7,7 +7,19 @@ from dataclasses import replace
 
 import pytest
 import torch
-from elman_problems import DEVICE, V, Problem, biases, check as compare, error, make_problem, options_of, oracle, results
+from elman_problems import (
+    DEVICE,
+    Problem,
+    V,
+    biases,
+    error,
+    make_problem,
+    options_of,
+    oracle,
+    results,
+    torch_rnn,
+)
+from elman_problems import check as compare
 
 from charrnn_fast.kernels.triton import elman, elman_tiles
 from charrnn_fast.kernels.triton.elman import elman_backward, elman_forward, elman_limits, makes_projection

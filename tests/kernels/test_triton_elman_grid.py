@@ -6,15 +6,13 @@ they make all steps in one launch too.
 
 import pytest
 import torch
-from elman_problems import DEVICE, V, biases, check, error, make_problem, options_of, results
+from elman_problems import DEVICE, V, biases, check, make_problem, options_of, results
 
-from charrnn_fast.kernels.triton import elman_grid
 from charrnn_fast.kernels.triton.elman_grid import elman_grid_backward, elman_grid_forward, grid_limits
 from charrnn_fast.kernels.triton.elman_grid_tiles import GridTile
 
 MMA = GridTile("mma", 16, 8, 4, 1.0, "test")
 MMA3 = GridTile("mma3", 16, 8, 2, 1.0, "test")
-MMA3_ANEW = GridTile("mma3", 16, 8, 2, 1.0, "test", low=False)
 FMA = GridTile("fma", 16, 2, 4, 1.0, "test")
 TILE_OF = {torch.float32: MMA3, torch.bfloat16: MMA, torch.float16: MMA, torch.float64: FMA}
 SIZES = (16, 31, 40, 100)  # 1, 2, 3 and 7 programs, the last three with a ragged last one
@@ -25,26 +23,24 @@ def kernels(p, tile=None, **options):
     return results(p, elman_grid_forward, elman_grid_backward, tile=tile, **options)
 
 
-@pytest.mark.parametrize("H", SIZES)
-@pytest.mark.parametrize("case", range(12))
-def test_fp32_error_is_at_most_twice_that_of_torch(H, case):
-    p = make_problem(1 + case % 4 if H < 100 else 2, H, **options_of(case))
-    check(p, kernels(p))
+@pytest.mark.parametrize(("H", "first", "cases"), [(16, 0, 12), (31, 0, 12), (40, 12, 6), (100, 18, 3)])
+def test_fp32_error_is_at_most_twice_that_of_torch(H, first, cases):
+    for case in range(first, first + cases):
+        p = make_problem(1 + case % 4 if H < 100 else 2, H, **options_of(case))
+        check(p, kernels(p))
 
 
 @pytest.mark.parametrize("H", SIZES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_other_dtypes(H, dtype):
-    for case in (2, 13):  # packed in both directions; tokens
-        p = make_problem(3, H, dtype=dtype, **options_of(case) | {"nonlinearity": "tanh"})
+    for case in (2, 13) if H < 100 else (2,):  # packed in both directions; tokens
+        p = make_problem(3 if H < 100 else 2, H, dtype=dtype, **options_of(case) | {"nonlinearity": "tanh"})
         check(p, kernels(p))
 
 
-def test_low_parts_made_anew_at_each_step():
+def test_fp32_by_fma():
     p = make_problem(3, 40, **options_of(2))
-    check(p, kernels(p, MMA3_ANEW))
-    for found, kept in zip(kernels(p, MMA3_ANEW), kernels(p), strict=True):
-        assert torch.equal(found, kept)
+    check(p, kernels(p, FMA))
 
 
 def test_more_rows_than_a_team_has():
@@ -172,7 +168,7 @@ def test_nan_input_stays_in_its_row():
     assert not out[:, [0, 2]].isnan().any()
 
 
-@pytest.mark.parametrize("tile", [MMA, MMA3, MMA3_ANEW], ids=lambda tile: f"{tile.form} low={tile.low}")
+@pytest.mark.parametrize("tile", [MMA, MMA3, FMA], ids=lambda tile: tile.form)
 def test_infinities_stay_in_their_units(tile):
     """What fills up the last program, and the weights' zeros there, make no NaN of an overflow (0 times inf)."""
     p = make_problem(3, 31, nonlinearity="relu")
@@ -210,16 +206,16 @@ def test_gradcheck_through_the_launchers():
 
 
 def test_where_there_is_no_grid():
-    assert "AMD" not in str(grid_limits(2048, torch.float32, "tf32"))
     assert grid_limits(512, torch.float32, "tf32") is None
     assert grid_limits(512, torch.bfloat16) is None
-    assert "no grid is known to be faster than cuDNN" in grid_limits(256, torch.float32, "ieee")
-    assert "no grid is known to be faster than cuDNN" in grid_limits(4096, torch.bfloat16)
-    assert "no grid is known to be faster than cuDNN" in grid_limits(512, torch.float64)
-    with pytest.raises(RuntimeError, match="hidden size 4096 is too large for one program and no grid"):
-        elman_grid_forward(torch.zeros(1, 1, 4096, device=DEVICE), [torch.zeros(4096, 4096, device=DEVICE)])
-    with pytest.raises(RuntimeError, match="hidden size 4096 is too large for one program and no grid"):
-        elman_grid_backward(None, None, torch.zeros(1, 1, 4096, device=DEVICE), [torch.zeros(4096, 4096, device=DEVICE)])
+    for size, dtype in ((256, torch.float32), (4096, torch.bfloat16), (512, torch.float64)):
+        assert "and a grid of them is not known to be faster than cuDNN" in grid_limits(size, dtype)
+    weight, rows = [torch.zeros(4096, 4096, device=DEVICE)], torch.zeros(1, 1, 4096, device=DEVICE)
+    message = r"hidden size 4096 is too large for one program \(torch.float32\), and a grid"
+    with pytest.raises(RuntimeError, match=message):
+        elman_grid_forward(rows, weight)
+    with pytest.raises(RuntimeError, match=message):
+        elman_grid_backward(None, None, rows, weight)
 
 
 def test_arguments_out_of_reach_are_refused():
