@@ -15,6 +15,8 @@ from setuptools.command.build_py import build_py
 
 MAPPED = {"charrnn_fast.kernels": "kernels", "charrnn_fast.reference": "reference", "charrnn_fast.bench": "bench"}
 FLAGS = ["-O3", "-g0", "-std=gnu11", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
+# Of bench, what needs a checkout: the gate and the static figures, with what reads PTX for them, and the recipes' runs.
+CHECKOUT_ONLY = ("conftest", "test_", "gate", "ptx", "recipes", "scaling", "static", "wavefronts")
 PROBE = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
 
 
@@ -42,11 +44,13 @@ class BuildNative(build_ext):
 
 
 class BuildPython(build_py):
-    """Leaves out the pytest suites of bench, which run from a checkout."""
+    """Leaves out the programs and pytest suites of bench that run from a checkout."""
 
     def find_package_modules(self, package: str, package_dir: str) -> list[tuple[str, str, str]]:
         modules = super().find_package_modules(package, package_dir)
-        return [row for row in modules if not (row[1] == "conftest" or row[1].startswith("test_"))]
+        if package != "charrnn_fast.bench":
+            return modules
+        return [row for row in modules if not row[1].startswith(CHECKOUT_ONLY)]
 
 
 def packages() -> list[str]:
@@ -80,5 +84,6 @@ setup(
     ext_modules=extensions(),
     cmdclass={"build_ext": BuildNative, "build_py": BuildPython},
     include_package_data=False,
+    package_data={"charrnn_fast": ["py.typed"]},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},
 )

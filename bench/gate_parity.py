@@ -82,7 +82,11 @@ def elman_row(size: Size, device: torch.device, backend: str = "auto") -> dict[s
     """Our error and torch.nn.RNN's, in the size's dtype, against torch.nn.RNN in fp64 on the same rounded numbers."""
     dtype = DTYPES[size.dtype]
     torch.manual_seed(0)
-    shape = {"bidirectional": size.bidirectional, "num_layers": size.num_layers, "nonlinearity": size.nonlinearity}
+    shape: dict[str, Any] = {
+        "bidirectional": size.bidirectional,
+        "num_layers": size.num_layers,
+        "nonlinearity": size.nonlinearity,
+    }
     theirs = nn.RNN(size.I, size.H, **shape).to(device, dtype)
     ours = FusedRNN(size.I, size.H, **shape, backend=backend).to(device, dtype)
     exact = nn.RNN(size.I, size.H, **shape).to(device, torch.float64)
@@ -104,7 +108,8 @@ def language_model_rows(device: torch.device, tiny: bool) -> Iterator[dict[str, 
     ids = torch.randint(V, (B, T + 1), generator=torch.Generator().manual_seed(1)).to(device)
     loss, _ = model.loss(ids[:, :-1], ids[:, 1:])
     wanted, _ = net.loss(ids[:, :-1], ids[:, 1:])
-    own = torch.autograd.grad(loss, [model.rnn.weight_ih_l0, model.rnn.weight_hh_l0, model.head.weight])
+    recurrent = [p for name, p in model.rnn.named_parameters() if name.startswith("weight")]  # ih, hh
+    own = torch.autograd.grad(loss, [*recurrent, model.head.weight])
     theirs = torch.autograd.grad(wanted, [net.cells[0].W_xh, net.cells[0].W_hh, net.W_hq])
     error = _error([loss.detach(), *own], [wanted.detach().double(), *(g.T.double() for g in theirs)])
     tolerance = 5e-3 if device.type == "cuda" and torch.backends.cudnn.allow_tf32 else 1e-4

@@ -83,7 +83,7 @@ def _launches(kind: str, width: int, tile: Tile, device: torch.device) -> dict[s
     short, long = most // 2, 2 * most
     ids = torch.randint(V, (short, B), device=device)
     out, grad = numbers(long, B, width), numbers(long, B, width)
-    options = {"precision": precision}
+    options: dict[str, Any] = {"precision": precision}
 
     def forward() -> Any:
         if width <= 32:
@@ -232,7 +232,7 @@ def _timed_jobs(kind: str, width: int, T: int, B: int, device: torch.device) -> 
     x, grad = (torch.randn(T, B, width, device=device).to(dtype) for _ in range(2))
     weights = [(torch.randn(width, width, device=device) / width**0.5).to(dtype)]
     out, _ = elman_forward(x, weights, precision=precision)
-    backward = {"precision": precision, "need_weight_grad": False}
+    backward: dict[str, Any] = {"precision": precision, "need_weight_grad": False}
     return {
         "forward": lambda: elman_forward(x, weights, precision=precision)[0],
         "backward": lambda: elman_backward(grad, None, out, weights, **backward)[0],

@@ -1,6 +1,7 @@
 """The configurations that are timed, and the arithmetic and memory traffic that each one cannot do without."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -98,7 +99,8 @@ WORK_EXPONENT = {"T": 1, "B": 1, "H": 2}  # of the arithmetic, in each of them
 
 def sweep(axis: str, sizes: tuple[int, ...] | None = None) -> list[Config]:
     """The configurations of one sweep, "T", "B" or "H"."""
-    return [replace(SWEEP_BASE, name=f"{axis}={n}", **{axis: n}) for n in sizes or SWEEPS[axis]]
+    changes: list[dict[str, Any]] = [{"name": f"{axis}={n}", axis: n} for n in sizes or SWEEPS[axis]]
+    return [replace(SWEEP_BASE, **change) for change in changes]
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from charrnn_fast.bench.grid import DTYPES
 from charrnn_fast.bench.measure import Job
-from charrnn_fast.bench.peers import CLIP, LEARNING_RATE, Peer
+from charrnn_fast.bench.peers import CLIP, LEARNING_RATE, Peer, data_of
 from charrnn_fast.bench.problems import Problem
 
 
@@ -36,9 +36,9 @@ class Jax(_CpuLibrary):
     def _arrays(self, problem: Problem) -> tuple[Any, tuple]:
         import jax.numpy as jnp
 
-        rnn = problem.rnn
-        weights = (rnn.weight_ih_l0.T, rnn.weight_hh_l0.T, rnn.bias_ih_l0 + rnn.bias_hh_l0)
-        x = problem.tokens if problem.config.tokens else problem.input
+        weight_ih, weight_hh, bias_ih, bias_hh = problem.rnn.parameters()
+        weights = (weight_ih.T, weight_hh.T, bias_ih + bias_hh)
+        x = problem.tokens if problem.config.tokens else data_of(problem.input)
         return jnp.asarray(x.detach().numpy()), tuple(jnp.asarray(w.detach().contiguous().numpy()) for w in weights)
 
     def _scan(self, problem: Problem) -> Callable:
@@ -112,12 +112,9 @@ class OnnxRuntime(_CpuLibrary):
         import onnxruntime
         from onnx import TensorProto, helper, numpy_helper
 
-        rnn, config = problem.rnn, problem.config
-        constants = {
-            "W": rnn.weight_ih_l0[None],
-            "R": rnn.weight_hh_l0[None],
-            "B": torch.cat([rnn.bias_ih_l0, rnn.bias_hh_l0])[None],
-        }
+        config = problem.config
+        weight_ih, weight_hh, bias_ih, bias_hh = problem.rnn.parameters()
+        constants = {"W": weight_ih[None], "R": weight_hh[None], "B": torch.cat([bias_ih, bias_hh])[None]}
         graph = helper.make_graph(
             [helper.make_node("RNN", ["X", "W", "R", "B"], ["Y"], hidden_size=config.H)],
             "elman",
@@ -130,7 +127,7 @@ class OnnxRuntime(_CpuLibrary):
         options.intra_op_num_threads = torch.get_num_threads()
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # it would spin in the others' turns
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-        x = problem.input.detach().numpy()
+        x = data_of(problem.input).detach().numpy()
         return lambda: session.run(["Y"], {"X": x})
 
 
@@ -156,7 +153,7 @@ class _GpuLibrary(Peer):
     def _leaves(self, problem: Problem) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """The input (T, B, I), the layer's four parameters, and those of these that gradients are asked of."""
         weights = [p.detach().clone().requires_grad_() for p in problem.rnn.parameters()]
-        x = problem.input.detach()
+        x = data_of(problem.input).detach()
         return x, weights, weights if problem.config.tokens else [x.requires_grad_(), *weights]
 
     def _checked(self, problem: Problem) -> tuple[Callable[[], Tensor], list[Tensor]]:

@@ -29,7 +29,7 @@ PROMPT = 16  # characters that a decoder warms up on
 LEARNING_RATE, CLIP = 0.1, 1.0
 
 
-def _data(x: Any) -> Tensor:
+def data_of(x: Any) -> Tensor:
     return x.data if isinstance(x, PackedSequence) else x
 
 
@@ -94,13 +94,13 @@ class _Module(Peer):
         module = self.module(problem)
         grad = problem.grad_output
         if not problem.config.tokens:
-            _data(problem.input).requires_grad_()
+            data_of(problem.input).requires_grad_()
 
         def job() -> None:
             for p in module.parameters():
                 p.grad = None
-            _data(problem.input).grad = None
-            _data(self.call(module, problem)).backward(grad)
+            data_of(problem.input).grad = None
+            data_of(self.call(module, problem)).backward(grad)
 
         return job
 
@@ -190,7 +190,7 @@ class Reference(Peer):
     """The from-scratch loop in tensor operations."""
 
     name = key = "reference"
-    tasks = TASKS
+    tasks: tuple[str, ...] = TASKS
 
     def limits(self, problem: Any, task: str) -> str | None:
         return "it takes no packed input" if task != "clip" and problem.config.packed else None
@@ -199,11 +199,10 @@ class Reference(Peer):
         return elman
 
     def operands(self, problem: Problem) -> list[Tensor]:
-        rnn = problem.rnn
-        bias = (rnn.bias_ih_l0 + rnn.bias_hh_l0).detach()
+        weight_ih, weight_hh, bias_ih, bias_hh = (p.detach() for p in problem.rnn.parameters())
         state = torch.zeros(problem.config.B, problem.config.H, device=problem.device, dtype=problem.dtype)
-        weights = [rnn.weight_ih_l0.detach().T.contiguous(), rnn.weight_hh_l0.detach().T.contiguous(), bias]
-        return [_data(problem.input).detach(), state, *weights]
+        weights = [weight_ih.T.contiguous(), weight_hh.T.contiguous(), bias_ih + bias_hh]
+        return [data_of(problem.input).detach(), state, *weights]
 
     def forward(self, problem: Problem) -> Job:
         run, operands = self.function(), self.operands(problem)

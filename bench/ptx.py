@@ -260,7 +260,7 @@ class Run:
         return self._constants[text]
 
     def _constant(self, text: str) -> Value:
-        special = {
+        special: dict[str, np.ndarray | int] = {
             "%tid.x": self.threads,
             "%ntid.x": len(self.threads),
             "%laneid": self.threads % LANES,
@@ -284,7 +284,10 @@ class Run:
 
     def address(self, operand: str) -> Value:
         """Of an operand in brackets."""
-        base, offset = re.fullmatch(r"\[\s*([^\s+]+?)\s*(?:\+\s*(-?\w+)\s*)?\]", operand).groups()
+        parts = re.fullmatch(r"\[\s*([^\s+]+?)\s*(?:\+\s*(-?\w+)\s*)?\]", operand)
+        if parts is None:
+            raise ValueError(f"no address: {operand}")
+        base, offset = parts.groups()
         found = self.value(base)
         return Value(found.bits + np.uint64(int(offset or "0", 0) & (1 << 64) - 1), found.known)
 

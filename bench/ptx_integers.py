@@ -114,7 +114,8 @@ def compute(name: tuple[str, ...], operands: list[np.ndarray]) -> np.ndarray | N
     if base in SIMPLE:
         return clip(SIMPLE[base](*operands), width)
     if base in ("shl", "shr"):
-        found = _shl(*operands, width) if base == "shl" else _shr(*operands, width, is_signed)
+        a, by = operands
+        found = _shl(a, by, width) if base == "shl" else _shr(a, by, width, is_signed)
         return clip(found, width)
     numbers = [signed(a, width) if is_signed else a for a in operands]
     if base in ("mul", "mad"):
@@ -130,7 +131,8 @@ def compute(name: tuple[str, ...], operands: list[np.ndarray]) -> np.ndarray | N
     if base == "abs":
         return clip(np.abs(numbers[0]).view(np.uint64), width)
     if base == "bfe":
-        return _extract(*operands, width, is_signed)
+        a, first, length = operands
+        return _extract(a, first, length, width, is_signed)
     if base == "bfi":
         first, length = operands[2] & np.uint64(255), operands[3] & np.uint64(255)
         mask = _shl(_shl(np.ones_like(first), length, 64) - np.uint64(1), first, width)

@@ -81,7 +81,7 @@ def _on_device(row: dict, replayed: list[str]) -> list[str]:
     if not replayed:
         return []
     found = row.get("device", {})
-    own = next(iter(found.values()), {})  # ours comes first
+    own: dict[str, Any] = next(iter(found.values()), {})  # ours comes first
     return [
         milliseconds(own["ms"]) if "ms" in own else "",
         *(found.get(name, {}).get("ratio", "") for name in replayed),

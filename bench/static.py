@@ -19,6 +19,7 @@ import re
 import sys
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import triton
 from triton.compiler import ASTSource
@@ -39,17 +40,24 @@ TOLERANCE = {
 
 if str(ROOT) not in sys.path:  # this checkout's, also where charrnn_fast and so torch are missing
     sys.path.insert(0, str(ROOT))
-_cases = importlib.import_module("bench.static_cases")
-Case, TARGETS, all_cases, load = _cases.Case, _cases.TARGETS, _cases.all_cases, _cases.load
+if TYPE_CHECKING:
+    from charrnn_fast.bench import static_cases, static_figures
+    from charrnn_fast.bench.static_cases import TARGETS, Case, all_cases, load
+else:
+    from bench import static_cases, static_figures
+    from bench.static_cases import TARGETS, Case, all_cases, load
 elman_cases, elman_grid_cases, case_name, clip_cases, generate_cases = (
-    _cases.elman_cases,
-    _cases.elman_grid_cases,
-    _cases.case_name,
-    _cases.clip_cases,
-    _cases.generate_cases,
+    static_cases.elman_cases,
+    static_cases.elman_grid_cases,
+    static_cases.case_name,
+    static_cases.clip_cases,
+    static_cases.generate_cases,
 )
-_figures = load("static_figures", "bench")
-longest_loop, nvidia_figures, of_compiled = _figures.longest_loop, _figures.nvidia_figures, _figures.of_compiled
+longest_loop, nvidia_figures, of_compiled = (
+    static_figures.longest_loop,
+    static_figures.nvidia_figures,
+    static_figures.of_compiled,
+)
 
 
 def recorded(version: str, target: str) -> dict[str, dict]:
@@ -76,7 +84,8 @@ def positions(case: Case) -> dict[int, int]:
 
 
 def compile_case(case: Case):
-    kernel, signature, attributes = getattr(load(case.module), case.kernel), signature_of(case), {}
+    kernel, signature = getattr(load(case.module), case.kernel), signature_of(case)
+    attributes: dict[tuple[int, ...], list[list[object]]] = {}
     for index, (name, kind) in enumerate(signature.items()):
         if isinstance(kind, tuple):
             attributes |= {(index, i): [["tt.divisibility", 16]] for i in range(len(kind))}

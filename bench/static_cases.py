@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,10 +37,10 @@ class Case:
     target: str
     module: str
     kernel: str
-    types: dict[str, str | tuple[str, ...]]  # types of the pointers that are there (the others are None) and of scalars
-    constants: dict[str, object]
+    types: Mapping[str, str | tuple[str, ...]]  # of the pointers that are there (the others are None) and of scalars
+    constants: Mapping[str, object]
     divisible: bool  # strides are multiples of 16, as they are where H is
-    options: dict[str, object]
+    options: Mapping[str, object]
     matrix: bool | None  # whether a matrix instruction is meant; None: either will do
     shared: int  # bytes of shared memory that it may have
     steps: int = 1  # time steps in one round of the loop
@@ -274,7 +275,7 @@ def linear_cross_entropy_case(step: str, kind: str, tile, target: str) -> Case:
             constants |= {"SPLIT": False}
     width = f"{tile.multiple}*" if streams else tile.block_h
     name = f"{step} {kind} H{width} N{tile.block_n} V{tile.block_v} warps{tile.warps}" + " halves" * tile.halves
-    matrix = kind != "ieee" or target == "gfx942"
+    matrix: bool | None = kind != "ieee" or target == "gfx942"
     if (kind, target) == ("fp64", "sm_100"):
         matrix = None  # DMMA from Triton 3.9 on, FMA before
     elif step == "loss" and not streams:
@@ -337,12 +338,15 @@ def clip_cases(target: str) -> list[Case]:
     ]
 
 
-def clip_case(kernel: str, name: str, target: str, numels: tuple[int, ...], block: int, warps: int, step: bool) -> Case:
+def clip_case(
+    kernel: str, name: str, target: str, numels: tuple[int, ...], block: int, warps: int, *, step: bool
+) -> Case:
     kernels = load("clip_grad_norm_kernels")
     kinds = (1,) if numels else tuple(range(len(kernels.KINDS)))
     firsts = [sum(-(-n // block) for n in numels[:i]) for i in range(len(numels))]
     pointers = ("*fp32",) * len(numels)
-    types = {"norm_ptr": "*fp32", "partial_ptr": "*fp64", "max_norm_bits": "i64", "lr_bits": "i64"}
+    types: dict[str, str | tuple[str, ...]] = {"norm_ptr": "*fp32", "partial_ptr": "*fp64"}
+    types |= {"max_norm_bits": "i64", "lr_bits": "i64"}
     types |= {"grad_ptrs": pointers} if numels else {"table_ptr": "*i64"}
     types |= {"param_ptrs": pointers} if numels and step else {}
     constants = {
@@ -405,8 +409,7 @@ def generate_case(target: str, kind: str, H: int, V: int, L: int, sampled: bool)
 
 def all_cases(target: str) -> list[Case]:
     """Of every kernel that is shipped."""
-    makers = (elman_cases, elman_sum_cases, elman_grid_cases, linear_cross_entropy_cases, sum_cases, clip_cases)
-    makers += (generate_cases,)
-    if target in TILES_OF:
-        makers = (elman_cases, elman_sum_cases)
+    makers: list[Callable[[str], list[Case]]] = [elman_cases, elman_sum_cases]
+    if target not in TILES_OF:
+        makers += [elman_grid_cases, linear_cross_entropy_cases, sum_cases, clip_cases, generate_cases]
     return [case for cases in makers for case in cases(target)]

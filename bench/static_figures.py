@@ -25,7 +25,8 @@ def of_compiled(compiled: Any, arguments: Mapping[int, int] | None = None) -> di
 
 def longest_loop(lines: list[tuple[str, str]], branch_target) -> list[str]:
     """Instructions of the longest loop. lines: ("label", name) or ("instruction", text)."""
-    labels, code = {}, []
+    labels: dict[str, int] = {}
+    code: list[str] = []
     for what, text in lines:
         if what == "label":
             labels[text] = len(code)
@@ -41,6 +42,13 @@ def longest_loop(lines: list[tuple[str, str]], branch_target) -> list[str]:
 
 def _count(code: list[str], pattern: str) -> int:
     return sum(re.search(pattern, text) is not None for text in code)
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"no {pattern} in {text}")
+    return int(found[1])
 
 
 def nvidia_figures(cubin: bytes, shared: int) -> dict:
@@ -69,8 +77,8 @@ def nvidia_figures(cubin: bytes, shared: int) -> dict:
     loop = longest_loop(lines, branch_target)
     matrix = r"\b(HGMMA|HMMA|DMMA|UTC\w*MMA)\b"
     return {
-        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
-        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "registers": _number(r"REG:(\d+)", usage),
+        "stack": _number(r"STACK:(\d+)", usage),
         "shared": shared,
         "matrix": sorted({found for text in loop for found in re.findall(matrix, text)}),
         "instructions": len(loop),

@@ -123,7 +123,10 @@ def is_access(instruction: ptx.Instruction) -> bool:
 
 def _width(name: tuple[str, ...]) -> int:
     """Bytes of a lane's access: the type's by the vector's length."""
-    bits = int(re.fullmatch(r"[a-z]+(\d+)(?:x2)?", name[-1])[1])
+    kind = re.fullmatch(r"[a-z]+(\d+)(?:x2)?", name[-1])
+    if kind is None:
+        raise ValueError(f"no type with a width: {name[-1]}")
+    bits = int(kind[1])
     vector = next((int(part[1]) for part in name if re.fullmatch(r"v\d", part)), 1)
     return bits // 8 * vector
 

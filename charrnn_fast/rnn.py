@@ -175,13 +175,15 @@ class FusedRNN(TorchRNN):
 
     def _is_brief(self, input: Any) -> bool:
         """A few steps on a CPU, to be run by "auto": torch's own path costs less than entering the kernels' does."""
+        if torch.compiler.is_compiling():  # first: whatever is asked of a size fixes it in the graph
+            return False
         if type(input) is not Tensor or input.dim() not in (2, 3) or input.device.type != "cpu":
             return False
         steps = input.size(1 if self.batch_first and input.dim() == 3 else 0)
         return (
             steps < backends.LEAST_CPU_STEPS
             and backends.requested(self.backend) == "auto"
-            and not (torch.compiler.is_compiling() or tensor_operations_only())
+            and not tensor_operations_only()
         )
 
     def _run(self, input: Any, hx: Tensor | None, tokens: bool) -> Any:

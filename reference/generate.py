@@ -46,11 +46,11 @@ def generate(
     alpha: float = 1.0,
     top_k: int | None = None,
     state: Tensor | None = None,  # (L, B, H)
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Continue the prompts by num_tokens ids. `net(tokens (B, T), state)` returns logits (B, T, V) and the state.
 
     Returns the new ids (B, num_tokens) int64 and the state (L, B, H) after the last character that the network has
-    read, which is the one before the last id returned.
+    read, which is the one before the last id returned: the state given if it has read none.
     """
     new, inputs = [], prompt
     for i in range(num_tokens):

@@ -66,7 +66,8 @@ def train_batches(
     carry_state=False starts every batch from the zero state; True takes the state that the batch before ended with.
     theta is the largest global gradient norm; None trains without clipping.
     """
-    state, group = None, []
+    state = None
+    group: list[Tensor] = []
 
     def update() -> None:
         torch.stack(group).mean().backward()

@@ -264,6 +264,12 @@ class CharRNN(nn.Module):
             self.embed.weight.copy_(net.W_embed)
         return self
 
+    def require_state(self, state: Any) -> None:
+        """ValueError if this cannot be a state (L, B, H) of the model, whose rnn may be one with other states."""
+        got, L, H = tuple(getattr(state, "shape", ())), self.num_layers, self.hidden_size
+        if isinstance(self.rnn, nn.RNNBase) and (len(got) != 3 or (got[0], got[2]) != (L, H)):
+            raise ValueError(f"a state ({L}, B, {H}) was expected, got {got}")
+
     def require_as_built(self, what: str) -> None:
         """ValueError if the modules are not those that `config` describes: "<what> a model as it was built"."""
         for name in PARTS:

@@ -29,14 +29,13 @@ from .memory import (
     states_of,
 )
 
+_missing: str | None = None
 try:
     _native: Any = import_module(f"{__name__}._native")
 except ModuleNotFoundError:
     _native, _missing = None, "the C extension is not built: install with GCC or Clang at hand"
 except ImportError as error:
     _native, _missing = None, f"the C extension cannot be loaded: {error}"
-else:
-    _missing = None
 
 ISAS = ("baseline", "avx2", "avx512")
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -62,18 +61,23 @@ def set_isa(name: str | None) -> None:
     Raises RuntimeError if this machine or this build lacks it.
     """
     global _selected
+    _selected = _index_of(name)
+
+
+def _index_of(name: str | None) -> int:
     if _native is None:
         raise RuntimeError(f"the native backend cannot run: {_missing}")
     names = _native.isas()
     name = name or os.environ.get("CHARRNN_ISA") or names[-1]
     if name not in names:
         raise RuntimeError(f"CHARRNN_ISA: this machine has {', '.join(names)}, got {name!r}")
-    _selected = ISAS.index(name)
+    return ISAS.index(name)
 
 
 def _isa() -> int:
+    global _selected
     if _selected is None:
-        set_isa(None)
+        _selected = _index_of(None)
     return _selected
 
 
@@ -230,7 +234,8 @@ def elman_backward(
     weights = tuple(new((walk.H, walk.H)) for _ in weight_hh) if need_weight_grad else None
     threads, columns = _plan(walk.B, walk.H, walk.D, walk.T)
     fused = int(_fused(walk.B, walk.H, num_tokens or 0))
-    grad_x = None if fused and tokens is not None else torch.empty_like(states)
+    result = torch.empty_like(states) if table is None else table
+    grad_x = result if table is None else None if fused else torch.empty_like(states)
     if walk.empty:
         for tensor in (table, grad_h0, *(weights or ())):
             if tensor is not None:
@@ -245,8 +250,7 @@ def elman_backward(
             *buffer_of(grad_h0),
         )
     dtype = out.dtype
-    result = (table if table is not None else grad_x).to(dtype)
-    return result, None if weights is None else tuple(w.to(dtype) for w in weights), grad_h0.to(dtype)
+    return result.to(dtype), None if weights is None else tuple(w.to(dtype) for w in weights), grad_h0.to(dtype)
 
 
 def _fused(B: int, H: int, V: int) -> bool:
@@ -281,28 +285,27 @@ def linear_cross_entropy(
     if weight.shape[0] > MAX_FUSED_CLASSES:
         return chunked_cross_entropy(hidden, weight, bias, target, ignore_index, reduction, need_grad, grad_loss)
     dtype = hidden.dtype
-    hidden, weight, bias, grad_loss = (computed(t) for t in (hidden, weight, bias, grad_loss))
+    hidden, weight, bias, grad_loss = computed(hidden), computed(weight), computed(bias), computed(grad_loss)
     require_one_type(hidden, weight, bias, grad_loss)
     target = target.to(torch.int64).contiguous()
     (N, H), V = hidden.shape, weight.shape[0]
     loss = array("d", [0.0])
     rows = hidden.new_empty(N) if reduction == "none" else None
-    grads = [hidden.new_empty(N, H), hidden.new_empty(V, H), hidden.new_empty(V)] if need_grad else [None] * 3
-    if bias is None:
-        grads[2] = None
+    grad_hidden, grad_weight = (hidden.new_empty(N, H), hidden.new_empty(V, H)) if need_grad else (None, None)
+    grad_bias = hidden.new_empty(V) if need_grad and bias is not None else None
     threads = torch.get_num_threads() if N * H * V >= 1 << 17 else 1
     try:
         _native.linear_cross_entropy(
             *(_isa(), COMPUTE[hidden.dtype], N, H, V, threads, ignore_index, int(reduction == "mean")),
             *(*rows_of(hidden), *rows_of(weight)),
             *(*buffer_of(bias), *buffer_of(target), *buffer_of(grad_loss), *array_of(loss), *buffer_of(rows)),
-            *(field for g in grads for field in buffer_of(g)),
+            *(*buffer_of(grad_hidden), *buffer_of(grad_weight), *buffer_of(grad_bias)),
         )
     except IndexError:
         bad = target[(target != ignore_index) & ((target < 0) | (target >= V))][0]
         raise IndexError(f"Target {int(bad)} is out of bounds.") from None
-    value = rows if reduction == "none" else hidden.new_tensor(loss[0])
-    return (value.to(dtype), *grads)
+    value = hidden.new_tensor(loss[0]) if rows is None else rows
+    return value.to(dtype), grad_hidden, grad_weight, grad_bias
 
 
 def language_model_limits(batch: int, hidden_size: int, vocab: int, dtype: torch.dtype) -> str | None:
@@ -347,7 +350,7 @@ def language_model_loss(
     """
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"nonlinearity: expected 'tanh' or 'relu', got {nonlinearity!r}")
-    table, weight_hh, head_weight, h0 = (computed(t) for t in (table, weight_hh, head_weight, h0))
+    table, weight_hh, head_weight, h0 = computed(table), computed(weight_hh), computed(head_weight), computed(h0)
     head_bias = None if head_bias is None else head_bias.contiguous()
     require_one_type(table, weight_hh, head_weight, head_bias, h0)
     # Ids that share memory are copied: C takes as many as there are, so that nothing makes it loop for nothing.
@@ -413,12 +416,10 @@ def generate(
             "expected temperature > 0, alpha >= 0 and top_k >= 1, got "
             f"temperature {temperature}, alpha {alpha}, top_k {top_k}"
         )
-    kept = [
-        None if t is None else computed(t).contiguous()
-        for t in (table, *weight_ih[1:], *weight_hh, *bias[1:], head_weight, head_bias)
-    ]
+    table = computed(table).contiguous()
+    others = (*weight_ih[1:], *weight_hh, *bias[1:], head_weight, head_bias)
+    kept = [table, *(None if t is None else computed(t).contiguous() for t in others)]
     require_one_type(*kept)
-    table = kept[0]
     result = table.new_zeros(L, B, H)
     if state is not None:
         result.copy_(state)

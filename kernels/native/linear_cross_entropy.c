@@ -76,7 +76,8 @@ static void NAME(loss_logits)(const NAME(loss_job) *job, int rows, const NAME(lo
     }
 }
 
-/* Loss of one row; with gradients, grad_o goes to row i of the block. */
+/* Loss of one row; with gradients, grad_o goes to row i of the block: for a factor of 0 zeros, or as in torch NaN where
+ * the softmax is. */
 static double NAME(loss_row)(const NAME(loss_job) *job, int i, int64_t target, real factor,
                              const NAME(loss_memory) *m) {
     real *logits = m->logits + i * job->stride;
@@ -154,8 +155,6 @@ static void NAME(loss_part)(const NAME(loss_job) *job, int64_t part, const NAME(
             real factor = ignored ? 0 : (real)(job->factor * weight);
             double row_loss = NAME(loss_row)(job, i, ignored ? 0 : p->target[n0 + i], factor, m);
             row_loss = ignored ? 0 : row_loss;
-            for (int64_t v = 0; ignored && v < job->stride; v += LANES)
-                NAME(store)(m->grads + NAME(at)(i, v), (vec){0});
             if (p->row_loss)
                 ((real *)p->row_loss)[n0 + i] = (real)row_loss;
             loss += row_loss;

@@ -2,6 +2,7 @@
 
 from array import array
 from collections.abc import Sequence
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -9,6 +10,10 @@ from torch import Tensor
 COMPUTE = {torch.float32: 0, torch.float64: 1}  # the types that C computes in, by its number for them
 
 
+@overload
+def computed(tensor: Tensor) -> Tensor: ...
+@overload
+def computed(tensor: Tensor | None) -> Tensor | None: ...
 def computed(tensor: Tensor | None) -> Tensor | None:
     """The tensor in the type that the kernels compute in, its last stride 1."""
     if tensor is None:
@@ -33,7 +38,7 @@ def buffer_of(tensor: Tensor | None) -> tuple[int, int]:
         return 0, 0
     if tensor.is_contiguous():
         return tensor.data_ptr(), tensor.nbytes
-    return tensor.data_ptr(), tensor.untyped_storage().nbytes() - tensor.storage_offset() * tensor.itemsize
+    return tensor.data_ptr(), tensor.untyped_storage().nbytes() - int(tensor.storage_offset()) * tensor.itemsize
 
 
 def buffers_of(tensors: Sequence[Tensor | None]) -> tuple[int, int, int, int]:

@@ -114,6 +114,8 @@ def elman_reason(
 ) -> str:
     """The tile for a hidden size that elman_limits allows, and why it is that one. rows: batch times directions."""
     tile = choose_tile(hidden_size, dtype, precision, torch.device(device), rows)
+    if tile is None:
+        raise RuntimeError(f"elman_reason: {elman_limits(hidden_size, dtype, precision, device)}")
     name = {"fma": "FMA", "mma": "tensor cores", "mma3": "tensor cores in three products"}[tile.form]
     return f"{name}, {tile.rows} rows and {tile.warps} warps a program ({tile.why})"
 
@@ -200,8 +202,8 @@ def elman_forward(
     rows = x if tokens is None else tokens
     _check({"x": x}, x.device, unit_stride=tokens is None)
     _check({"h0": h0, "out": out}, x.device)
-    T = len(batch_sizes) if packed else rows.shape[0]
-    B = (int(batch_sizes[0]) if T else 0) if packed else rows.shape[1]
+    T = rows.shape[0] if batch_sizes is None else len(batch_sizes)
+    B = rows.shape[1] if batch_sizes is None else int(batch_sizes[0]) if T else 0
     tile = choose_tile(H, x.dtype, precision, x.device, B * D)
     if tile is None:
         raise RuntimeError(f"elman_forward: {elman_limits(H, x.dtype, precision, x.device)}")
@@ -230,7 +232,7 @@ def elman_forward(
             _of_direction(bias_hh, 0),
             _of_direction(bias_hh, 1),
             h0,
-            _steps_table(batch_sizes, x.device) if packed else None,
+            None if batch_sizes is None else _steps_table(batch_sizes, x.device),
             out,
             h_n,
             T,
@@ -279,18 +281,20 @@ def elman_backward(
     D, H = len(weight_hh), weight_hh[0].shape[0]
     dtype, device = out.dtype, out.device
     _check({"grad_out": grad_out, "grad_h_n": grad_h_n, "out": out, "h0": h0}, device)
-    V = 0 if tokens is None else num_tokens
-    T = len(batch_sizes) if packed else out.shape[0]
-    B = (int(batch_sizes[0]) if T else 0) if packed else out.shape[1]
+    if tokens is not None and num_tokens is None:
+        raise ValueError("num_tokens: expected the rows of the table with tokens, got None")
+    V = num_tokens or 0
+    T = out.shape[0] if batch_sizes is None else len(batch_sizes)
+    B = out.shape[1] if batch_sizes is None else int(batch_sizes[0]) if T else 0
     tile = choose_tile(H, dtype, precision, device, B * D)
     if tile is None:
         raise RuntimeError(f"elman_backward: {elman_limits(H, dtype, precision, device)}")
     grad_h0 = torch.empty((D, B, H), dtype=dtype, device=device)
     if T == 0 or B == 0 or H == 0:
         grad_x = torch.zeros_like(out) if tokens is None else out.new_zeros((V, D * H))
-        grad_weight = tuple(torch.zeros_like(w) for w in weight_hh) if need_weight_grad else None
+        zeros = tuple(torch.zeros_like(w) for w in weight_hh) if need_weight_grad else None
         grad_bias = out.new_zeros(D * H) if need_bias_grad else None
-        return grad_x, grad_weight, grad_h0.zero_() if grad_h_n is None else grad_h0.copy_(grad_h_n), grad_bias
+        return grad_x, zeros, grad_h0.zero_() if grad_h_n is None else grad_h0.copy_(grad_h_n), grad_bias
 
     # grad_x has out's strides, which the kernel counts on; where a buffer has gaps, a copy of it has none.
     grad_x = _like_rows(out, D * H, dtype)
@@ -314,7 +318,7 @@ def elman_backward(
             _of_direction(weight_hh, 0),
             _of_direction(weight_hh, 1),
             h0,
-            _steps_table(batch_sizes, device) if packed else None,
+            None if batch_sizes is None else _steps_table(batch_sizes, device),
             grad_x,
             h_prev,
             grad_h0,
@@ -334,14 +338,13 @@ def elman_backward(
         if tokens is not None and V <= MAX_SUM_VOCAB:
             partial_table = _rows_by_token(grad_x, tokens, V, acc_type, target)
         grad_bias, grad_weight, grad_table = _sum_partials(partial_bias, partial_weight, partial_table, dtype, target)
-    if need_weight_grad and grad_weight is None:
-        grad_weight = tuple(
-            _weight_gradient(grad_x, out if in_order else h_prev, h0, d, H, reverse[d], shifted=in_order)
-            for d in range(D)
-        )
+    weights = None if grad_weight is None else tuple(grad_weight)
+    if need_weight_grad and weights is None:
+        states = out if h_prev is None else h_prev
+        weights = tuple(_weight_gradient(grad_x, states, h0, d, H, reverse[d], shifted=in_order) for d in range(D))
     if tokens is not None:
         grad_x = _table_gradient(grad_x, tokens, V) if grad_table is None else grad_table
-    return grad_x, None if grad_weight is None else tuple(grad_weight), grad_h0, grad_bias if need_bias_grad else None
+    return grad_x, weights, grad_h0, grad_bias if need_bias_grad else None
 
 
 def _weight_gradient(

@@ -130,6 +130,10 @@ def _check_sampling(
         )
 
 
+def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
+    return [t for t in tensors if t is not None]
+
+
 def _weights(
     tile: GenerateTile,
     table: Tensor,
@@ -143,13 +147,13 @@ def _weights(
     (V, H), above = table.shape, len(weight_hh) - 1
     rows = table.new_zeros(V + above + 1, tile.width)
     rows[:V, :H] = table
-    for layer in range(above):
-        rows[V + layer, :H] = bias[layer + 1]
+    for layer, row in enumerate(_present(bias[1:])):
+        rows[V + layer, :H] = row
     logits = table.new_full((tile.block_v,), -torch.inf)
     logits[:V] = 0.0 if head_bias is None else head_bias
     return (
         rows,
-        _transposed([table.new_empty(0, 0), *weight_ih[1:]], tile.width, tile.width) if above else None,
+        _transposed([table.new_empty(0, 0), *_present(weight_ih[1:])], tile.width, tile.width) if above else None,
         _transposed(weight_hh, tile.width, tile.width),
         _transposed([head_weight], tile.depth, tile.block_v),
         logits,

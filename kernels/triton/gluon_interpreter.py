@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 import triton
 import triton.language as tl
 
+from . import numerics
 from .numerics import INTERPRETED, dot
 
 if TYPE_CHECKING:
@@ -113,17 +114,15 @@ def _stand_in() -> types.SimpleNamespace:
     )
 
 
-if INTERPRETED:
-    from .numerics import device_function
-
-    gl, jit, mma_v2 = _stand_in(), triton.jit, _mma_v2
-
-    def barrier() -> None:
-        """Nothing to wait for: a program is one thread."""
-else:
+if not INTERPRETED:
     from triton.experimental.gluon import jit
     from triton.experimental.gluon import language as gl
     from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
     device_function = jit
     barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name before 3.7
+else:
+    gl, jit, mma_v2, device_function = _stand_in(), triton.jit, _mma_v2, numerics.device_function
+
+    def barrier() -> None:
+        """Nothing to wait for: a program is one thread."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+from typing import Any
 
 import torch
 
@@ -21,7 +22,7 @@ def target_of(device: torch.device) -> tuple[str, float]:
     """
     if device.type == "cpu":
         return "sm_90", 227
-    properties = torch.cuda.get_device_properties(device)
+    properties: Any = torch.cuda.get_device_properties(device)
     if torch.version.hip is not None:
         return ("gfx942" if properties.gcnArchName.startswith(("gfx94", "gfx95")) else ""), 64
     # Consumer Blackwell (12.x) has Ampere's matrix instructions.

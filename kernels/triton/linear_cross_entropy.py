@@ -384,4 +384,5 @@ def _grad_by_gemm(
                 grad_weight += grads.t() @ hidden
         if grad_bias is not None:
             grad_bias += grads.sum(0, dtype=p.accumulator)
-    return grad_hidden, *(None if g is None else g.to(p.dtype) for g in (grad_weight, grad_bias))
+    grad_weight, grad_bias = (None if g is None else g.to(p.dtype) for g in (grad_weight, grad_bias))
+    return grad_hidden, grad_weight, grad_bias

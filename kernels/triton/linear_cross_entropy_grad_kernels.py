@@ -45,7 +45,8 @@ def _grad_logits(
     BLOCK_V: tl.constexpr,
     MEAN: tl.constexpr,
 ):
-    """g (BLOCK_N, BLOCK_V) of a tile, the pointers standing at its rows; zero for rows that do not count.
+    """g (BLOCK_N, BLOCK_V) of a tile, the pointers standing at its rows; for those that do not count zero or, as in
+    torch, NaN where the softmax is.
 
     A tile with all classes is normalized by its own sum: lse comes from logits that were rounded in another way, which
     shows where one class has nearly all of the probability.
@@ -56,13 +57,13 @@ def _grad_logits(
         exponentials = tl.exp(logits - tl.max(logits, 1)[:, None])
         softmax = exponentials / tl.sum(exponentials, 1)[:, None]
     else:
-        softmax = tl.exp(logits - tl.load(lse_ptr + offs_n, mask=counted, other=0.0)[:, None])
+        softmax = tl.exp(logits - tl.load(lse_ptr + offs_n, mask=offs_n < rows_left, other=0.0)[:, None])
     factor = tl.load(grad_loss_ptr + offs_n * stride_grad_loss, mask=counted, other=0.0).to(logits.dtype)
     if MEAN:
-        factor = factor / tl.load(count_ptr)
+        factor = factor / tl.maximum(tl.load(count_ptr), 1.0)
     is_target = (target - first_class)[:, None] == tl.arange(0, BLOCK_V)[None, :]
     g = (softmax - is_target.to(logits.dtype)) * factor[:, None]
-    return tl.where(counted[:, None], g, 0.0)
+    return tl.where((offs_n < rows_left)[:, None], g, 0.0)
 
 
 @triton.jit

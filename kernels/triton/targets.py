@@ -13,5 +13,5 @@ def launch_options(warps: int, target: str, stages: int = 1, all_registers: bool
     pipeline over loops. Products and sums are fused whatever a Triton's default is (3.10 changes it). all_registers:
     of NVIDIA's, up to 8 warps: left alone, ptxas spills a few bytes to reach a rounder number.
     """
-    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    options: dict[str, object] = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     return options | {"maxnreg": 255} if all_registers and target in NVIDIA else options

@@ -142,6 +142,32 @@ def test_rows_that_are_all_ignored_give_no_gradient(vocab, reduction):
     assert (input.grad == 0).all() and (weight.grad == 0).all()
 
 
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy, which interprets the kernels, warns of NaN
+@pytest.mark.parametrize("backend", ["triton", "native"], indirect=True)
+@pytest.mark.parametrize(("hidden", "vocab"), [(4, 30), (5, 130), (4, 1500), (300, 30)])
+@pytest.mark.parametrize(
+    ("ignored", "reduction"), [("some", "mean"), ("some", "none"), ("all", "mean"), ("all", "sum")]
+)
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [(0, torch.nan), (0, torch.inf), (1, torch.inf), (1, -torch.inf), (2, torch.inf), (2, -torch.inf)],
+)
+def test_what_is_not_finite_spreads_as_in_torch(value, place, ignored, hidden, vocab, reduction, backend, monkeypatch):
+    """0 * NaN: also from rows that do not count, and from no others; what is finite in torch is the same number."""
+    monkeypatch.setenv("CHARRNN_BACKEND", backend)
+    operands, target = _operands(7, hidden, vocab, torch.float32)
+    target[:: 1 if ignored == "all" else 3] = -100
+    operands[place].data.view(-1)[1] = value  # of a row that is ignored: 0, or of all rows
+    results = []
+    for function in (linear_cross_entropy, _expected):
+        loss = _call(function, operands, target, reduction=reduction)
+        results.append([loss, *torch.autograd.grad(loss.sum() * 3, operands)])
+    for mine, right in zip(*results, strict=True):
+        assert torch.equal(mine.isfinite(), right.isfinite())
+        finite = right.isfinite()
+        torch.testing.assert_close(mine[finite], right[finite], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("vocab", [30, 1500])
 def test_small_fp16_gradients_survive_loss_scaling(vocab):
     torch.manual_seed(0)
