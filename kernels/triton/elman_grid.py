@@ -213,8 +213,8 @@ def elman_grid_forward(
     rows = x if tokens is None else tokens
     elman._check({"x": x}, device, unit_stride=tokens is None)
     elman._check({"h0": h0, "out": out}, device)
-    T = len(batch_sizes) if packed else rows.shape[0]
-    B = (int(batch_sizes[0]) if T else 0) if packed else rows.shape[1]
+    T = rows.shape[0] if batch_sizes is None else len(batch_sizes)
+    B = rows.shape[1] if batch_sizes is None else int(batch_sizes[0]) if T else 0
     tile = _tile("elman_grid_forward", tile, H, dtype, precision, device, B * D)
     if out is None:
         out = elman._like_rows(x if tokens is None else tokens.unsqueeze(-1), D * H, dtype)
@@ -236,7 +236,7 @@ def elman_grid_forward(
         elman._of_direction(bias_hh, 0),
         elman._of_direction(bias_hh, 1),
         h0,
-        elman._steps_table(batch_sizes, device) if packed else None,
+        None if batch_sizes is None else elman._steps_table(batch_sizes, device),
         out,
         h_n,
         counters,
@@ -290,16 +290,18 @@ def elman_grid_backward(
     D, H = len(weight_hh), weight_hh[0].shape[0]
     dtype, device = out.dtype, out.device
     elman._check({"grad_out": grad_out, "grad_h_n": grad_h_n, "out": out, "h0": h0}, device)
-    V = 0 if tokens is None else num_tokens
-    T = len(batch_sizes) if packed else out.shape[0]
-    B = (int(batch_sizes[0]) if T else 0) if packed else out.shape[1]
+    if tokens is not None and num_tokens is None:
+        raise ValueError("num_tokens: expected the rows of the table with tokens, got None")
+    V = num_tokens or 0
+    T = out.shape[0] if batch_sizes is None else len(batch_sizes)
+    B = out.shape[1] if batch_sizes is None else int(batch_sizes[0]) if T else 0
     tile = _tile("elman_grid_backward", tile, H, dtype, precision, device, B * D)
     grad_h0 = torch.empty((D, B, H), dtype=dtype, device=device)
     if T == 0 or B == 0 or H == 0:
         grad_x = torch.zeros_like(out) if tokens is None else out.new_zeros((V, D * H))
-        grad_weight = tuple(torch.zeros_like(w) for w in weight_hh) if need_weight_grad else None
+        zeros = tuple(torch.zeros_like(w) for w in weight_hh) if need_weight_grad else None
         grad_bias = out.new_zeros(D * H) if need_bias_grad else None
-        return grad_x, grad_weight, grad_h0.zero_() if grad_h_n is None else grad_h0.copy_(grad_h_n), grad_bias
+        return grad_x, zeros, grad_h0.zero_() if grad_h_n is None else grad_h0.copy_(grad_h_n), grad_bias
 
     # grad_x has out's strides, which the kernel counts on; where a buffer has gaps, a copy of it has none.
     grad_x = elman._like_rows(out, D * H, dtype)
@@ -321,7 +323,7 @@ def elman_grid_backward(
         elman._of_direction(weight_hh, 0),
         elman._of_direction(weight_hh, 1),
         h0,
-        elman._steps_table(batch_sizes, device) if packed else None,
+        None if batch_sizes is None else elman._steps_table(batch_sizes, device),
         grad_x,
         h_prev,
         grad_h0,
@@ -350,12 +352,12 @@ def elman_grid_backward(
         if tokens is not None and V <= elman.MAX_SUM_VOCAB:
             partial_table = elman._rows_by_token(grad_x, tokens, V, acc_type, target)
         grad_bias, _, grad_table = elman._sum_partials(partial_bias, None, partial_table, dtype, target)
-    grad_weight = None
+    weights = None
     if need_weight_grad:
-        grad_weight = tuple(
-            elman._weight_gradient(grad_x, out if in_order else h_prev, h0, d, H, reverse[d], shifted=in_order)
-            for d in range(D)
+        states = out if h_prev is None else h_prev
+        weights = tuple(
+            elman._weight_gradient(grad_x, states, h0, d, H, reverse[d], shifted=in_order) for d in range(D)
         )
     if tokens is not None:
         grad_x = elman._table_gradient(grad_x, tokens, V) if grad_table is None else grad_table
-    return grad_x, grad_weight, grad_h0, grad_bias if need_bias_grad else None
+    return grad_x, weights, grad_h0, grad_bias if need_bias_grad else None

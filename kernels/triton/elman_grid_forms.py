@@ -115,6 +115,11 @@ class GridForm:
         )
 
     @property
+    def warp_sums(self):
+        """Layout of the warps' sums as they are made, (warps, units, R)."""
+        return self.products if self.mma else gl.SliceLayout(3, self.products)
+
+    @property
     def weight(self):
         """Layout of a piece of W, (warps, units, KP)."""
         return gl.DotOperandLayout(0, self.products, self.k_width) if self.mma else gl.SliceLayout(2, self.products)
@@ -206,8 +211,9 @@ def load_weight(weight_ptr, first_unit, TRANSPOSE: tl.constexpr, F: tl.constexpr
             high = tf32_high(low)
             lows = lows + (tf32_low(low, high),)
         highs = highs + (high,)
-    if TRANSPOSE:
-        barrier()  # what the pieces passed through is shared memory that the steps use
+        # Piece by piece: the addresses of all take more registers than W. And what a transposed one passed through is
+        # shared memory that the steps use.
+        barrier()
     return highs + lows
 
 
@@ -298,11 +304,7 @@ def announce(counters_ptr, first_unit, F: tl.constexpr):
 @device_function
 def parts(F: tl.constexpr):
     """The numbers of the warps' parts of k, in a layout that gives each warp its own."""
-    if F.mma:
-        layout: tl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, F.products))
-    else:
-        layout: tl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, gl.SliceLayout(3, F.products)))
-    return gl.arange(0, F.warps, layout=layout)
+    return gl.arange(0, F.warps, layout=gl.SliceLayout(1, gl.SliceLayout(2, F.warp_sums)))
 
 
 @device_function

@@ -93,8 +93,7 @@ def _stand_in() -> types.SimpleNamespace:
     layouts = ("BlockedLayout", "SliceLayout", "DotOperandLayout", "NVMMADistributedLayout", "SwizzledSharedLayout")
     same = ("constexpr", "float16", "bfloat16", "float32", "float64", "int1", "int32", "int64")
     # The interpreter replaces these while a kernel runs, so they are looked up at each call.
-    called = ("load", "store", "where", "program_id", "num_programs", "expand_dims", "exp", "exp2", "abs", "fma")
-    called += ("minimum", "maximum", "atomic_add", "permute")
+    called = "load store where program_id num_programs expand_dims exp exp2 abs fma minimum maximum atomic_add permute"
 
     def late(name):
         return lambda *arguments, **options: getattr(tl, name)(*arguments, **options)
@@ -102,7 +101,7 @@ def _stand_in() -> types.SimpleNamespace:
     return types.SimpleNamespace(
         **dict.fromkeys(layouts, _layout),
         **{name: getattr(tl, name) for name in same},
-        **{name: late(name) for name in called},
+        **{name: late(name) for name in called.split()},
         arange=lambda start, end, layout=None: tl.arange(start, end),
         sum=_reduced("sum"),
         max=_reduced("max"),
