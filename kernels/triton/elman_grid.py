@@ -15,14 +15,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import triton
+import triton.language as tl
 
-from . import elman
+from ..sums_by_id import sum_by_id
 from .elman_grid_forms import COUNTER_STRIDE, GridForm
 from .elman_grid_kernels import elman_grid_backward_kernel, elman_grid_forward_kernel
 from .elman_grid_tiles import Chip, GridTile, find_grid_tile, programs_at_once
 from .launch import INTERPRETED, KINDS, on_device, processors_of, target_of
 from .targets import NVIDIA
+
+_TYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
 
 
 @functools.lru_cache(4096)  # batch sizes may be any number of numbers
@@ -66,7 +73,7 @@ def _form(tile: GridTile, hidden_size: int, dtype: torch.dtype, tanh: bool, wide
         units=tile.units,
         rows=tile.rows,
         warps=tile.warps,
-        dtype=elman._TYPES[dtype],
+        dtype=_TYPES[dtype],
         mma=tile.form != "fma",
         three=tile.form == "mma3",
         most_chains=tile.chains,
@@ -185,6 +192,54 @@ def _tile(
     return tile
 
 
+def _check(device: torch.device, **tensors: torch.Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if tensor.device != device:
+            raise ValueError(f"{name}: expected a tensor on {device}, got {tensor.device}")
+        if tensor.dim() and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
+            raise ValueError(f"{name}: expected a last stride of 1, got strides {tensor.stride()}")
+
+
+def _sizes(rows: torch.Tensor, batch_sizes: torch.Tensor | None) -> tuple[int, int]:
+    """Steps and batch of time-major or packed rows."""
+    if batch_sizes is None:
+        return rows.shape[0], rows.shape[1]
+    return len(batch_sizes), int(batch_sizes[0]) if len(batch_sizes) else 0
+
+
+def _steps_table(batch_sizes: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
+    """(2, T): packed rows before each step, rows active in it."""
+    if batch_sizes is None:
+        return None
+    before = torch.cumsum(batch_sizes, 0) - batch_sizes
+    return torch.stack((before, batch_sizes)).to(device, non_blocking=True)
+
+
+def _of_directions(*groups) -> list[torch.Tensor | None]:
+    """Two of each group; the last tensor serves for those that are not there."""
+    found: list[torch.Tensor | None] = []
+    for tensors in groups:
+        found += (None, None) if tensors is None else (tensors[0].contiguous(), tensors[-1].contiguous())
+    return found
+
+
+def _reversed(reverse) -> int:
+    """Bit d is set if direction d walks time backwards."""
+    return sum(1 << d for d, flag in enumerate(reverse) if flag)
+
+
+def _row_strides(rows: torch.Tensor | None) -> tuple[int, int]:
+    """From step to step and from row to row; packed rows have one for both."""
+    return (0, 0) if rows is None else (rows.stride(0), rows.stride(-2))
+
+
+def _is_wide(rows: int, *tensors: torch.Tensor | None) -> bool:
+    """Whether int32 is too small for the offsets inside a tile of so many rows."""
+    return any(tensor is not None and rows * tensor.stride(-2) >= 2**31 for tensor in tensors)
+
+
 def elman_grid_forward(
     x: torch.Tensor,
     weight_hh,
@@ -207,48 +262,39 @@ def elman_grid_forward(
     run in any order. Interpreted it is 1 wherever there is more than one program.
     Raises ValueError for a last stride that is not 1 or tensors on several devices, RuntimeError past grid_limits.
     """
-    packed = batch_sizes is not None
     D, H = len(weight_hh), weight_hh[0].shape[0]
     dtype, device = x.dtype, x.device
-    rows = x if tokens is None else tokens
-    elman._check({"x": x}, device, unit_stride=tokens is None)
-    elman._check({"h0": h0, "out": out}, device)
-    T = rows.shape[0] if batch_sizes is None else len(batch_sizes)
-    B = rows.shape[1] if batch_sizes is None else int(batch_sizes[0]) if T else 0
+    _check(device, x=None if tokens is not None else x, h0=h0, out=out)
+    T, B = _sizes(x if tokens is None else tokens, batch_sizes)
     tile = _tile("elman_grid_forward", tile, H, dtype, precision, device, B * D)
     if out is None:
-        out = elman._like_rows(x if tokens is None else tokens.unsqueeze(-1), D * H, dtype)
+        out = torch.empty((*(x.shape[:-1] if tokens is None else tokens.shape), D * H), dtype=dtype, device=device)
     h_n = torch.empty((D, B, H), dtype=dtype, device=device)
     if T == 0 or B == 0 or H == 0:
         return out, h_n.zero_() if h0 is None else h_n.copy_(h0)
 
-    wide = elman._is_wide(tile.rows, (None if tokens is not None else x, h0, out), None if tokens is None else x)
-    teams = triton.cdiv(B, tile.rows) * D
+    wide = _is_wide(tile.rows, None if tokens is not None else x, h0, out)
+    wide |= tokens is not None and x.shape[0] * x.stride(0) >= 2**31
+    teams = -(-B // tile.rows) * D
     form = _form(tile, H, dtype, nonlinearity == "tanh", wide)
     counters = _counters(teams, form, device)
     pointers = (
         x,
         tokens,
-        elman._of_direction(weight_hh, 0),
-        elman._of_direction(weight_hh, 1),
-        elman._of_direction(bias_ih, 0),
-        elman._of_direction(bias_ih, 1),
-        elman._of_direction(bias_hh, 0),
-        elman._of_direction(bias_hh, 1),
+        *_of_directions(weight_hh, bias_ih, bias_hh),
         h0,
-        None if batch_sizes is None else elman._steps_table(batch_sizes, device),
+        _steps_table(batch_sizes, device),
         out,
         h_n,
         counters,
     )
     strides = (
-        *(elman._row_strides(x, packed) if tokens is None else (x.stride(0), 0)),
-        1 if tokens is None else x.stride(1),
-        *elman._row_strides(tokens, packed),
+        *((*_row_strides(x), 1) if tokens is None else (x.stride(0), 0, x.stride(1))),
+        *((0, 0) if tokens is None else (tokens.stride(0), tokens.stride(-1))),
         *(h0.stride()[:2] if h0 is not None else (0, 0)),
-        *elman._row_strides(out, packed),
+        *_row_strides(out),
     )
-    sizes = (T, B, x.shape[0], elman._mask(reverse))
+    sizes = (T, B, x.shape[0], _reversed(reverse))
     with on_device(device):
         _launch(
             elman_grid_forward_kernel,
@@ -286,15 +332,14 @@ def elman_grid_backward(
     tile, steps_per_launch: as in elman_grid_forward.
     Raises ValueError for a last stride that is not 1 or tensors on several devices, RuntimeError past grid_limits.
     """
-    packed = batch_sizes is not None
     D, H = len(weight_hh), weight_hh[0].shape[0]
     dtype, device = out.dtype, out.device
-    elman._check({"grad_out": grad_out, "grad_h_n": grad_h_n, "out": out, "h0": h0}, device)
+    _check(device, grad_out=grad_out, grad_h_n=grad_h_n, h0=h0)
     if tokens is not None and num_tokens is None:
         raise ValueError("num_tokens: expected the rows of the table with tokens, got None")
+    out = out.contiguous()  # grad_x has its strides, which the kernel counts on
     V = num_tokens or 0
-    T = out.shape[0] if batch_sizes is None else len(batch_sizes)
-    B = out.shape[1] if batch_sizes is None else int(batch_sizes[0]) if T else 0
+    T, B = _sizes(out, batch_sizes)
     tile = _tile("elman_grid_backward", tile, H, dtype, precision, device, B * D)
     grad_h0 = torch.empty((D, B, H), dtype=dtype, device=device)
     if T == 0 or B == 0 or H == 0:
@@ -303,27 +348,21 @@ def elman_grid_backward(
         grad_bias = out.new_zeros(D * H) if need_bias_grad else None
         return grad_x, zeros, grad_h0.zero_() if grad_h_n is None else grad_h0.copy_(grad_h_n), grad_bias
 
-    # grad_x has out's strides, which the kernel counts on; where a buffer has gaps, a copy of it has none.
-    grad_x = elman._like_rows(out, D * H, dtype)
-    if grad_x.stride() != out.stride():
-        out = grad_x.new_empty(grad_x.shape).copy_(out) if packed else torch.empty_like(grad_x).copy_(out)
-    row_teams = triton.cdiv(B, tile.rows)
-    in_order = not packed and (T == 1 or out.stride(0) == B * out.stride(1))  # so a step is B rows of one matrix
+    grad_x = torch.empty_like(out)
+    row_teams = -(-B // tile.rows)
     acc_type = torch.float64 if dtype == torch.float64 else torch.float32
-    h_prev = torch.empty_like(grad_x) if need_weight_grad and not in_order else None
+    h_prev = torch.empty_like(grad_x) if need_weight_grad and batch_sizes is not None else None
     partial_bias = torch.empty((row_teams, D * H), dtype=acc_type, device=device)
-    target = target_of(device)[0]
-    wide = elman._is_wide(tile.rows, (grad_out, grad_h_n, out, h0))
+    wide = _is_wide(tile.rows, grad_out, grad_h_n, out, h0)
     form = _form(tile, H, dtype, nonlinearity == "tanh", wide)
     counters = _counters(row_teams * D, form, device)
     pointers = (
         grad_out,
         grad_h_n,
         out,
-        elman._of_direction(weight_hh, 0),
-        elman._of_direction(weight_hh, 1),
+        *_of_directions(weight_hh),
         h0,
-        None if batch_sizes is None else elman._steps_table(batch_sizes, device),
+        _steps_table(batch_sizes, device),
         grad_x,
         h_prev,
         grad_h0,
@@ -331,12 +370,12 @@ def elman_grid_backward(
         counters,
     )
     strides = (
-        *elman._row_strides(grad_out, packed),
+        *_row_strides(grad_out),
         *(grad_h_n.stride()[:2] if grad_h_n is not None else (0, 0)),
-        *elman._row_strides(out, packed),
+        *_row_strides(out),
         *(h0.stride()[:2] if h0 is not None else (0, 0)),
     )
-    sizes = (T, B, D, elman._mask(reverse))
+    sizes = (T, B, D, _reversed(reverse))
     with on_device(device):
         _launch(
             elman_grid_backward_kernel,
@@ -346,18 +385,35 @@ def elman_grid_backward(
             steps_per_launch,
             counters,
             form,
-            tile.launch_options(target),
+            tile.launch_options(target_of(device)[0]),
         )
-        partial_table = None
-        if tokens is not None and V <= elman.MAX_SUM_VOCAB:
-            partial_table = elman._rows_by_token(grad_x, tokens, V, acc_type, target)
-        grad_bias, _, grad_table = elman._sum_partials(partial_bias, None, partial_table, dtype, target)
-    weights = None
-    if need_weight_grad:
-        states = out if h_prev is None else h_prev
-        weights = tuple(
-            elman._weight_gradient(grad_x, states, h0, d, H, reverse[d], shifted=in_order) for d in range(D)
-        )
-    if tokens is not None:
-        grad_x = elman._table_gradient(grad_x, tokens, V) if grad_table is None else grad_table
-    return grad_x, weights, grad_h0, grad_bias if need_bias_grad else None
+        weights = None
+        if need_weight_grad:
+            weights = tuple([_weight_gradient(grad_x, out, h_prev, h0, d, H, reverse[d]) for d in range(D)])
+        grad_bias = partial_bias.sum(0).to(dtype) if need_bias_grad else None
+        return sum_by_id(grad_x, tokens, V) if tokens is not None else grad_x, weights, grad_h0, grad_bias
+
+
+def _weight_gradient(
+    grad_x: torch.Tensor,
+    out: torch.Tensor,
+    h_prev: torch.Tensor | None,
+    h0: torch.Tensor | None,
+    direction: int,
+    hidden_size: int,
+    backwards: bool,
+) -> torch.Tensor:
+    """sum_t d_t^T @ h_{t-1} of one direction, by a matrix product over all rows.
+
+    h_prev: h_{t-1} in grad_x's rows; None: what precedes a step lies B rows before it in `out` (behind it, if the walk
+    goes backwards), but for the first step's, which is h0.
+    """
+    columns = slice(direction * hidden_size, (direction + 1) * hidden_size)
+    if h_prev is not None:
+        return grad_x[:, columns].t() @ h_prev[:, columns]
+    batch = grad_x.shape[1]
+    d, h = (t.view(-1, t.shape[-1])[:, columns] for t in (grad_x, out))
+    gradient = d[:-batch].t() @ h[batch:] if backwards else d[batch:].t() @ h[:-batch]
+    if h0 is not None:
+        gradient.addmm_((d[-batch:] if backwards else d[:batch]).t(), h0[direction])
+    return gradient

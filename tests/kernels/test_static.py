@@ -260,6 +260,24 @@ def test_a_step_of_the_recurrence_has_one_barrier_and_no_more_instructions_than_
             assert targets["sm_90"][forward.format(width, lanes, warps)]["instructions"] <= most
 
 
+def test_programs_of_a_grid_that_is_chosen_run_at_once(static):
+    """A team that does not fit the chip is compiled all the same, and the table of tiles does not choose it there."""
+    tiles, kinds = static.load("elman_grid_tiles"), {"fp64": "fp64", "bf16": "16bit"}
+    for version, targets in RECORD.items():
+        for target, chip in tiles.CHIPS.items():
+            cases = {case.name: case for case in static.elman_grid_cases(target)}
+            assert {case.team for case in cases.values()} >= {12, 16, 24, 32, 48, 64, 96, 128}
+            for name, case in cases.items():
+                found, hidden = targets[target][name], case.constants["F"].hidden
+                assert found["stack"] == 0, (version, target, name)
+                assert found["barriers"] <= 3, (version, target, name)  # of which Triton 3.9 puts one before an atomic
+                assert found["team"] == case.team == case.constants["F"].programs
+                if found["at_once"] < case.team:
+                    kind = next((kind for key, kind in kinds.items() if f" {key} " in name), "tf32")
+                    for rows in (1, 16, 128):
+                        assert tiles.find_grid_tile(kind, hidden, target, rows, chip.processors, "bf16") is None
+
+
 def test_conflicts_are_recorded_for_every_tile_and_stated_where_they_are_many(static):
     """The statements cover the record, and none of them is about nothing."""
     conflicts = static.load("static_conflicts", "bench")

@@ -23,7 +23,7 @@ def kernels(p, tile=None, **options):
     return results(p, elman_grid_forward, elman_grid_backward, tile=tile, **options)
 
 
-@pytest.mark.parametrize(("H", "first", "cases"), [(16, 0, 12), (31, 0, 12), (40, 12, 6), (100, 18, 3)])
+@pytest.mark.parametrize(("H", "first", "cases"), [(16, 0, 8), (31, 6, 8), (40, 14, 4), (100, 18, 2)])
 def test_fp32_error_is_at_most_twice_that_of_torch(H, first, cases):
     for case in range(first, first + cases):
         p = make_problem(1 + case % 4 if H < 100 else 2, H, **options_of(case))
@@ -33,7 +33,7 @@ def test_fp32_error_is_at_most_twice_that_of_torch(H, first, cases):
 @pytest.mark.parametrize("H", SIZES)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
 def test_other_dtypes(H, dtype):
-    for case in (2, 13) if H < 100 else (2,):  # packed in both directions; tokens
+    for case in (2, 13) if H == 31 else (2,):  # packed in both directions; tokens
         p = make_problem(3 if H < 100 else 2, H, dtype=dtype, **options_of(case) | {"nonlinearity": "tanh"})
         check(p, kernels(p))
 
