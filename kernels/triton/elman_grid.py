@@ -15,21 +15,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import triton.language as tl
 
 from ..sums_by_id import sum_by_id
+from . import elman
 from .elman_grid_forms import COUNTER_STRIDE, GridForm
 from .elman_grid_kernels import elman_grid_backward_kernel, elman_grid_forward_kernel
 from .elman_grid_tiles import Chip, GridTile, find_grid_tile, programs_at_once
 from .launch import INTERPRETED, KINDS, on_device, processors_of, target_of
 from .targets import NVIDIA
 
-_TYPES = {
-    torch.float64: tl.float64,
-    torch.float32: tl.float32,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-}
+MOST_ROWS = 128  # of cuDNN's measured batches
 
 
 @functools.lru_cache(4096)  # batch sizes may be any number of numbers
@@ -57,13 +52,24 @@ def grid_limits(
     return f"{too_large}, and a grid of them is not known to be faster than cuDNN"
 
 
+def grid_most_rows(hidden_size: int, dtype: torch.dtype, precision: str, device: torch.device) -> int:
+    """Rows (batch times directions) up to which the recurrence goes across the chip; 0 if it never does."""
+    rows = 0
+    while rows < MOST_ROWS and choose_grid_tile(hidden_size, dtype, precision, device, rows + 1) is not None:
+        rows += 1
+    return rows
+
+
 def grid_reason(
     hidden_size: int, dtype: torch.dtype, precision: str = "ieee", device: torch.device | str = "cpu", rows: int = 1
 ) -> str:
     """The tile for a size that grid_limits allows: programs, teams, what is resident, and why it is that one."""
-    tile = choose_grid_tile(hidden_size, dtype, precision, torch.device(device), rows)
-    assert tile is not None  # by grid_limits
-    return tile.describe(hidden_size, dtype.itemsize, rows)
+    device = torch.device(device)
+    tile = choose_grid_tile(hidden_size, dtype, precision, device, rows)
+    if tile is None:
+        return f"for so many rows {grid_limits(hidden_size, dtype, precision, device, rows)}"
+    most = grid_most_rows(hidden_size, dtype, precision, device)
+    return f"{tile.describe(hidden_size, dtype.itemsize, rows)}; beyond {most} rows cuDNN is taken"
 
 
 @functools.cache
@@ -73,7 +79,7 @@ def _form(tile: GridTile, hidden_size: int, dtype: torch.dtype, tanh: bool, wide
         units=tile.units,
         rows=tile.rows,
         warps=tile.warps,
-        dtype=_TYPES[dtype],
+        dtype=elman._TYPES[dtype],
         mma=tile.form != "fma",
         three=tile.form == "mma3",
         most_chains=tile.chains,
@@ -187,19 +193,11 @@ def _tile(
     name: str, tile: GridTile | None, hidden_size: int, dtype: torch.dtype, precision: str, device: torch.device, rows
 ) -> GridTile:
     tile = tile or choose_grid_tile(hidden_size, dtype, precision, device, rows)
+    if tile is None:  # too many rows to be faster than cuDNN, and asked for all the same
+        tile = choose_grid_tile(hidden_size, dtype, precision, device)
     if tile is None:
         raise RuntimeError(f"{name}: {grid_limits(hidden_size, dtype, precision, device, rows)}")
     return tile
-
-
-def _check(device: torch.device, **tensors: torch.Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if tensor is None:
-            continue
-        if tensor.device != device:
-            raise ValueError(f"{name}: expected a tensor on {device}, got {tensor.device}")
-        if tensor.dim() and tensor.stride(-1) != 1 and tensor.shape[-1] > 1:
-            raise ValueError(f"{name}: expected a last stride of 1, got strides {tensor.stride()}")
 
 
 def _sizes(rows: torch.Tensor, batch_sizes: torch.Tensor | None) -> tuple[int, int]:
@@ -207,14 +205,6 @@ def _sizes(rows: torch.Tensor, batch_sizes: torch.Tensor | None) -> tuple[int, i
     if batch_sizes is None:
         return rows.shape[0], rows.shape[1]
     return len(batch_sizes), int(batch_sizes[0]) if len(batch_sizes) else 0
-
-
-def _steps_table(batch_sizes: torch.Tensor | None, device: torch.device) -> torch.Tensor | None:
-    """(2, T): packed rows before each step, rows active in it."""
-    if batch_sizes is None:
-        return None
-    before = torch.cumsum(batch_sizes, 0) - batch_sizes
-    return torch.stack((before, batch_sizes)).to(device, non_blocking=True)
 
 
 def _of_directions(*groups) -> list[torch.Tensor | None]:
@@ -264,7 +254,7 @@ def elman_grid_forward(
     """
     D, H = len(weight_hh), weight_hh[0].shape[0]
     dtype, device = x.dtype, x.device
-    _check(device, x=None if tokens is not None else x, h0=h0, out=out)
+    elman._check(device, x=None if tokens is not None else x, h0=h0, out=out)
     T, B = _sizes(x if tokens is None else tokens, batch_sizes)
     tile = _tile("elman_grid_forward", tile, H, dtype, precision, device, B * D)
     if out is None:
@@ -283,7 +273,7 @@ def elman_grid_forward(
         tokens,
         *_of_directions(weight_hh, bias_ih, bias_hh),
         h0,
-        _steps_table(batch_sizes, device),
+        None if batch_sizes is None else elman._steps_table(batch_sizes, device),
         out,
         h_n,
         counters,
@@ -334,7 +324,7 @@ def elman_grid_backward(
     """
     D, H = len(weight_hh), weight_hh[0].shape[0]
     dtype, device = out.dtype, out.device
-    _check(device, grad_out=grad_out, grad_h_n=grad_h_n, h0=h0)
+    elman._check(device, grad_out=grad_out, grad_h_n=grad_h_n, h0=h0)
     if tokens is not None and num_tokens is None:
         raise ValueError("num_tokens: expected the rows of the table with tokens, got None")
     out = out.contiguous()  # grad_x has its strides, which the kernel counts on
@@ -362,7 +352,7 @@ def elman_grid_backward(
         out,
         *_of_directions(weight_hh),
         h0,
-        _steps_table(batch_sizes, device),
+        None if batch_sizes is None else elman._steps_table(batch_sizes, device),
         grad_x,
         h_prev,
         grad_h0,
@@ -387,33 +377,16 @@ def elman_grid_backward(
             form,
             tile.launch_options(target_of(device)[0]),
         )
-        weights = None
-        if need_weight_grad:
-            weights = tuple([_weight_gradient(grad_x, out, h_prev, h0, d, H, reverse[d]) for d in range(D)])
-        grad_bias = partial_bias.sum(0).to(dtype) if need_bias_grad else None
-        return sum_by_id(grad_x, tokens, V) if tokens is not None else grad_x, weights, grad_h0, grad_bias
-
-
-def _weight_gradient(
-    grad_x: torch.Tensor,
-    out: torch.Tensor,
-    h_prev: torch.Tensor | None,
-    h0: torch.Tensor | None,
-    direction: int,
-    hidden_size: int,
-    backwards: bool,
-) -> torch.Tensor:
-    """sum_t d_t^T @ h_{t-1} of one direction, by a matrix product over all rows.
-
-    h_prev: h_{t-1} in grad_x's rows; None: what precedes a step lies B rows before it in `out` (behind it, if the walk
-    goes backwards), but for the first step's, which is h0.
-    """
-    columns = slice(direction * hidden_size, (direction + 1) * hidden_size)
-    if h_prev is not None:
-        return grad_x[:, columns].t() @ h_prev[:, columns]
-    batch = grad_x.shape[1]
-    d, h = (t.view(-1, t.shape[-1])[:, columns] for t in (grad_x, out))
-    gradient = d[:-batch].t() @ h[batch:] if backwards else d[batch:].t() @ h[:-batch]
-    if h0 is not None:
-        gradient.addmm_((d[-batch:] if backwards else d[:batch]).t(), h0[direction])
-    return gradient
+    partial_table = None
+    if tokens is not None and V <= elman.MAX_SUM_VOCAB:
+        partial_table = elman._rows_by_token(grad_x, tokens, V, acc_type)
+    grad_bias, _, grad_table = elman._sum_partials(partial_bias, None, partial_table, need_bias_grad, dtype)
+    grad_weight = None
+    if need_weight_grad and h_prev is None:
+        grad_weight = tuple([elman._weight_gradient(grad_x, out, h0, d, H, reverse[d]) for d in range(D)])
+    elif h_prev is not None:
+        columns = [slice(d * H, (d + 1) * H) for d in range(D)]
+        grad_weight = tuple([torch.mm(grad_x[:, own].t(), h_prev[:, own]) for own in columns])
+    if tokens is not None:
+        grad_x = sum_by_id(grad_x, tokens, V) if grad_table is None else grad_table
+    return grad_x, grad_weight, grad_h0, grad_bias

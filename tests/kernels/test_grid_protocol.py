@@ -96,7 +96,7 @@ def memory(monkeypatch):
 def form_of(programs: int, by_part: bool, most_polls: int = 1 << 24) -> SimpleNamespace:
     """A grid of programs of one unit, whose warps have two units each to sum over."""
     sizes = {"hidden": programs, "units": 1, "part": 2, "warps": -(-programs // 2), "programs": programs}
-    return SimpleNamespace(**sizes, by_part=by_part, most_polls=most_polls, mma=True, products=None)
+    return SimpleNamespace(**sizes, by_part=by_part, most_polls=most_polls, warp_sums=None)
 
 
 def run(memory, teams: list[int], rounds: int, announce, wait, by_part: bool = True) -> list[str]:
@@ -120,7 +120,9 @@ def run(memory, teams: list[int], rounds: int, announce, wait, by_part: bool = T
                 time.sleep(1e-4)
             memory.store((team, i, n), i + 1)
             announce(Counters(team), n, form)
+        finished.append((team, n))
 
+    finished: list[tuple[int, int]] = []
     members = [(team, programs, n) for team, programs in enumerate(teams) for n in range(programs)]
     threads = [threading.Thread(target=program, args=member, daemon=True) for member in members]
     for thread in threads:
@@ -129,6 +131,8 @@ def run(memory, teams: list[int], rounds: int, announce, wait, by_part: bool = T
         thread.join(240)
         if thread.is_alive():
             faults.append("a program never came to its end")
+    if not faults and len(finished) < len(members):
+        faults.append(f"of {members} only {finished} came to their end")
     return faults
 
 
@@ -263,7 +267,8 @@ PROCESSES = textwrap.dedent("""
         own = slice(16 * n, 16 * n + 16)
         _, h_n = forward(p, out=out)
         found[0][..., own] = h_n[..., own]
-        torch.empty_like = lambda tensor: grad_x  # the one that is exchanged
+        empty_like, given = torch.empty_like, [grad_x]
+        torch.empty_like = lambda tensor: given.pop() if given else empty_like(tensor)  # what is exchanged comes first
         _, _, grad_h0, _ = backward(p, out)
         found[1][..., own] = grad_h0[..., own]
 

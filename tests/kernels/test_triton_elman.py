@@ -300,7 +300,7 @@ def test_every_number_of_rows_has_a_tile():
 def test_limits():
     assert elman_limits(128, torch.float32) is None
     assert elman_limits(256, torch.bfloat16) is None
-    assert "hidden size 256 is too large" in elman_limits(256, torch.float32, "tf32")
+    assert elman_limits(512, torch.float32, "tf32") is None  # across the chip
     assert "hidden size 129 is too large" in elman_limits(129, torch.float64)
     assert "no kernel for torch.int64" in elman_limits(8, torch.int64)
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from elman_problems import DEVICE, V, biases, check, make_problem, options_of, results
 
+from charrnn_fast.kernels.triton import elman, elman_grid
 from charrnn_fast.kernels.triton.elman_grid import elman_grid_backward, elman_grid_forward, grid_limits
 from charrnn_fast.kernels.triton.elman_grid_tiles import GridTile
 
@@ -208,6 +209,7 @@ def test_gradcheck_through_the_launchers():
 def test_where_there_is_no_grid():
     assert grid_limits(512, torch.float32, "tf32") is None
     assert grid_limits(512, torch.bfloat16) is None
+    assert "not known to be faster than cuDNN" in grid_limits(192, torch.float32, "tf32")
     for size, dtype in ((256, torch.float32), (4096, torch.bfloat16), (512, torch.float64)):
         assert "and a grid of them is not known to be faster than cuDNN" in grid_limits(size, dtype)
     weight, rows = [torch.zeros(4096, 4096, device=DEVICE)], torch.zeros(1, 1, 4096, device=DEVICE)
@@ -224,3 +226,44 @@ def test_arguments_out_of_reach_are_refused():
         elman_grid_forward(p.x.transpose(1, 2).contiguous().transpose(1, 2), p.weight_hh, tile=MMA3)
     with pytest.raises(ValueError, match=r"h0: expected a tensor on .*, got meta"):
         elman_grid_forward(p.x, p.weight_hh, p.h0.to("meta"), tile=MMA3)
+
+
+def test_rows_up_to_which_a_grid_is_taken():
+    """As many as there is room for at a time, several times over where cuDNN is that much slower."""
+    most = {
+        (256, torch.float32, "tf32"): 64,
+        (512, torch.float32, "tf32"): 128,
+        (1024, torch.bfloat16, "ieee"): 64,
+        (2048, torch.float32, "tf32"): 40,
+        (2048, torch.bfloat16, "ieee"): 16,
+        (4096, torch.bfloat16, "ieee"): 0,
+    }
+    cpu = torch.device("cpu")
+    for (hidden, dtype, precision), rows in most.items():
+        assert elman_grid.grid_most_rows(hidden, dtype, precision, cpu) == rows
+        assert (grid_limits(hidden, dtype, precision, cpu, rows) is None) == (rows > 0)
+        assert grid_limits(hidden, dtype, precision, cpu, rows + 1) is not None
+        if rows:
+            assert elman.most_rows(hidden, dtype, precision, cpu) == rows
+            assert f"; beyond {rows} rows cuDNN is taken" in elman_grid.grid_reason(hidden, dtype, precision, cpu)
+            assert "for so many rows" in elman_grid.grid_reason(hidden, dtype, precision, cpu, rows + 1)
+    assert elman.most_rows(128, torch.float32, "ieee", cpu) == float("inf")
+
+
+def test_the_reason_says_what_is_resident():
+    reason = elman.elman_reason(1024, torch.float32, "tf32", "cpu", 64)
+    assert reason.startswith("a grid by tensor cores: 64 programs of 8 warps a team")
+    assert "each with 16 rows of W_hh (65536 bytes) in registers" in reason
+    assert "4 teams of 16 batch rows" in reason
+
+
+def test_the_launchers_of_one_program_hand_over():
+    """elman.py's launchers, for a hidden size that no program holds."""
+    p = make_problem(1, 260, B=2, dtype=torch.bfloat16)
+    assert elman.choose_tile(260, torch.bfloat16, "ieee", DEVICE, 2) is None
+    assert elman.elman_limits(260, torch.bfloat16, "ieee", DEVICE) is None
+    found = results(p, elman.elman_forward, elman.elman_backward)
+    tile = elman_grid.choose_grid_tile(260, torch.bfloat16, "ieee", DEVICE, 2)
+    for ours, right in zip(found, kernels(p, tile), strict=True):
+        assert torch.equal(ours, right)
+    check(p, found)
