@@ -85,6 +85,7 @@ def _form(tile: GridTile, hidden_size: int, dtype: torch.dtype, tanh: bool, wide
         most_chains=tile.chains,
         lanes_k=tile.lanes_k,
         ahead=1 if INTERPRETED else tile.ahead,
+        by_part=tile.by_part,
         tanh=tanh,
         wide=wide,
     )

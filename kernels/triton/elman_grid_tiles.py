@@ -53,6 +53,7 @@ class GridTile:
     chains: int = 4  # mma: sums that do not wait for each other
     lanes_k: int = 8  # fma
     ahead: int = 2
+    by_part: bool = True  # derived: fewer additions to one counter, and a warp waits for what it reads alone
     targets: tuple[str, ...] = NVIDIA
 
     def programs(self, hidden_size: int) -> int:
