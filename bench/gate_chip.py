@@ -100,7 +100,7 @@ def _against(
     seconds: float,
     least: int,
 ) -> dict[str, Any]:
-    """A candidate's times over the shipped tile's, by turns. If it does not compile it says so; other results are wrong."""
+    """A candidate's times over the shipped tile's, by turns; it says so if it does not compile or has other results."""
     row: dict[str, Any] = {"tile": _label(tile), "wrong": ""}
     try:
         others = _jobs(kind, H, T, B, tile, device)

@@ -253,7 +253,7 @@ def test_a_step_of_the_recurrence_has_one_barrier_and_no_more_instructions_than_
     for version, targets in RECORD.items():
         for target, tiles in targets.items():
             for name, found in tiles.items():
-                if name.startswith("elman"):
+                if name.startswith("elman") and not name.startswith("elman grid"):
                     assert found["barriers"] <= 1, (version, target, name)
         forward = "elman forward fp32 H{} fma rows1 lanes{} warps{} plain"
         for width, lanes, warps, most in ((64, "16x2", 4, 103), (128, "16x2", 8, 149)):
