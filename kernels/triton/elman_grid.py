@@ -21,7 +21,7 @@ from . import elman
 from .elman_grid_forms import COUNTER_STRIDE, GridForm
 from .elman_grid_kernels import elman_grid_backward_kernel, elman_grid_forward_kernel
 from .elman_grid_tiles import Chip, GridTile, find_grid_tile, programs_at_once
-from .launch import INTERPRETED, KINDS, on_device, processors_of, target_of
+from .launch import INTERPRETED, KINDS, codes_of, on_device, processors_of, start, target_of
 from .targets import NVIDIA
 
 MOST_ROWS = 128  # of cuDNN's measured batches
@@ -127,21 +127,15 @@ INTERPRETED_AT_ONCE = 1  # programs: they run one after another
 _resident_of: dict[tuple, int] = {}
 
 
-def _specialization(argument: torch.Tensor | int | None) -> Any:
-    """What of an argument Triton compiles for."""
-    if isinstance(argument, torch.Tensor):
-        return argument.data_ptr() % 16 == 0
-    return argument if argument is None else (argument == 1, argument % 16 == 0, argument < 2**31)
-
-
 def _teams_at_once(kernel: Any, arguments: Sequence[Any], form: GridForm, options: dict, device: torch.device) -> int:
     """Teams of a launch that run at once; 0 if not one does. Asked once for each kernel that is compiled."""
     if INTERPRETED:
         return INTERPRETED_AT_ONCE // form.programs
-    key = (kernel, form, device, *map(_specialization, arguments))
+    key = (kernel, form, device, codes_of(kernel.params, arguments))
     if key not in _resident_of:
-        compiled = kernel.warmup(*arguments, grid=(form.programs, 1), F=form, **options)
-        _resident_of[key] = _resident(compiled, form.warps, device)
+        with on_device(device):
+            compiled = kernel.warmup(*arguments, grid=(form.programs, 1), F=form, **options)
+            _resident_of[key] = _resident(compiled, form.warps, device)
     return _resident_of[key] // form.programs
 
 
@@ -172,9 +166,10 @@ def _launch(
             for first_step in range(0, steps, most):
                 if first_step and most > 1:
                     counters.zero_()
-                kernel[form.programs, now](*arguments(first_step, most, first_team), F=form, **together)
+                grid = form.programs, now, 1
+                start(kernel, grid, device, *arguments(first_step, most, first_team), F=form, **together)
         except RuntimeError as error:
-            if "cooperative" not in str(error) or most == 1 or first_step:
+            if "cooperative" not in str(error).lower() or most == 1 or first_step:
                 raise
             at_once = now // 2  # the device is shared with somebody, or the driver counts otherwise
             continue
@@ -286,17 +281,16 @@ def elman_grid_forward(
         *_row_strides(out),
     )
     sizes = (T, B, x.shape[0], _reversed(reverse))
-    with on_device(device):
-        _launch(
-            elman_grid_forward_kernel,
-            lambda *launch: (*pointers, *sizes, *launch, *strides),
-            teams,
-            T,
-            steps_per_launch,
-            counters,
-            form,
-            tile.launch_options(target_of(device)[0]),
-        )
+    _launch(
+        elman_grid_forward_kernel,
+        lambda *launch: (*pointers, *sizes, *launch, *strides),
+        teams,
+        T,
+        steps_per_launch,
+        counters,
+        form,
+        tile.launch_options(target_of(device)[0]),
+    )
     return out, h_n
 
 
@@ -367,17 +361,16 @@ def elman_grid_backward(
         *(h0.stride()[:2] if h0 is not None else (0, 0)),
     )
     sizes = (T, B, D, _reversed(reverse))
-    with on_device(device):
-        _launch(
-            elman_grid_backward_kernel,
-            lambda *launch: (*pointers, *sizes, *launch, *strides),
-            row_teams * D,
-            T + 1,
-            steps_per_launch,
-            counters,
-            form,
-            tile.launch_options(target_of(device)[0]),
-        )
+    _launch(
+        elman_grid_backward_kernel,
+        lambda *launch: (*pointers, *sizes, *launch, *strides),
+        row_teams * D,
+        T + 1,
+        steps_per_launch,
+        counters,
+        form,
+        tile.launch_options(target_of(device)[0]),
+    )
     partial_table = None
     if tokens is not None and V <= elman.MAX_SUM_VOCAB:
         partial_table = elman._rows_by_token(grad_x, tokens, V, acc_type)

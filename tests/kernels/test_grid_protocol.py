@@ -12,6 +12,7 @@ import sys
 import textwrap
 import threading
 import time
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -335,6 +336,9 @@ def test_no_chosen_tile_has_a_team_that_does_not_fit():
                         assert programs_at_once(255, 48 * 1024, tile.warps, chip) >= tile.programs(hidden)
 
 
+FORM = elman_grid._form(GridTile("mma", 16, 8, 8, 1.0, ""), 256, torch.float32, True, False)  # 16 programs a team
+
+
 class Refusing:
     """A kernel whose launches a driver refuses beyond `most` programs; it notes the launches it makes."""
 
@@ -352,12 +356,13 @@ class Refusing:
 
 def launches_of(monkeypatch, at_once: int, most: int, teams: int, steps: int, steps_per_launch=None) -> list:
     monkeypatch.setattr(elman_grid, "_teams_at_once", lambda *arguments: at_once)
-    kernel, form = Refusing(most), SimpleNamespace(programs=16, most_polls=1)
+    kernel, form = Refusing(most), FORM
     counters = torch.zeros(1 + teams, 32, dtype=torch.int32)
     elman_grid._launch(kernel, lambda *launch: launch, teams, steps, steps_per_launch, counters, form, {})
     return kernel.launches
 
 
+@needs_interpreter
 def test_no_launch_has_more_programs_than_run_at_once(monkeypatch):
     assert launches_of(monkeypatch, 8, 128, 20, 100) == [
         (0, 100, 0, 8, True),
@@ -366,6 +371,7 @@ def test_no_launch_has_more_programs_than_run_at_once(monkeypatch):
     ]
 
 
+@needs_interpreter
 def test_a_driver_that_refuses_gets_fewer_and_at_last_steps_one_by_one(monkeypatch):
     assert launches_of(monkeypatch, 8, 64, 6, 9) == [(0, 9, 0, 3, True), (0, 9, 3, 3, True)]
     single = [(step, 1, 0, 2, False) for step in range(4)]
@@ -374,6 +380,7 @@ def test_a_driver_that_refuses_gets_fewer_and_at_last_steps_one_by_one(monkeypat
     assert launches_of(monkeypatch, 8, 999, 2, 4, steps_per_launch=1) == single
 
 
+@needs_interpreter
 def test_other_errors_are_not_taken_for_a_refusal(monkeypatch):
     monkeypatch.setattr(
         Refusing, "__getitem__", lambda self, grid: lambda *a, **k: (_ for _ in ()).throw(RuntimeError("out of memory"))
@@ -382,12 +389,13 @@ def test_other_errors_are_not_taken_for_a_refusal(monkeypatch):
         launches_of(monkeypatch, 8, 999, 2, 4)
 
 
+@needs_interpreter
 def test_debug_mode_says_who_waited_in_vain(monkeypatch):
     class Late(Refusing):
         def __getitem__(self, grid):
             return lambda *arguments, **options: counters[0, 0].fill_(1)
 
-    counters, form = torch.zeros(2, 32, dtype=torch.int32), SimpleNamespace(programs=16, most_polls=7)
+    counters, form = torch.zeros(2, 32, dtype=torch.int32), replace(FORM, most_polls=7)
     monkeypatch.setattr(elman_grid, "_teams_at_once", lambda *arguments: 1)
     given = Late(16), lambda *launch: launch, 1, 5, None, counters, form, {}
     elman_grid._launch(*given)

@@ -137,6 +137,18 @@ LAUNCHES = textwrap.dedent("""
     launch(5, 33, torch.float32, "ieee", True)
     launch(5, 100, torch.bfloat16, "ieee", False)
 
+    from charrnn_fast.kernels.triton import elman_grid
+    from charrnn_fast.kernels.triton.elman_grid_kernels import elman_grid_backward_kernel, elman_grid_forward_kernel
+
+    asked = []
+    elman_grid._resident = lambda compiled, *rest: asked.append(compiled.metadata.launch_cooperative_grid) or 132
+    for T in (5, 2, 16, 17, 64):
+        launch(T, 512, torch.bfloat16, "ieee", False)
+    launch(5, 400, torch.float32, "tf32", True)
+    assert asked == [True] * 4  # once a kernel: none is asked about again
+    for kernel in (elman_grid_forward_kernel, elman_grid_backward_kernel):
+        assert compilations(kernel) == 2, f"{kernel.__name__}: {compilations(kernel)} compilations for five lengths"
+
     from charrnn_fast.kernels.triton.clip_grad_norm import clip_and_sgd_step_, clip_grad_norm_
     from charrnn_fast.kernels.triton.clip_grad_norm_kernels import clip_small_kernel
     from charrnn_fast.kernels.triton.generate import generate

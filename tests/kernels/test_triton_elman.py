@@ -311,8 +311,8 @@ def test_arguments_out_of_reach_are_refused():
         elman_forward(p.x.transpose(1, 2).contiguous().transpose(1, 2), p.weight_hh)
     with pytest.raises(ValueError, match=r"h0: expected a tensor on .*, got meta"):
         elman_forward(p.x, p.weight_hh, p.h0.to("meta"))
-    large = torch.zeros(300, 300, device=DEVICE)
+    large, rows = (torch.zeros(*shape, 300, dtype=torch.float64, device=DEVICE) for shape in ((300,), (1, 1)))
     with pytest.raises(RuntimeError, match="hidden size 300 is too large for one program"):
-        elman_forward(torch.zeros(1, 1, 300, device=DEVICE), [large])
+        elman_forward(rows, [large])
     with pytest.raises(RuntimeError, match="hidden size 300 is too large for one program"):
-        elman_backward(None, None, torch.zeros(1, 1, 300, device=DEVICE), [large])
+        elman_backward(None, None, rows, [large])
