@@ -234,7 +234,7 @@ PROCESSES = textwrap.dedent("""
             def launch(*arguments, **options):
                 builder = interpreter.interpreter_builder
                 set_grid_dim, set_grid_idx = builder.set_grid_dim, builder.set_grid_idx
-                builder.set_grid_dim = lambda x, y, z: set_grid_dim(*grid, z)
+                builder.set_grid_dim = lambda x, y, z: set_grid_dim(*grid)
                 builder.set_grid_idx = lambda x, y, z: set_grid_idx(self.n, y, z)
                 self.kernel[1, grid[1]](*arguments, **options)
                 builder.set_grid_dim, builder.set_grid_idx = set_grid_dim, set_grid_idx
