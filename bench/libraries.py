@@ -133,7 +133,7 @@ class OnnxRuntime(_CpuLibrary):
 
 
 class OpenVino(_CpuLibrary):
-    """OpenVINO's RNN operator on its CPU plug-in in float32, inference only; between transposes, as it is batch-first."""
+    """OpenVINO's RNN operator on its CPU plug-in in float32, inference only; batch-first, so between transposes."""
 
     name, key, package = "OpenVINO", "openvino", "openvino"
     tasks = ("forward",)
@@ -142,9 +142,10 @@ class OpenVino(_CpuLibrary):
         import openvino
         from openvino import opset13 as ops
 
-        rnn, config = problem.rnn, problem.config
+        config = problem.config
+        weight_ih, weight_hh, bias_ih, bias_hh = problem.rnn.parameters()
         rows, states = [config.T, config.B, config.I], np.zeros((config.B, 1, config.H), np.float32)
-        weights = (rnn.weight_ih_l0[None], rnn.weight_hh_l0[None], (rnn.bias_ih_l0 + rnn.bias_hh_l0)[None])
+        weights = (weight_ih[None], weight_hh[None], (bias_ih + bias_hh)[None])
         W, R, bias = (ops.constant(w.detach().numpy()) for w in weights)
         X = ops.parameter(rows, np.float32, "X")
         lengths = ops.constant(np.full(config.B, config.T, np.int64))
@@ -158,7 +159,7 @@ class OpenVino(_CpuLibrary):
             "PERFORMANCE_HINT": "LATENCY",
         }
         compiled = openvino.Core().compile_model(openvino.Model([by_time], [X]), "CPU", options)
-        request, given = compiled.create_infer_request(), problem.input.detach().contiguous().numpy()
+        request, given = compiled.create_infer_request(), data_of(problem.input).detach().contiguous().numpy()
         return lambda: request.infer([given], share_inputs=True, share_outputs=True)[0]
 
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, compiled_backward
 from .autograd import must_recompute, recomputed, saved_tensors
 from .context import addressable, autocast, plain, registered_operators_only, tensor_operations_only
 from .elman_layer import check_tokens, is_tokens, layer_backward, layer_forward
@@ -146,7 +146,10 @@ class _ElmanLayer(torch.autograd.Function):
         if ctx.batch_first:
             out, grad_out = out.transpose(0, 1), None if grad_out is None else grad_out.transpose(0, 1)
         arguments = (batch_sizes, ctx.nonlinearity, ctx.reverse)
-        if must_recompute(grad_out, grad_h_n, out, input, h0, *weights, batch_sizes):
+        if compiled_backward.read():
+            operands = (out, input, h0, weights, *arguments, needs_grad)
+            grads = compiled_backward.elman_gradients(ctx.backend, grad_out, grad_h_n, *operands)
+        elif must_recompute(grad_out, grad_h_n, out, input, h0, *weights, batch_sizes):
             grads = _recomputed(grad_out, grad_h_n, input, h0, weights, *arguments, needs_grad)
         else:
             grads = layer_backward(ctx.backend, grad_out, grad_h_n, out, input, h0, weights, *arguments, needs_grad)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from charrnn_fast.kernels import native
 
-from . import backends
+from . import backends, compiled_backward
 from .autograd import HandedOutOnce, must_recompute, recomputed
 from .context import addressable
 from .elman import elman
@@ -121,6 +121,12 @@ class _LanguageModelLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_loss, grad_h_n = grad_outputs
         needs_grad, saved = ctx.needs_input_grad[3:], ctx.saved_tensors
+        if compiled_backward.read():
+            tokens, targets, h0, weight_ih, weight_hh, bias, *head = saved
+            weights = (weight_ih, weight_hh) if bias is None else (weight_ih, weight_hh, bias)
+            operands = (ctx.nonlinearity, tokens, targets, h0, weights, *head, *grad_outputs)
+            found = compiled_backward.language_model_gradients(*operands)
+            return (None, None, None, *(g if needs else None for g, needs in zip(found, needs_grad, strict=True)))
         # Given away, so that autograd can keep them as they are in place of copies; a graph that is retained and walked
         # again makes them anew, the same bits.
         gradients = ctx.gradients.take()
