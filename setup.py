@@ -72,6 +72,7 @@ def extensions() -> list[Extension]:
             depends=sorted(str(path) for path in folder.glob("*.[ch]")),
             define_macros=[("Py_LIMITED_API", "0x030A0000")],
             extra_compile_args=list(FLAGS),
+            libraries=["dl"] if sys.platform == "linux" else [],
             py_limited_api=True,
             optional=True,
         )

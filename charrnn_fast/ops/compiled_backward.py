@@ -62,27 +62,31 @@ def language_model_gradients(
     tokens: Tensor,
     targets: Tensor,
     h0: Tensor | None,
-    weights: Sequence[Tensor],
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
     head_weight: Tensor,
     head_bias: Tensor | None,
     grad_loss: Tensor | None,
     grad_h_n: Tensor | None,
 ) -> list[Tensor | None]:
-    """The gradients of (h0, *weights, head_weight, head_bias) of language_model_loss, all of them.
-
-    Args:
-        tokens, targets: (T, B). weights: W_ih (H, V), W_hh (H, H) and, if there are biases, their sum (H,).
-    """
-    state = None if h0 is None else h0[None]
+    """All gradients of language_model_loss, from h0 to head_bias in its arguments' order."""
+    biases = [bias for bias in (bias_ih, bias_hh) if bias is not None]
+    weights, state = [weight_ih, weight_hh, *biases], None if h0 is None else h0[None]
     forward: Any = torch.ops.charrnn_fast.elman_layer
-    out, _ = forward(tokens, state, None, list(weights), "native", nonlinearity, [False])
-    grad_out = grad_head = grad_bias = None
+    out, _ = forward(tokens, state, None, weights, "native", nonlinearity, [False])
+    grad_out = grad_head = grad_head_bias = None
     if grad_loss is not None:
         head = (head_weight, head_bias, targets.flatten(), "mean", -100)
-        grad_rows, grad_head, grad_bias = loss_gradients(grad_loss, out.flatten(0, 1), *head)
+        grad_rows, grad_head, grad_head_bias = loss_gradients(grad_loss, out.flatten(0, 1), *head)
         grad_out = grad_rows.view(out.shape)
     upstream = (grad_out, None if grad_h_n is None else grad_h_n[None], out, tokens, state)
     needs = [False, h0 is not None, *(True for _ in weights)]
-    _, grad_h0, *grads = elman_gradients("native", *upstream, weights, None, nonlinearity, [False], needs)
-    grads = [*grads, *([None] if len(weights) == 2 else [])]
-    return [None if grad_h0 is None else grad_h0[0], *grads, grad_head, grad_bias]
+    _, grad_h0, grad_ih, grad_hh, *of_biases = elman_gradients(
+        "native", *upstream, weights, None, nonlinearity, [False], needs
+    )
+    grad_bias_ih = None if bias_ih is None else of_biases[0]
+    grad_bias_hh = None if bias_hh is None else of_biases[-1]
+    grad_state = None if grad_h0 is None else grad_h0[0]
+    return [grad_state, grad_ih, grad_hh, grad_bias_ih, grad_bias_hh, grad_head, grad_head_bias]
