@@ -23,9 +23,9 @@ OPERATORS = torch.ops.charrnn_fast
 T, B, F_IN, H, V, N = 5, 3, 4, 6, 9, 7
 
 
-@pytest.fixture(params=["triton", "native"])
+@pytest.fixture(params=["triton", "native", "torch"])
 def backend(request):
-    """The backends whose kernels an operator runs."""
+    """What an operator runs."""
     if request.param == "native" and (why := native.available()):
         pytest.skip(f"backend 'native': {why}")
     return request.param
