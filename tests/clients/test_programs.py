@@ -57,6 +57,17 @@ def test_three_ways_to_the_same_curve(name, patched):
     assert replaced == by_name
 
 
+def test_a_policy_with_resets_follows_the_curve_of_one_that_cuts_its_rollouts(monkeypatch):
+    expected = run("recurrent policy", replace_rnn)
+
+    def forward(self, observations, state, begins):
+        features, state = self.rnn.forward_with_resets(observations, begins, state)
+        return self.actor(features), self.critic(features).squeeze(-1), state
+
+    monkeypatch.setattr(programs.Policy, "forward", forward)
+    torch.testing.assert_close(run("recurrent policy", replace_rnn), expected, rtol=1e-4, atol=1e-5)
+
+
 # ---- torch's own samples --------------------------------------------------------------------------------------------
 
 
