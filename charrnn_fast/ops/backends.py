@@ -221,8 +221,11 @@ def explain(
     chosen = choose(backend, device, dtype, hidden_size)
     automatic = requested(backend) == "auto"
     why_not = {}
+    if batch_size > most_rows(backend, chosen, device, dtype, hidden_size):
+        why_not[chosen] = _how(chosen, device, dtype, hidden_size, batch_size)
+        chosen = "torch"
     for row in BACKENDS:
-        if row.name != chosen:
+        if row.name != chosen and row.name not in why_not:
             why = row.cannot(device, dtype, hidden_size)
             if why is None and automatic:
                 why = row.should_not(device, dtype, hidden_size)

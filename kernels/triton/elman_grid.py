@@ -32,6 +32,8 @@ def choose_grid_tile(
     hidden_size: int, dtype: torch.dtype, precision: str, device: torch.device, rows: int = 1
 ) -> GridTile | None:
     """The tile for so many rows (batch times directions), or None if the chip cannot hold W or cuDNN is faster."""
+    if rows > MOST_ROWS:
+        return None
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 12:
         return None  # the tiles have not been compiled for consumer Blackwell
     kind = KINDS.get(dtype) or ("tf32" if precision == "tf32" else "fp32")
@@ -55,7 +57,7 @@ def grid_limits(
 def grid_most_rows(hidden_size: int, dtype: torch.dtype, precision: str, device: torch.device) -> int:
     """Rows (batch times directions) up to which the recurrence goes across the chip; 0 if it never does."""
     rows = 0
-    while rows < MOST_ROWS and choose_grid_tile(hidden_size, dtype, precision, device, rows + 1) is not None:
+    while choose_grid_tile(hidden_size, dtype, precision, device, rows + 1) is not None:
         rows += 1
     return rows
 
@@ -189,8 +191,8 @@ def _tile(
     name: str, tile: GridTile | None, hidden_size: int, dtype: torch.dtype, precision: str, device: torch.device, rows
 ) -> GridTile:
     tile = tile or choose_grid_tile(hidden_size, dtype, precision, device, rows)
-    if tile is None:  # too many rows to be faster than cuDNN, and asked for all the same
-        tile = choose_grid_tile(hidden_size, dtype, precision, device)
+    for fewer in (MOST_ROWS, 1):  # too many rows to be faster than cuDNN, and asked for all the same
+        tile = tile or choose_grid_tile(hidden_size, dtype, precision, device, fewer)
     if tile is None:
         raise RuntimeError(f"{name}: {grid_limits(hidden_size, dtype, precision, device, rows)}")
     return tile

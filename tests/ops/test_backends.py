@@ -163,5 +163,10 @@ def test_rows_beyond_which_the_kernels_are_slower_go_to_torch(monkeypatch):
         with pytest.raises(NotImplementedError):
             FusedRNN(2, 384, backend="triton")(torch.zeros(4, most + 1, 2))
     assert taken == [most, most + 1]
+    assert "a grid by tensor cores in three products" in backends.explain(384, batch_size=most).how
+    explanation = backends.explain(384, batch_size=most + 1)
+    assert explanation.backend == "torch"
+    assert "not known to be faster than cuDNN" in explanation.why_not["triton"]
+    assert backends.explain(384, backend="triton", batch_size=most + 1).backend == "triton"
     for kept in (backends._choose, elman_layer._choose_layer):
         kept.cache_clear()
