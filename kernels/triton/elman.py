@@ -3,10 +3,9 @@
     forward    pre_t = x_t + b + h_{t-1} @ W^T      h_t = tanh(pre_t) or relu(pre_t)
     backward   d_t = (g_t + c_t) * f'(h_t)          c_{t-1} = d_t @ W        grad_W = sum_t d_t^T @ h_{t-1}
 
-T time steps, B batch, H hidden units, V vocabulary, D directions, N packed rows. Strides are free, except that the
-last one is 1 (a table of tokens has any). Nothing
-here validates token ids: an id outside 0..V-1 counts as a zero row and adds to no gradient of the table. Every result
-is bitwise repeatable: sums across programs are made by a second reduction or a GEMM, never by atomics.
+T time steps, B batch, H hidden units, V vocabulary, D directions, N packed rows. Strides are free, except that the last
+one is 1 (a table of tokens has any). Nothing here validates token ids: an id outside 0..V-1 counts as a zero row and
+adds to no gradient of the table. Every result is bitwise repeatable.
 """
 
 import functools
@@ -16,25 +15,14 @@ from typing import Any
 import torch
 import triton.language as tl
 
-from ..sums_by_id import sum_by_id
 from . import elman_tiles
 from .elman_forms import Form
 from .elman_kernels import elman_backward_kernel, elman_forward_kernel
-from .elman_sums_kernels import rows_by_token_kernel, sum_partials_kernel
-from .elman_tiles import (
-    PARTIAL_ELEMENTS,
-    PARTIAL_SUMS,
-    PARTIAL_WARPS,
-    TOKEN_ROWS,
-    TOKEN_WARPS,
-    Tile,
-    next_power_of_2,
-    token_blocks,
-)
-from .launch import INTERPRETED, KINDS, Launch, processors_of, start, target_of
-from .targets import AMD, launch_options
+from .elman_sums import sum_gradients
+from .elman_tiles import Tile, next_power_of_2
+from .launch import INTERPRETED, KINDS, Launch, processors_of, target_of
+from .targets import AMD
 
-MAX_SUM_VOCAB = 256  # the most classes whose rows are summed by a kernel of this folder
 _TYPES = {
     torch.float64: tl.float64,
     torch.float32: tl.float32,
@@ -393,118 +381,17 @@ def elman_backward(
         out.stride(-2),
         *((0, 0) if h0 is None else h0.stride()[:2]),
     )
-    partial_table = None
-    if tokens is not None and V <= MAX_SUM_VOCAB:
-        partial_table = _rows_by_token(grad_x, tokens, V, acc_type)
-    grad_bias, weights, grad_table = _sum_partials(partial_bias, partial_weight, partial_table, need_bias_grad, dtype)
-    if weights is not None:
-        grad_weight = tuple(weights.unbind(0))
-    elif not need_weight_grad:
-        grad_weight = None
-    elif h_prev is None:
-        grad_weight = tuple([_weight_gradient(grad_x, out, h0, d, H, reverse[d]) for d in range(D)])
-    else:
-        grad_weight = tuple(
-            [torch.mm(grad_x[:, d * H : (d + 1) * H].t(), h_prev[:, d * H : (d + 1) * H]) for d in range(D)]
-        )
-    if tokens is not None:
-        grad_x = sum_by_id(grad_x, tokens, V) if grad_table is None else grad_table
-    return grad_x, grad_weight, grad_h0, grad_bias
-
-
-def _weight_gradient(
-    grad_x: torch.Tensor, out: torch.Tensor, h0: torch.Tensor | None, direction: int, hidden_size: int, backwards: bool
-) -> torch.Tensor:
-    """sum_t d_t^T @ h_{t-1} of one direction, by a matrix product over all rows.
-
-    What precedes a step lies B rows before it (behind it, if the walk goes backwards), but for the first step's, which
-    is h0.
-    """
-    steps, batch, width = grad_x.shape
-    d, h = grad_x.view(steps * batch, width), out.view(steps * batch, width)
-    if width != hidden_size:
-        columns = slice(direction * hidden_size, (direction + 1) * hidden_size)
-        d, h = d[:, columns], h[:, columns]
-    gradient = torch.mm(d[:-batch].t(), h[batch:]) if backwards else torch.mm(d[batch:].t(), h[:-batch])
-    if h0 is not None:
-        gradient.addmm_((d[-batch:] if backwards else d[:batch]).t(), h0[direction])
-    return gradient
-
-
-def _rows_by_token(grad_x: torch.Tensor, tokens: torch.Tensor, V: int, acc_type: torch.dtype) -> torch.Tensor:
-    """Partial sums of grad_x's rows by token id, (chunks of rows, V, D*H)."""
-    grad_x, tokens = grad_x.view(-1, grad_x.shape[-1]), tokens.reshape(-1)
-    num_rows, C = grad_x.shape
-    blocks = -(-num_rows // TOKEN_ROWS)
-    chunk = -(-blocks // (2 * processors_of(grad_x.device))) * TOKEN_ROWS
-    chunks = -(-num_rows // chunk)
-    partial = torch.empty((chunks, V, C), dtype=acc_type, device=grad_x.device)
-    block_v, block_c = token_blocks(V, C)
-    target = target_of(grad_x.device)[0]
-    start(
-        rows_by_token_kernel,
-        (chunks, -(-V // block_v), -(-C // block_c)),
-        grad_x.device,
+    grad_x, grad_weight, grad_bias = sum_gradients(
         grad_x,
-        tokens,
-        partial,
-        num_rows,
-        V,
-        C,
-        chunk,
-        grad_x.stride(0),
-        tokens.stride(0),
-        BLOCK_N=TOKEN_ROWS,
-        BLOCK_V=block_v,
-        BLOCK_C=block_c,
-        PRECISION="tf32x3" if grad_x.dtype == torch.float32 and target not in AMD else "ieee",
-        **launch_options(TOKEN_WARPS, target),
+        out,
+        h0,
+        h_prev,
+        partial_bias,
+        partial_weight,
+        tokens=tokens,
+        num_tokens=V,
+        reverse=reverse,
+        need_weight_grad=need_weight_grad,
+        need_bias_grad=need_bias_grad,
     )
-    return partial
-
-
-def _sum_partials(
-    bias: torch.Tensor,
-    weight: torch.Tensor | None,
-    table: torch.Tensor | None,
-    need_bias: bool,
-    dtype: torch.dtype,
-) -> list[torch.Tensor | None]:
-    """Partial sums added along their first dimension, in one launch or, where there is one of each, none; None for what
-    is None or not needed.
-    """
-    programs, chunks = bias.shape[0], 0 if table is None else table.shape[0]
-    bare = programs == 1 and chunks <= 1 and bias.dtype == dtype
-    totals: list[torch.Tensor | None] = []
-    for partial in (bias if need_bias else None, weight, table):
-        if partial is None:
-            totals.append(None)
-        else:
-            totals.append(partial[0] if bare else torch.empty(partial.shape[1:], dtype=dtype, device=bias.device))
-    if bare or (weight is None and table is None and not need_bias):
-        return totals
-    block_p, block = (16, 4096) if INTERPRETED else (PARTIAL_SUMS, PARTIAL_ELEMENTS)  # few programs to interpret
-    blocks, numels = 0, []
-    for total in totals:
-        numel = 0 if total is None else total.numel()
-        numels.append(numel)
-        blocks += -(-numel // block)
-    # The kernel takes its types from the bias's, which stands in for itself where no sum of it is needed.
-    first = torch.empty(0, dtype=dtype, device=bias.device) if totals[0] is None else totals[0]
-    start(
-        sum_partials_kernel,
-        (blocks, 1, 1),
-        bias.device,
-        bias,
-        weight,
-        table,
-        first,
-        *totals[1:],
-        programs,
-        chunks,
-        *numels,
-        BLOCK_P=block_p,
-        BLOCK=block,
-        **launch_options(PARTIAL_WARPS, target_of(bias.device)[0]),
-    )
-    return totals
+    return grad_x, grad_weight, grad_h0, grad_bias

@@ -16,11 +16,11 @@ from typing import Any
 
 import torch
 
-from ..sums_by_id import sum_by_id
 from . import elman
 from .elman_grid_forms import COUNTER_STRIDE, GridForm
 from .elman_grid_kernels import elman_grid_backward_kernel, elman_grid_forward_kernel
 from .elman_grid_tiles import Chip, GridTile, find_grid_tile, programs_at_once
+from .elman_sums import sum_gradients
 from .launch import INTERPRETED, KINDS, codes_of, on_device, processors_of, start, target_of
 from .targets import NVIDIA
 
@@ -373,16 +373,17 @@ def elman_grid_backward(
         form,
         tile.launch_options(target_of(device)[0]),
     )
-    partial_table = None
-    if tokens is not None and V <= elman.MAX_SUM_VOCAB:
-        partial_table = elman._rows_by_token(grad_x, tokens, V, acc_type)
-    grad_bias, _, grad_table = elman._sum_partials(partial_bias, None, partial_table, need_bias_grad, dtype)
-    grad_weight = None
-    if need_weight_grad and h_prev is None:
-        grad_weight = tuple([elman._weight_gradient(grad_x, out, h0, d, H, reverse[d]) for d in range(D)])
-    elif h_prev is not None:
-        columns = [slice(d * H, (d + 1) * H) for d in range(D)]
-        grad_weight = tuple([torch.mm(grad_x[:, own].t(), h_prev[:, own]) for own in columns])
-    if tokens is not None:
-        grad_x = sum_by_id(grad_x, tokens, V) if grad_table is None else grad_table
+    grad_x, grad_weight, grad_bias = sum_gradients(
+        grad_x,
+        out,
+        h0,
+        h_prev,
+        partial_bias,
+        None,
+        tokens=tokens,
+        num_tokens=V,
+        reverse=reverse,
+        need_weight_grad=need_weight_grad,
+        need_bias_grad=need_bias_grad,
+    )
     return grad_x, grad_weight, grad_h0, grad_bias
