@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import tensors
 from .many_classes import MAX_FUSED_CLASSES, chunked_cross_entropy
 from .memory import (
     COMPUTE,
@@ -447,29 +448,34 @@ def _generate_threads(B: int, H: int) -> int:
     return torch.get_num_threads() if B * H * H >= 1 << 16 else 1
 
 
-def clip_limits(grads: Sequence[Tensor]) -> str | None:
-    """None if clip_grad_norm_ can run on these tensors, else one clause saying why not."""
+def clip_limits(grads: Sequence[Tensor], found: "tensors.Survey | None" = None) -> str | None:
+    """None if clip_grad_norm_ can run on these tensors, else one clause saying why not. found: their survey."""
     if _missing:
         return _missing
-    dtype = grads[0].dtype if grads else torch.float32
-    if dtype not in COMPUTE or any(g.dtype != dtype or not g.is_cpu or not g.is_contiguous() for g in grads):
+    if not grads:
+        return None
+    found = found or tensors.survey(list(grads))
+    plain = found is not None and found.one_device and found.contiguous and grads[0].is_cpu
+    if found is None or not plain or found.dtypes not in ([torch.float32], [torch.float64]) or not found.floats:
         return "not all gradients are contiguous CPU tensors of one type among float32 and float64"
     return None
 
 
-def clip_grad_norm_(grads: Sequence[Tensor], max_norm: float) -> Tensor:
+def clip_grad_norm_(grads: Sequence[Tensor], max_norm: float, found: "tensors.Survey | None" = None) -> Tensor:
     """Scale all tensors in place by min(1, max_norm / (norm + 1e-6)); returns the L2 norm of all together, a scalar.
 
-    The tensors must satisfy clip_limits.
+    The tensors must satisfy clip_limits. found: their survey.
     """
     if not grads:
         return torch.tensor(0.0, dtype=torch.float32, device="cpu")
-    addresses = array("q", [g.data_ptr() for g in grads])
-    sizes = array("q", [g.numel() for g in grads])
+    found = found or tensors.survey(list(grads))
+    if (why := clip_limits(grads, found)) is not None or found is None:
+        raise ValueError(f"clip_grad_norm_: {why}")
+    address, size = found.table.buffer_info()[0], 8 * found.count
     limit, norm = array("d", [max_norm]), array("d", [0.0])
     dtype = grads[0].dtype
     _native.clip(
-        *(_isa(), COMPUTE[dtype], len(grads), torch.get_num_threads()),
-        *(*array_of(addresses), *array_of(sizes), *array_of(limit), *array_of(norm)),
+        *(_isa(), COMPUTE[dtype], found.count, torch.get_num_threads()),
+        *(address, size, address + size, size, *array_of(limit), *array_of(norm)),
     )
     return torch.tensor(norm[0], dtype=dtype, device="cpu")

@@ -10,6 +10,7 @@
 
 #include "kernels.h"
 #include "scratch.h"
+#include "tensors.h"
 
 _Static_assert(sizeof(void *) == 8, "argument records hold addresses in 8 bytes");
 
@@ -94,6 +95,7 @@ KERNEL_FUNCTION(clip)
 static PyMethodDef methods[] = {
     {"isas", isas, METH_NOARGS, 0},
     {"peak_scratch", peak_scratch, METH_NOARGS, 0},
+    KERNEL_METHOD(survey),
     KERNEL_METHOD(elman_forward),
     KERNEL_METHOD(elman_backward),
     KERNEL_METHOD(linear_cross_entropy),

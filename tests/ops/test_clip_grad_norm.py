@@ -1,10 +1,13 @@
 """clip_grad_norm_ against torch.nn.utils.clip_grad_norm_, clip_and_sgd_step_ against that and torch.optim.SGD."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
 
 from charrnn_fast import clip_grad_norm_
+from charrnn_fast.kernels import native
 from charrnn_fast.ops.clip_grad_norm import _backend, clip_and_sgd_step_
 
 
@@ -97,7 +100,7 @@ def test_gradients_that_share_memory_are_torchs(backend):
         return [parameter, parameter]
 
     if backend == "triton":
-        assert _backend([p.grad for p in make()]) == "torch"
+        assert _backend([p.grad for p in make()])[0] == "torch"
         _both(make, 0.5)
 
 
@@ -196,3 +199,54 @@ def test_the_norm_is_on_the_gradients_device_whatever_the_default():
     with torch.device("meta"):
         norm = clip_grad_norm_([parameter], 1.0)
     assert norm.device.type == "cpu" and norm == 2
+
+
+def _calls(run) -> int:
+    """Calls of functions, in Python and from Python, while run runs."""
+    count = 0
+
+    def profile(frame, event, argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(profile)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+class _Launch:
+    """Stands for a kernel: what it is given."""
+
+    def __init__(self):
+        self.arguments = []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.arguments.append(arguments)
+
+
+@pytest.mark.skipif(native.available() is not None, reason=f"native: {native.available()}")
+def test_python_calls_no_function_for_each_tensor(backend, monkeypatch):
+    """With 2,000 tensors as many calls as with 200; and the table of a GPU's kernels is kept while the tensors stay."""
+    if backend == "torch":
+        return
+    kernels = pytest.importorskip("charrnn_fast.kernels.triton.clip_grad_norm") if backend == "triton" else None
+    norm, scale = _Launch(), _Launch()
+    if kernels is not None:
+        monkeypatch.setattr(kernels, "norm_kernel", norm)
+        monkeypatch.setattr(kernels, "scale_kernel", scale)
+    counts = []
+    for number in (200, 2000):
+        parameters = _parameters([(3,)] * number)
+        clip_grad_norm_(parameters, 0.5)  # the first imports, compiles and makes tables
+        counts.append(_calls(lambda parameters=parameters: clip_grad_norm_(parameters, 0.5)))
+    assert counts[0] == counts[1] < 150, counts
+    if kernels is not None:
+        tables = [arguments[1] for arguments in norm.arguments]
+        assert tables[0] is tables[1] and tables[2] is tables[3] and len(tables[3]) == 2000
+        assert tables[3][:, 0].tolist() == [p.grad.data_ptr() for p in parameters]
+        parameters[5].grad = torch.ones(3)
+        clip_grad_norm_(parameters, 0.5)
+        assert norm.arguments[-1][1][:, 0].tolist() == [p.grad.data_ptr() for p in parameters]
