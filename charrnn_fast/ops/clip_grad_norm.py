@@ -33,12 +33,13 @@ def clip_grad_norm_(
         parameters: tensors of any shapes; one without a gradient is passed over. max_norm, norm_type,
         error_if_nonfinite, foreach: as in torch.nn.utils.clip_grad_norm_. The kernels run for the 2-norm of gradients
             on one device whose elements lie side by side: on a GPU in one launch up to 32,768 elements and two beyond,
-            on a CPU for contiguous fp32 or fp64; everything else is torch's.
+            on a CPU for fp32 or fp64; everything else is torch's.
 
     Returns: the norm before clipping, a scalar tensor; zero without gradients. There is no host synchronisation unless
     error_if_nonfinite is set.
 
     Raises: RuntimeError if error_if_nonfinite is set and the norm is not finite; the gradients are then as they were.
+    RuntimeError if ``CHARRNN_BACKEND`` names a backend that cannot run on the gradients' device.
     """
     given, parameters = parameters, [parameters] if isinstance(parameters, Tensor) else list(parameters)
     if not parameters and isinstance(given, GeneratorType):
@@ -108,15 +109,24 @@ def _backend(grads: list[Tensor], params: list[Tensor] | None = None) -> tuple[s
     if wanted == "torch" or tensor_operations_only() or registered_operators_only():
         return "torch", None
     found = survey(grads, params, plain)
-    if found is None:
+    if found is None or not found.floats:
         return "torch", None
-    gpu = wanted == "triton" or (wanted == "auto" and device.type == "cuda")
-    if gpu and backends.triton_cannot_run_on(device) is None:
-        from charrnn_fast.kernels.triton import clip_grad_norm as kernels
+    by_name = wanted != "auto"
+    if wanted == "triton" or (wanted == "auto" and device.type == "cuda"):
+        why = backends.triton_cannot_run_on(device)
+        if why is not None and by_name:
+            raise RuntimeError(f"backend 'triton' cannot clip gradients on {device}: {why}")
+        if why is None:
+            from charrnn_fast.kernels.triton import clip_grad_norm as kernels
 
-        if kernels.clip_limits(grads, params, found) is None:
-            return "triton", found
-    # Torch scales a gradient that it is given twice once for each.
-    if wanted in ("auto", "native") and params is None and found.apart and native.clip_limits(grads, found) is None:
-        return "native", found
+            if kernels.clip_limits(grads, params, found) is None:
+                return "triton", found
+    if wanted in ("auto", "native") and params is None:
+        why = native.available() or (None if device.type == "cpu" else "it runs on a CPU")
+        if why is not None and by_name:
+            raise RuntimeError(f"backend 'native' cannot clip gradients on {device}: {why}")
+        # Torch scales a gradient that it is given twice once for each, and 16-bit ones without a copy.
+        usual = found.apart and (by_name or native.clips_in_place(found))
+        if why is None and usual and native.clip_limits(grads, found) is None:
+            return "native", found
     return "torch", None

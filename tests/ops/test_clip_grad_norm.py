@@ -8,12 +8,15 @@ from torch import nn
 
 from charrnn_fast import clip_grad_norm_
 from charrnn_fast.kernels import native
+from charrnn_fast.ops import backends
 from charrnn_fast.ops.clip_grad_norm import _backend, clip_and_sgd_step_
 
 
 @pytest.fixture(autouse=True)
 def asked_for(backend, monkeypatch):
     """Every test with every backend; what one cannot take it hands to torch."""
+    if backend == "triton" and torch.cuda.is_available():
+        pytest.skip("these gradients are on a CPU; tests/kernels and bench/gate.py have the GPU's")
     monkeypatch.setenv("CHARRNN_BACKEND", backend)
 
 
@@ -250,3 +253,32 @@ def test_python_calls_no_function_for_each_tensor(backend, monkeypatch):
         parameters[5].grad = torch.ones(3)
         clip_grad_norm_(parameters, 0.5)
         assert norm.arguments[-1][1][:, 0].tolist() == [p.grad.data_ptr() for p in parameters]
+
+
+@pytest.mark.parametrize("dtypes", [[torch.bfloat16], [torch.float16], [torch.bfloat16, torch.float32, torch.float64]])
+def test_types_that_are_copied_to_a_wider_one(dtypes, backend):
+    def make():
+        return [p for dtype in dtypes for p in _parameters(SIZES, dtype)]
+
+    for max_norm in (0.5, 1e6):
+        _both(make, max_norm, rtol=5 * 2**-8)
+    if backend == "native":
+        assert _backend([p.grad for p in make()])[0] == "native"
+    parameters = make()
+    parameters[0].grad[0] = torch.nan
+    assert clip_grad_norm_(parameters, 1.0).isnan() and all(p.grad.isnan().all() for p in parameters)
+
+
+def test_a_backend_that_cannot_run_says_so(backend, monkeypatch):
+    if backend == "torch":
+        return
+    monkeypatch.setattr(backends, "triton_cannot_run_on", lambda device: "there is no such device here")
+    monkeypatch.setattr(native, "_missing", "the C extension is not built")
+    parameters = _parameters(SIZES)
+    before = [p.grad.clone() for p in parameters]
+    with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot clip gradients on cpu: the"):
+        clip_grad_norm_(parameters, 0.1)
+    assert all(torch.equal(p.grad, g) for p, g in zip(parameters, before, strict=True))
+    monkeypatch.setenv("CHARRNN_BACKEND", "auto")
+    clip_grad_norm_(parameters, 0.1)
+    assert not torch.equal(parameters[0].grad, before[0])
