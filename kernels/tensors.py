@@ -19,7 +19,7 @@ _OTHER_KIND = len(KINDS)
 _EXCHANGE = getattr(Tensor, "__dlpack_c_exchange_api__", None)
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True)
 class Survey:
     """What is true of some tensors, and perhaps of as many others. One without elements is contiguous and apart."""
 
@@ -74,7 +74,7 @@ def survey(
     if found is None:
         return None
     bits, elements = found
-    one_device, contiguous, side_by_side, apart, aligned, alike = (bool(bits & 1 << bit) for bit in range(6))
+    one_device, contiguous, side_by_side, apart, aligned, alike = [bits & 1 << bit != 0 for bit in range(6)]
     return Survey(count, elements, table, one_device, bits >> 8, contiguous, side_by_side, apart, aligned, alike)
 
 

@@ -464,7 +464,7 @@ def clip_limits(grads: Sequence[Tensor], found: "tensors.Survey | None" = None) 
 
 def clips_in_place(found: "tensors.Survey") -> bool:
     """Whether clip_grad_norm_ reads and writes the tensors as they are: of one type, float32 or float64."""
-    return found.dtypes in ([torch.float32], [torch.float64])
+    return found.kinds in (1 << tensors.KINDS.index(torch.float32), 1 << tensors.KINDS.index(torch.float64))
 
 
 def clip_grad_norm_(grads: Sequence[Tensor], max_norm: float, found: "tensors.Survey | None" = None) -> Tensor:
@@ -478,8 +478,9 @@ def clip_grad_norm_(grads: Sequence[Tensor], max_norm: float, found: "tensors.Su
     found = found or tensors.survey(list(grads))
     if (why := clip_limits(grads, found)) is not None or found is None:
         raise ValueError(f"clip_grad_norm_: {why}")
-    dtype = functools.reduce(torch.promote_types, found.dtypes)
+    dtype = grads[0].dtype
     if not clips_in_place(found):
+        dtype = functools.reduce(torch.promote_types, found.dtypes)
         wide = [g.to(torch.promote_types(dtype, torch.float32), copy=True) for g in grads]
         norm = clip_grad_norm_(wide, max_norm)
         for g, w in zip(grads, wide, strict=True):
