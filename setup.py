@@ -16,7 +16,7 @@ from setuptools.command.build_py import build_py
 MAPPED = {"charrnn_fast.kernels": "kernels", "charrnn_fast.reference": "reference", "charrnn_fast.bench": "bench"}
 FLAGS = ["-O3", "-g0", "-std=gnu11", "-fvisibility=hidden", "-ffp-contract=fast", "-fno-math-errno"]
 # Of bench, what needs a checkout: the gate and the static figures, with what reads PTX for them, and the recipes' runs.
-CHECKOUT_ONLY = ("conftest", "test_", "gate", "ptx", "recipes", "static", "wavefronts")
+CHECKOUT_ONLY = ("conftest", "test_", "gate", "ptx", "recipes", "scaling", "static", "wavefronts")
 PROBE = "#include <omp.h>\nint main(void) { return omp_get_max_threads() < 1; }\n"
 
 
@@ -72,6 +72,7 @@ def extensions() -> list[Extension]:
             depends=sorted(str(path) for path in folder.glob("*.[ch]")),
             define_macros=[("Py_LIMITED_API", "0x030A0000")],
             extra_compile_args=list(FLAGS),
+            libraries=["dl"] if sys.platform == "linux" else [],
             py_limited_api=True,
             optional=True,
         )

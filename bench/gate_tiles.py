@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from charrnn_fast.bench.measure import Spread, alternate
-from charrnn_fast.kernels.triton.elman import choose_tile, elman_backward, elman_forward
+from charrnn_fast.kernels.triton.elman import choose_tile, elman_backward, elman_forward, forget_tiles
 from charrnn_fast.kernels.triton.elman_tiles import ALL, MAX_SUM_STEPS, TILES, Tile
 
 ABSENT = "sm_90"  # the GPU that is compiled for where there is none
@@ -167,12 +167,12 @@ def in_place_of_shipped(kind: str, width: int, tile: Tile):
     """The launchers take this tile, whatever the number of rows."""
     shipped = TILES[kind, width]
     TILES[kind, width] = (replace(tile, most=ALL),)
-    choose_tile.cache_clear()
+    forget_tiles()
     try:
         yield
     finally:
         TILES[kind, width] = shipped
-        choose_tile.cache_clear()
+        forget_tiles()
 
 
 def candidates(kind: str, width: int, shipped: Tile, target: str) -> list[Tile]:

@@ -14,10 +14,11 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .ops import backends
 from .ops.compiling import allow_in_graphs
-from .ops.context import autocast, exported_to_onnx, plain, tensor_operations_only, traced, transforms_active
-from .ops.elman import elman_layer, wrong_batch_sizes
-from .ops.elman_layer import check_tokens
-from .ops.elman_torch import TOKEN_TYPES, TorchRNN, one_hot_rows, torch_rnn
+from .ops.context import OPERATORS, exported_to_onnx, plain, traced, watched
+from .ops.elman import wrong_batch_sizes
+from .ops.elman_stack import elman_stack
+from .ops.elman_torch import TorchRNN, torch_rnn
+from .ops.tokens import TOKEN_TYPES, one_hot_rows
 
 
 class FusedRNN(TorchRNN):
@@ -106,12 +107,7 @@ class FusedRNN(TorchRNN):
                 else:
                     return output, hidden
         else:
-            return self._eager(input, hx)
-
-    def _eager(self, input: Any, hx: Tensor | None) -> Any:
-        if traced() or self._is_brief(input) or (isinstance(input, PackedSequence) and _is_torchs_packing(input)):
-            return super().forward(input, hx)
-        return self._run(input, hx, tokens=False)
+            return self._run(input, hx, False)
 
     def _scripted(self, input: Tensor, hx: Tensor | None, batch_sizes: Tensor | None) -> tuple[Tensor, Tensor]:
         """torch.nn.RNN's operator on batched or packed input; read by torch.jit.script."""
@@ -158,9 +154,7 @@ class FusedRNN(TorchRNN):
             ids: Any = tokens
             weight: Any = self._flat_weights[0]
             return self(F.one_hot(ids.long(), self.input_size).to(weight.dtype), hx)
-        if traced() or (isinstance(tokens, PackedSequence) and exported_to_onnx()):
-            return super().forward(self._one_hot_input(tokens), hx)
-        return self._run(tokens, hx, tokens=True)
+        return self._run(tokens, hx, True)
 
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
         """What nn.Module.__call__ runs. To torch.fx's tracers a call is one node, as torch.nn's own modules are."""
@@ -173,38 +167,62 @@ class FusedRNN(TorchRNN):
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.backend == "auto" else f", backend={self.backend}")
 
-    def _is_brief(self, input: Any) -> bool:
-        """A few steps on a CPU, to be run by "auto": torch's own path costs less than entering the kernels' does."""
-        if type(input) is not Tensor or input.dim() not in (2, 3) or input.device.type != "cpu":
-            return False
-        steps = input.size(1 if self.batch_first and input.dim() == 3 else 0)
-        return (
-            steps < backends.LEAST_CPU_STEPS
-            and backends.requested(self.backend) == "auto"
-            and not (torch.compiler.is_compiling() or tensor_operations_only())
-        )
-
     def _run(self, input: Any, hx: Tensor | None, tokens: bool) -> Any:
         """The door: every form of input made (T, B, ...) or packed, checked as torch.nn.RNN does, and back again."""
-        self._update_flat_weights()
-        if isinstance(input, PackedSequence):
+        onlooker = watched()
+        packed = isinstance(input, PackedSequence)
+        if onlooker is OPERATORS and traced():
+            return super().forward(self._one_hot_input(input) if tokens else input, hx)
+        if packed and (exported_to_onnx() or (not tokens and _wrong_packing(input) is not None)):
+            return super().forward(self._one_hot_input(input) if tokens else input, hx)
+        if onlooker is None:
+            parameters = self._parameters
+            for name, weight in zip(self._flat_weights_names, self._flat_weights, strict=True):
+                if parameters.get(name) is not weight:  # replaced, taken away, or computed by a parametrization
+                    self._update_flat_weights()
+                    break
+        else:
+            self._update_flat_weights()
+
+        if packed:
             data, batch_sizes, sorted_indices, unsorted_indices = input
             if hx is not None:
                 hx = self.permute_hidden(hx, sorted_indices)
             self._check(data, hx, batch_sizes, tokens)
-            output, hidden = self._stack(data, hx, batch_sizes, tokens)
-            packed = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
-            return packed, self.permute_hidden(hidden, unsorted_indices)
-
-        batched, hx = self._batched(input, hx, tokens)
-        self._check(batched, hx, None, tokens)
-        output, hidden = self._stack(batched.transpose(0, 1) if self.batch_first else batched, hx, None, tokens)
-        if batched is input:
-            return output, hidden
+            output, hidden = elman_stack(self, data, hx, batch_sizes, tokens, onlooker)
+            rows = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
+            return rows, self.permute_hidden(hidden, unsorted_indices)
+        dims = input.dim()
+        if dims == (2 if tokens else 3) and (hx is None or hx.dim() == 3):
+            steps, batch = input.size(0), input.size(1)
+            if self.batch_first:
+                steps, batch = batch, steps
+            # A compiler is not asked about sizes: whatever is asked of one fixes it in the graph.
+            if onlooker is None and not tokens and steps < backends.LEAST_CPU_STEPS and self._is_brief(input):
+                return super().forward(input, hx)
+            first: Any = self._flat_weights[0]
+            if tokens:
+                usual = input.dtype in TOKEN_TYPES
+            else:
+                usual = first is not None and input.size(2) == self.input_size and input.dtype == first.dtype
+            layers = self.num_layers * (2 if self.bidirectional else 1)
+            if not usual or (hx is not None and hx.shape != (layers, batch, self.hidden_size)):
+                self._check(input, hx, None, tokens)
+            return elman_stack(self, input, hx, None, tokens, onlooker)
+        unbatched = dims == 2 and not tokens and onlooker is None
+        if unbatched and input.size(0) < backends.LEAST_CPU_STEPS and self._is_brief(input):
+            return super().forward(input, hx)
+        input, hx = self._batched(input, hx, tokens)
+        self._check(input, hx, None, tokens)
+        output, hidden = elman_stack(self, input, hx, None, tokens, onlooker)
         return output.squeeze(0 if self.batch_first else 1), hidden.squeeze(1)
 
+    def _is_brief(self, input: Tensor) -> bool:
+        """Whether few steps are "auto"'s: on a CPU torch's own path costs less than entering the kernels' does."""
+        return type(input) is Tensor and input.device.type == "cpu" and backends.requested(self.backend) == "auto"
+
     def _batched(self, input: Tensor, hx: Tensor | None, tokens: bool) -> tuple[Tensor, Tensor | None]:
-        """Dense input and hx with a dimension for the sequences, or torch.nn.RNN's refusal."""
+        """Dense input and hx with a dimension for the sequences, or torch.nn.RNN's refusal; the script's too."""
         dims = input.dim() + int(tokens)
         if dims not in (2, 3):
             expected = "1D or 2D" if tokens else "2D or 3D"
@@ -235,110 +253,6 @@ class FusedRNN(TorchRNN):
             expected = self.get_expected_hidden_size(input, batch_sizes)
         self.check_hidden_size(hx, expected)
 
-    def _stack(
-        self, input: Tensor, hx: Tensor | None, batch_sizes: Tensor | None, tokens: bool
-    ) -> tuple[Tensor, Tensor]:
-        """input (T, B, I), ids (T, B) or packed; hx (L*D, B, H) or None -> output (T, B, D*H), (B, T, D*H) if
-        ``batch_first``, or packed, and h_n.
-        """
-        weights: list[Any] = self._flat_weights  # None where a user has taken a parameter away
-        if tokens and exported_to_onnx():
-            input, tokens = self._one_hot(input, weights[0].dtype), False
-        operands = autocast(input.device.type, [input, hx, *weights])
-        backend = self._layerwise_backend(operands, tokens)
-        if backend is not None:
-            return self._layers(backend, operands[0], operands[1], operands[2:], batch_sizes)
-        if hx is None:
-            dtype = weights[0].dtype if tokens else input.dtype
-            layers = self.num_layers * (2 if self.bidirectional else 1)
-            batch = input.size(1) if batch_sizes is None else int(batch_sizes[0])
-            hx = torch.zeros(layers, batch, self.hidden_size, dtype=dtype, device=input.device)
-        if tokens and input.size(0) == 0:
-            raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
-        if tokens and input.device.type == "cpu":
-            if _alike(operands, tokens) and plain(*operands):
-                return self._torch_layers_of_tokens(input, hx, weights, batch_sizes)
-            check_tokens(input, self.input_size)
-        if tokens:  # cuDNN walks one-hot rows faster than a loop of launches walks a table
-            input = self._one_hot(input, weights[0].dtype)
-        return self._torch_layers(input, hx, weights, batch_sizes)
-
-    def _layerwise_backend(self, operands: list[Any], tokens: bool) -> str | None:
-        """The backend that takes layer after layer; None for torch's own RNN, which also refuses malformed calls."""
-        if operands[0].size(0) == 0 or not _alike(operands, tokens):
-            return None
-        if exported_to_onnx():
-            return "onnx" if operands[0].dim() == 3 else None
-        if tensor_operations_only():
-            return "torch" if transforms_active() else None  # torch's own RNN has no rule for vmap
-        weight = operands[-1]
-        name = backends.choose(self.backend, weight.device, weight.dtype, self.hidden_size)
-        return name if name != "torch" and plain(*operands) else None
-
-    def _layers(
-        self, backend: str, input: Tensor, hx: Tensor | None, weights: list[Tensor], batch_sizes: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Layer upon layer, each with all its directions at once."""
-        output, state = self._layer(backend, input, hx, weights, batch_sizes, 0)
-        states = [state]
-        for layer in range(1, self.num_layers):  # dropout draws for (T, B, C), as torch.nn.RNN's does
-            output, state = self._layer(backend, self._dropout(output), hx, weights, batch_sizes, layer)
-            states.append(state)
-        return output, state if self.num_layers == 1 else torch.cat(states)
-
-    def _layer(
-        self,
-        backend: str,
-        input: Tensor,
-        hx: Tensor | None,
-        weights: list[Tensor],
-        batch_sizes: Tensor | None,
-        layer: int,
-    ) -> tuple[Tensor, Tensor]:
-        directions = 2 if self.bidirectional else 1
-        own: list[Tensor] = []
-        for row in range(layer * directions, (layer + 1) * directions):
-            if self.bias:
-                weight_ih, weight_hh, bias_ih, bias_hh = weights[4 * row : 4 * (row + 1)]
-                own += [weight_ih, weight_hh, bias_ih + bias_hh]
-            else:
-                own += weights[2 * row : 2 * (row + 1)]
-        h0 = None if hx is None else hx[layer * directions : (layer + 1) * directions]
-        nonlinearity = "tanh" if self.mode == "RNN_TANH" else "relu"
-        batch_first = self.batch_first and batch_sizes is None and layer == self.num_layers - 1
-        return elman_layer(backend, input, h0, own, batch_sizes, nonlinearity, (False, True)[:directions], batch_first)
-
-    def _dropout(self, output: Tensor) -> Tensor:
-        return F.dropout(output, self.dropout, self.training) if self.dropout > 0 else output
-
-    def _torch_layers(
-        self, input: Tensor, hx: Tensor, weights: list[Tensor], batch_sizes: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """The layers whose weights these are, by torch's own path; input and output as in :meth:`_stack`."""
-        batch_first = self.batch_first and batch_sizes is None
-        return torch_rnn(
-            input.transpose(0, 1) if batch_first else input,
-            hx,
-            weights,
-            batch_sizes,
-            "tanh" if self.mode == "RNN_TANH" else "relu",
-            self.bias,
-            hx.size(0) // (2 if self.bidirectional else 1),
-            self.dropout,
-            self.training,
-            self.bidirectional,
-            batch_first,
-        )
-
-    def _one_hot(self, tokens: Tensor, dtype: torch.dtype) -> Tensor:
-        """Rows (T, B, I) or (N, I) of ids (T, B) or (N,); on a CPU in the order of memory that a user's rows have, by
-        which torch chooses the operators that run.
-        """
-        batch_major = self.batch_first and tokens.dim() == 2 and tokens.device.type == "cpu"
-        if batch_major:
-            return one_hot_rows(tokens.t(), self.input_size, dtype).transpose(0, 1)
-        return one_hot_rows(tokens, self.input_size, dtype)
-
     def _one_hot_input(self, tokens: Any) -> Any:
         """Ids in any form that :meth:`forward_tokens` takes, as one-hot rows in that form."""
         if isinstance(tokens, PackedSequence):
@@ -347,35 +261,6 @@ class FusedRNN(TorchRNN):
             raise ValueError(f"forward_tokens expects int64 or int32 token ids, got {tokens.dtype}")
         weight: Any = self._flat_weights[0]
         return one_hot_rows(tokens, self.input_size, weight.dtype)
-
-    def _torch_layers_of_tokens(
-        self, tokens: Tensor, hx: Tensor, weights: list[Tensor], batch_sizes: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """Layer 0 by tensor operations, which can read a table; the others by torch's own path."""
-        output, state = self._layer("torch", tokens, hx, weights, batch_sizes, 0)
-        if self.num_layers == 1:
-            return output, state
-        directions = 2 if self.bidirectional else 1
-        others = weights[(4 if self.bias else 2) * directions :]
-        output, states = self._torch_layers(self._dropout(output), hx[directions:], others, batch_sizes)
-        return output, torch.cat([state, states])
-
-
-def _alike(operands: list[Any], tokens: bool) -> bool:
-    """Are input, hx (or None) and all weights there, of one type (ids aside) on one device? If not, torch runs them or
-    refuses them in its own words.
-    """
-    input, hx, *weights = operands
-    if any(weight is None for weight in weights):
-        return False
-    device, dtype = input.device, weights[-1].dtype
-    numbers = weights if hx is None else [hx, *weights]
-    return (tokens or input.dtype == dtype) and all(x.dtype == dtype and x.device == device for x in numbers)
-
-
-def _is_torchs_packing(packed: PackedSequence) -> bool:
-    """Is it torch's matter: batch sizes that cannot be, or an export to ONNX, whose RNN takes no packed rows?"""
-    return exported_to_onnx() or _wrong_packing(packed) is not None
 
 
 def _wrong_packing(packed: PackedSequence) -> str | None:

@@ -11,8 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from . import native
-from .native.memory import array_of
+from .native import library
 
 KINDS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)  # by their numbers in a survey's table
 _OTHER_KIND = len(KINDS)
@@ -66,9 +65,10 @@ def survey(
         raise ValueError(f"expected as many others as tensors, got {len(others)} and {len(tensors)}")
     count = len(tensors)
     table = array("q", bytes(32 * count))
-    if native.available() is None and _EXCHANGE is not None:
-        asked = ((Tensor, nn.Parameter), _REFUSED, _EXCHANGE, *array_of(table))
-        found = native._native.survey(tensors, others, *asked)
+    if library.missing is None and _EXCHANGE is not None:
+        address, length = table.buffer_info()
+        asked = ((Tensor, nn.Parameter), _REFUSED, _EXCHANGE, address, 8 * length)
+        found = library.extension.survey(tensors, others, *asked)
     else:
         found = _by_python(tensors, others, plain, table)
     if found is None:

@@ -16,6 +16,7 @@ import torch
 from charrnn_fast import __version__
 from charrnn_fast.cli import bench, decode, doctor, export, plot, train
 from charrnn_fast.errors import InputError, TrainingError
+from charrnn_fast.lm import distributed
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -35,7 +36,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:
         if options.debug:
             raise
-        print(f"charrnn-fast: error: {_one_line(error)}", file=sys.stderr)
+        rank = "" if distributed.launched() == 1 else f"rank {os.environ['RANK']}: "
+        print(f"charrnn-fast: {rank}error: {_one_line(error)}", file=sys.stderr)
         return 2
 
 

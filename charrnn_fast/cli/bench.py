@@ -38,7 +38,9 @@ def add_parser(commands) -> None:
         metavar="DIR",
         help="folder for the results and pictures (default: charrnn-bench)",
     )
-    p.add_argument("--profile", action="store_true", help="instead: where the time of one training step goes")
+    instead = p.add_mutually_exclusive_group()
+    instead.add_argument("--profile", action="store_true", help="instead: where the time of one training step goes")
+    instead.add_argument("--host", action="store_true", help="instead: what a call costs before any kernel works")
     p.set_defaults(run=_bench)
 
 
@@ -48,6 +50,11 @@ def _bench(options: argparse.Namespace) -> int:
         from charrnn_fast.bench import step_profile
 
         print(step_profile.table(step_profile.profile_step(device)))
+        return 0
+    if options.host:
+        from charrnn_fast.bench import host
+
+        print(host.table(host.sides()))
         return 0
     if options.out.exists() and not options.out.is_dir():
         raise InputError(f"--out {options.out} is a file: expected a folder")

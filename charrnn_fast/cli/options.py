@@ -7,6 +7,7 @@ import os
 import torch
 
 from charrnn_fast.errors import InputError
+from charrnn_fast.lm import distributed
 from charrnn_fast.lm.keeping import Every
 
 
@@ -103,14 +104,20 @@ def embedding_kind(text: str) -> str | int:
 
 
 def find_device(name: str) -> torch.device:
-    """The device of a name, on which a number was computed. InputError if that cannot be."""
+    """The device of a name, on which a number was computed; cuda is a GPU for each of several processes. InputError if
+    that cannot be.
+    """
     try:
         device = torch.device(name)
+        if device.type == "cuda" and device.index is None and distributed.launched() > 1:
+            device = torch.device("cuda", distributed.local_rank())
         if float(torch.ones(1, dtype=torch.float32, device=device) + 1) != 2:
             raise RuntimeError("it does not compute")
     except Exception as error:  # each device's plug-in has errors of its own
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"--device {name} cannot be used here: {reason}") from None
+    if device.type == "cuda" and distributed.launched() > 1:
+        torch.cuda.set_device(device)
     return device
 
 

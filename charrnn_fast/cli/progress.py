@@ -7,6 +7,7 @@ from collections.abc import Callable
 
 from tqdm import tqdm
 
+from charrnn_fast.lm import distributed
 from charrnn_fast.lm.callbacks import Callback
 from charrnn_fast.lm.recipes import Recipe
 from charrnn_fast.lm.records import EpochRecord, StepRecord, perplexity
@@ -107,5 +108,6 @@ def clock(seconds: float) -> str:
 
 
 def notice(line: str) -> None:
-    """A line that is neither a result nor an error."""
-    print(f"charrnn-fast: {line}", file=sys.stderr, flush=True)
+    """A line that is neither a result nor an error; of several processes the first one's."""
+    if distributed.speaks():
+        print(f"charrnn-fast: {line}", file=sys.stderr, flush=True)

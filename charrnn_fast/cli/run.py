@@ -16,7 +16,7 @@ from charrnn_fast.cli.progress import Progress, notice
 from charrnn_fast.cli.settings import Settings
 from charrnn_fast.cli.signals import finishing
 from charrnn_fast.errors import InputError, TrainingError
-from charrnn_fast.lm import checkpoint, data
+from charrnn_fast.lm import checkpoint, data, distributed
 from charrnn_fast.lm.callbacks import Callback, JsonLog, Samples, TensorBoard
 from charrnn_fast.lm.corpora import Corpus
 from charrnn_fast.lm.evaluation import validate
@@ -51,8 +51,11 @@ class Run:
         self._keeper: Keeper | None = None
 
     def resume(self) -> None:
-        """Go on from the folder's last.ckpt. Raises InputError if it is of another run."""
-        written = checkpoint.load(self.out / checkpoint.LAST)
+        """Go on from the folder's last.ckpt, read by the first process. Raises InputError if it is another run's."""
+        processes = self.trainer.processes
+        written = checkpoint.load(self.out / checkpoint.LAST) if processes is None or processes.first else None
+        written = written if processes is None else processes.from_first(written)
+        assert written is not None
         kind, seed = self.settings.model, self.settings.seed
         if (written.kind, written.seed) != (kind, seed):
             raise InputError(
@@ -69,7 +72,7 @@ class Run:
                 f"got {self.source} with {self.text_sha256}"
             )
         checkpoint.resume(written, self.trainer, self.sampler, self.recipe)
-        if written.epoch >= self.recipe.epochs:
+        if written.epoch >= self.recipe.epochs and not distributed.restarts():
             raise InputError(
                 f"{written.path} is at {self.recipe.unit} {written.epoch} already: raise --epochs to go on"
             )
@@ -107,21 +110,23 @@ class Run:
                 self._stopped(received)
             except TrainingError as error:
                 raise TrainingError(f"{error}{self._last_good()}") from None
-        if self.out is not None and history and (self._keeper is None or self._keeper.failure is None):
+        writes = self.out is not None and distributed.speaks()
+        if writes and history and (self._keeper is None or self._keeper.failure is None):
             self._plot()
         return history
 
     def _stopped(self, received: Sequence[int]) -> None:
         """What is left to do when `fit` came back."""
-        if received:
-            self.signal = received[0]
-            name = signal.Signals(received[0]).name
+        name = self.trainer.stopped  # by a signal's name, in whichever of the processes it was received
+        if received or name in signal.Signals.__members__:
+            self.signal = received[0] if received else signal.Signals[str(name)].value
+            name = signal.Signals(self.signal).name
             saved = ""
             if self._keeper is not None and self._keeper.write():
                 saved = f", saved in {self.out / checkpoint.LAST}: --resume goes on from there"
             notice(f"{name}: stopped after step {self.trainer.step}{saved}")
-        elif self.trainer.stopped is not None:
-            notice(f"stopped after {self.recipe.unit} {len(self.trainer.history)}: {self.trainer.stopped}")
+        elif name is not None:
+            notice(f"stopped after {self.recipe.unit} {len(self.trainer.history)}: {name}")
 
     def _last_good(self) -> str:
         if self.out is None or not (self.out / checkpoint.LAST).exists():

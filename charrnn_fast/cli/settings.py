@@ -27,7 +27,7 @@ from charrnn_fast.cli.options import (
 from charrnn_fast.errors import InputError
 from charrnn_fast.lm import toml
 from charrnn_fast.lm.recipes import RECIPES, Prompt, Recipe
-from charrnn_fast.lm.training import MAX_ACCUMULATE, MAX_GRAPH_BATCHES
+from charrnn_fast.lm.training_options import MAX_ACCUMULATE, MAX_GRAPH_BATCHES
 
 CONFIG = "config.toml"  # the resolved configuration in a run's folder
 RUN = {

@@ -4,6 +4,7 @@ import argparse
 import json
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -13,11 +14,20 @@ from charrnn_fast.cli.progress import notice
 from charrnn_fast.cli.run import Run, decode
 from charrnn_fast.cli.settings import CONFIG, Settings, add_settings, config_option, resolve
 from charrnn_fast.errors import InputError
-from charrnn_fast.lm import checkpoint, corpora, data, toml
+from charrnn_fast.lm import checkpoint, corpora, data, distributed, toml
 from charrnn_fast.lm.corpora import Corpus
+from charrnn_fast.lm.distributed import Processes
 from charrnn_fast.lm.files import write_whole
 from charrnn_fast.lm.model import CharRNN
-from charrnn_fast.lm.recipes import Recipe, build_model, build_sampler, build_trainer, prepare_text, split_by_place
+from charrnn_fast.lm.recipes import (
+    Recipe,
+    build_model,
+    build_sampler,
+    build_trainer,
+    for_processes,
+    prepare_text,
+    split_by_place,
+)
 from charrnn_fast.lm.records import EpochRecord, perplexity
 from charrnn_fast.lm.texts import LargeText, read_texts
 from charrnn_fast.lm.training import Trainer
@@ -58,7 +68,13 @@ def add_parser(commands) -> None:
     p.add_argument(
         "--keep", type=at_least(0), default=0, metavar="K", help="keep the last K states as step-N.ckpt (default: 0)"
     )
-    p.add_argument("--log", type=Path, metavar="FILE", help="append one JSON object a line: steps, epochs, checkpoints")
+    p.add_argument(
+        "--log",
+        "--log-file",  # torchrun takes the short name for one of its own options
+        type=Path,
+        metavar="FILE",
+        help="append one JSON object a line: steps, epochs, checkpoints",
+    )
     p.add_argument("--tensorboard", type=Path, metavar="DIR", help="event files for TensorBoard (package tensorboard)")
     p.add_argument("--sample-every", type=at_least(1), metavar="N", help="print a decoded text every N epochs")
     p.add_argument("-q", "--quiet", action="store_true", help="print nothing but notices, errors and --json")
@@ -68,23 +84,44 @@ def add_parser(commands) -> None:
 
 
 def _train(options: argparse.Namespace) -> int:
+    count = distributed.launched()
+    if count == 1 or options.print_config:
+        return _run(options, None)
+    if not distributed.speaks():  # one progress bar, one log, one result
+        options.quiet, options.json = True, False
+        options.log = options.tensorboard = options.sample_every = None
+    code = _run(options, distributed.join())
+    distributed.leave()
+    return code
+
+
+def _run(options: argparse.Namespace, processes: Processes | None) -> int:
     start = time.perf_counter()
     if options.resume and options.out is None:
         raise InputError("--resume continues the run in a folder: name it with --out")
+    if distributed.restarts() and options.out is not None and distributed.speaks():
+        options.resume = options.resume or (options.out / checkpoint.LAST).exists()
     own = options.out / CONFIG if options.resume else None
     if own is not None and not toml.readable():
         notice(
             f"{own} is not read without Python 3.11 or the package tomli: the run's settings have to be passed again"
         )
         own = None
-    settings = resolve(options, own)
+    settings = resolve(options, own) if distributed.speaks() else None
     if options.print_config:
-        print(settings.toml(), end="")
+        print("" if settings is None else settings.toml(), end="")
         return 0
-    recipe, device = settings.recipe, find_device(settings.device)
-    if options.out is not None:
+    if processes is not None:
+        settings, options.resume = processes.from_first((settings, options.resume))
+    assert settings is not None
+    if options.out is not None and distributed.speaks():
         _prepare_folder(options.out, options.resume)
+    page = settings
+    settings = replace(settings, recipe=for_processes(settings.recipe, distributed.launched()))
+    recipe, device = settings.recipe, find_device(settings.device)
     corpus = _corpus(settings)
+    if processes is not None:
+        _require_one_text(corpus, processes)
     vocab, tokens = prepare_text(recipe, corpus.text if isinstance(corpus, Corpus) else corpus)
     if isinstance(corpus, LargeText) and corpus.notice:
         notice(corpus.notice)
@@ -93,25 +130,40 @@ def _train(options: argparse.Namespace) -> int:
     backend = _backend(settings, device)
     require_memory(_numbers(recipe, len(vocab)), "parameters, gradients and an optimiser's state", device)
     model = build_model(recipe, len(vocab), settings.seed, kind=settings.model, backend=settings.backend, device=device)
-    torch.manual_seed(settings.seed)  # of dropout
-    trainer = _trainer(settings, model)
+    torch.manual_seed(settings.seed + (0 if processes is None else processes.rank))  # of dropout
+    trainer = _trainer(settings, model, processes)
     run = Run(options, settings, trainer, sampler, vocab, corpus)
     if options.resume:
         run.resume()
-    if options.out is not None:
-        _keep_settings(options.out, settings)
+    if options.out is not None and distributed.speaks():
+        _keep_settings(options.out, page)
     if not options.quiet:
         _print_header(settings, backend, trainer, corpus, vocab, tokens, sampler)
     history = run.fit()
     if run.signal is not None:
         return INTERRUPTED + run.signal
-    if not history:
-        return 0
+    if history and distributed.speaks():
+        _conclude(options, settings, run, backend, history, tokens, time.perf_counter() - start)
+    if history:
+        run.require_saved()
+    return 0
+
+
+def _conclude(
+    options: argparse.Namespace,
+    settings: Settings,
+    run: Run,
+    backend: str,
+    history: list[EpochRecord],
+    tokens: torch.Tensor,
+    seconds: float,
+) -> None:
+    """What the run has come to: decoded texts, the perplexity of the test part."""
+    recipe, model, vocab = settings.recipe, run.trainer.model, run.vocab
+    begun = time.perf_counter()
     texts = [decode(model, vocab, prompt, settings.seed) for prompt in recipe.prompts]
     test = run.test(split_by_place(recipe, tokens)[2])
-    _print_result(options, settings, backend, history, texts, test, time.perf_counter() - start)
-    run.require_saved()
-    return 0
+    _print_result(options, settings, backend, history, texts, test, seconds + time.perf_counter() - begun)
 
 
 def _numbers(recipe: Recipe, vocab_size: int) -> int:
@@ -142,6 +194,8 @@ def _keep_settings(folder: Path, settings: Settings) -> None:
 
 
 def _corpus(settings: Settings) -> Corpus | LargeText:
+    if settings.text is not None and "-" in settings.text and distributed.launched() > 1:
+        raise InputError("standard input is there for one process: name a file with --text")
     if settings.text is None:
         corpus: Corpus | LargeText = corpora.load_book(settings.recipe.book)
     else:
@@ -161,10 +215,18 @@ def _backend(settings: Settings, device: torch.device) -> str:
         raise InputError(str(error)) from None
 
 
-def _trainer(settings: Settings, model: CharRNN | RNNLM) -> Trainer:
+def _require_one_text(corpus: Corpus | LargeText, processes: Processes) -> None:
+    """InputError unless every process has read the same text."""
+    texts = processes.of_all((corpus.sha256, corpus.source))
+    for rank, (sha256, source) in enumerate(texts):
+        if sha256 != texts[0][0]:
+            raise InputError(f"rank {rank} has read another text than rank 0: {source}, and {texts[0][1]}")
+
+
+def _trainer(settings: Settings, model: CharRNN | RNNLM, processes: Processes | None) -> Trainer:
     """The recipe's trainer. What it refuses, steps that cannot be captured for one, is an InputError that says why."""
     try:
-        return build_trainer(settings.recipe, model, CAPTURE[settings.capture])
+        return build_trainer(settings.recipe, model, CAPTURE[settings.capture], processes)
     except (ValueError, RuntimeError) as error:
         raise InputError(str(error)) from None
 
@@ -184,6 +246,9 @@ def _print_header(
     layers = f"{recipe.num_layers} layer{plural} of {recipe.hidden_size} {recipe.nonlinearity} units"
     print(f"text    {corpus.source}: {len(tokens):,} characters, {len(vocab)} symbols")
     print(f"model   {settings.model} ({backend} backend, {tokens.device}): {layers}, {count:,} parameters")
+    if trainer.processes is not None:
+        count = trainer.processes.count
+        print(f"run     {count} processes, which share batches of {recipe.batch_size:,} sequences")
     reason = trainer.capture_reason
     print("steps   " + ("captured as CUDA graphs" if reason is None else f"not captured: {reason}"))
     if recipe.split is not None:

@@ -5,6 +5,7 @@ never call it. They are right only while a call would do what the constructor's 
 no parametrization, no other sizes. Everywhere else the parts are called as the modules that they are.
 """
 
+import functools
 from typing import TYPE_CHECKING
 
 import torch
@@ -22,11 +23,19 @@ PARTS = ("embed", "rnn", "head")
 
 def why_called(model: "CharRNN", parts: tuple[str, ...] = PARTS) -> str | None:
     """None where these parts' parameters stand for them, else one clause that says why they have to be called."""
-    if _all_modules_are_watched():
+    hooks = torch_module
+    if (
+        hooks._global_forward_hooks
+        or hooks._global_forward_pre_hooks
+        or hooks._global_backward_hooks
+        or hooks._global_backward_pre_hooks
+    ):
         return "a hook listens to all modules"
     for name in parts:
-        part = getattr(model, name)
-        why = why_changed(model, name) or (None if part is None else _why_watched(part))
+        why = why_changed(model, name)
+        if why is None:
+            part = model._modules.get(name)
+            why = None if part is None else _why_watched(part)
         if why is not None:
             return f"{name} {why}"
     return None
@@ -34,32 +43,25 @@ def why_called(model: "CharRNN", parts: tuple[str, ...] = PARTS) -> str | None:
 
 def why_changed(model: "CharRNN", name: str) -> str | None:
     """None if a part has the class, sizes and parameters that the model's arguments say, else one clause."""
-    part = getattr(model, name)
+    part = model._modules.get(name)
     if part is None:
         return None if name == "embed" and model.embedding == "onehot" else "is missing"
     if name == "embed" and model.embedding == "onehot":
         return "was added"
     if type(part) not in _KINDS[name]:
         return f"is a {type(part).__name__}"
-    for attribute, expected in _expected(model, name).items():
+    sizes = (model.vocab_size, model.hidden_size, model.num_layers, model.nonlinearity, model.embedding, model.dropout)
+    attributes, parameters = _expected(name, *sizes)
+    for attribute, expected in attributes:
         if getattr(part, attribute) != expected:
             return f"has {attribute} {getattr(part, attribute)!r}"
-    for parameter in _parameter_names(model, name):
+    for parameter in parameters:
         value = part._parameters.get(parameter)
         if value is None:
             return f"has no parameter {parameter}"
         if type(value) not in (nn.Parameter, Tensor):
             return f"has a {type(value).__name__} as {parameter}"
     return None
-
-
-def _all_modules_are_watched() -> bool:
-    return bool(
-        torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    )
 
 
 def _why_watched(part: nn.Module) -> str | None:
@@ -82,29 +84,31 @@ _KINDS: dict[str, tuple[type, ...]] = {
 }
 
 
-def _expected(model: "CharRNN", name: str) -> dict[str, object]:
-    """The attributes that decide what a part computes."""
-    width = model.vocab_size if model.embedding == "onehot" else model.embedding
+@functools.lru_cache(256)  # asked at every call of a model
+def _expected(
+    name: str,
+    vocab_size: int,
+    hidden_size: int,
+    num_layers: int,
+    nonlinearity: str,
+    embedding: str | int,
+    dropout: float,
+) -> tuple[tuple[tuple[str, object], ...], tuple[str, ...]]:
+    """The attributes that decide what a part computes, with their values, and the names of its parameters."""
+    width = vocab_size if embedding == "onehot" else embedding
     if name == "embed":
-        return {"num_embeddings": model.vocab_size, "embedding_dim": width, "max_norm": None}
+        return (("num_embeddings", vocab_size), ("embedding_dim", width), ("max_norm", None)), ("weight",)
     if name == "head":
-        return {"in_features": model.hidden_size, "out_features": model.vocab_size}
-    return {
-        "mode": "RNN_TANH" if model.nonlinearity == "tanh" else "RNN_RELU",
-        "input_size": width,
-        "hidden_size": model.hidden_size,
-        "num_layers": model.num_layers,
-        "bias": True,
-        "batch_first": True,
-        "dropout": model.dropout if model.num_layers > 1 else 0.0,
-        "bidirectional": False,
-    }
-
-
-def _parameter_names(model: "CharRNN", name: str) -> list[str]:
-    if name == "embed":
-        return ["weight"]
-    if name == "head":
-        return ["weight", "bias"]
+        return (("in_features", hidden_size), ("out_features", vocab_size)), ("weight", "bias")
+    attributes = (
+        ("mode", "RNN_TANH" if nonlinearity == "tanh" else "RNN_RELU"),
+        ("input_size", width),
+        ("hidden_size", hidden_size),
+        ("num_layers", num_layers),
+        ("bias", True),
+        ("batch_first", True),
+        ("dropout", dropout if num_layers > 1 else 0.0),
+        ("bidirectional", False),
+    )
     kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-    return [f"{kind}_l{layer}" for layer in range(model.num_layers) for kind in kinds]
+    return attributes, tuple(f"{kind}_l{layer}" for layer in range(num_layers) for kind in kinds)

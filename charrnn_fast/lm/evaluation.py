@@ -1,10 +1,11 @@
 """Loss and perplexity of a model over batches, without training on them."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
 from charrnn_fast.lm.data import Batch
+from charrnn_fast.lm.distributed import Processes
 from charrnn_fast.lm.model import CharRNN, evaluating
 from charrnn_fast.lm.records import perplexity
 from charrnn_fast.reference import training as reference
@@ -21,19 +22,38 @@ def validate(
     *,
     carry_state: bool = False,
     stopped: Callable[[], bool] = lambda: False,
+    processes: Processes | None = None,
 ) -> tuple[float, float] | None:
     """exp(mean loss over characters) and the mean of the per-batch perplexities; None if there are no batches.
 
-    The model is in evaluation mode meanwhile. `stopped` is asked after each batch; Stopped is raised if it says so.
+    The model is in evaluation mode meanwhile. `stopped` is asked after each batch, of several processes after each
+    16th; Stopped is raised if it says so. Of `processes` each takes its rows of every batch, and all return the same.
     """
-    measured = []
-    with evaluating(model):
-        for figures in reference.evaluate_batches(model, batches, carry_state=carry_state):
-            measured.append(figures)
-            if stopped():
+    sizes: list[int] = []  # characters of every batch
+    own: list[int] = []  # the batches in which this process has rows
+
+    def mine() -> Iterator[Batch]:
+        for X, Y in batches:
+            sizes.append(Y.numel())
+            if processes is not None:
+                X, Y = processes.share(X), processes.share(Y)
+            if len(Y):
+                own.append(len(sizes) - 1)
+                yield X, Y
+            if (processes is None or len(sizes) % 16 == 0) and stopped():
                 raise Stopped
-    if not measured:
+
+    with evaluating(model):
+        measured = list(reference.evaluate_batches(model, mine(), carry_state=carry_state))
+    if not sizes:
         return None
-    losses = torch.stack([loss for loss, _ in measured]).double().cpu()
-    counts = torch.tensor([count for _, count in measured], dtype=torch.float64, device="cpu")
+    losses = torch.zeros(len(sizes), dtype=torch.float64, device="cpu")
+    if measured:
+        losses[own] = torch.stack([loss for loss, _ in measured]).double().cpu()
+    counts = torch.tensor(sizes, dtype=torch.float64, device="cpu")
+    if processes is not None:
+        shares = torch.zeros_like(losses)
+        shares[own] = torch.tensor([count for _, count in measured], dtype=torch.float64, device="cpu")
+        losses *= shares / counts
+        processes.add_up(losses)
     return perplexity(float((losses * counts).sum() / counts.sum())), float(losses.exp().mean())

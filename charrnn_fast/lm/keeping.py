@@ -33,7 +33,7 @@ class Every:
 
 
 class Keeper(Callback):
-    """Writes a run's folder as training goes on.
+    """Writes a run's folder as training goes on. Of several processes each has one, and the first's writes.
 
     Args:
         folder: where last.ckpt, best.ckpt, step-N.ckpt and history.json go. It must exist.
@@ -63,13 +63,17 @@ class Keeper(Callback):
         self.identity, self.every, self.keep, self._notice = identity, every, keep, notice
         self.failure: str | None = None
         self._last = (trainer.step, time.monotonic())
-        remove_parts(folder)
+        if self._writes():
+            remove_parts(folder)
 
     def on_step(self, trainer: Trainer, step: StepRecord) -> None:
         if self.every is None:
             return
         steps, moment = self._last
-        if (time.monotonic() - moment if self.every.seconds else step.step - steps) >= self.every.count:
+        due = (time.monotonic() - moment if self.every.seconds else step.step - steps) >= self.every.count
+        if self.every.seconds and trainer.processes is not None:
+            due = trainer.processes.any(due and self._writes())
+        if due:
             self.write()
 
     def on_epoch(self, trainer: Trainer, record: EpochRecord) -> None:
@@ -81,12 +85,17 @@ class Keeper(Callback):
         trainer = self.trainer
         trainer.check_finite()
         self._last = (trainer.step, time.monotonic())
+        failure = None
         try:
             self._write()
         except InputError as error:
-            if self.failure is None or _reason(str(error)) != _reason(self.failure):
-                self._notice(f"{error}; training goes on")
-            self.failure = str(error)
+            failure = str(error)
+        if trainer.processes is not None:
+            failure = trainer.processes.from_first(failure)
+        if failure is not None:
+            if self.failure is None or _reason(failure) != _reason(self.failure):
+                self._notice(f"{failure}; training goes on")
+            self.failure = failure
             return False
         if self.failure is not None:
             self._notice(f"{self.folder} can be written again: step {trainer.step} is saved")
@@ -94,9 +103,14 @@ class Keeper(Callback):
         trainer.announce_checkpoint(self.folder / checkpoint.LAST)
         return True
 
+    def _writes(self) -> bool:
+        return self.trainer.processes is None or self.trainer.processes.first
+
     def _write(self) -> None:
         history = self.trainer.history
         save = checkpoint.as_bytes(self.trainer, self.sampler, self.vocab, self.recipe, **self.identity)
+        if not self._writes():
+            return
         names = [checkpoint.LAST]
         if self.trainer.between_epochs and history:
             losses = [record.loss for record in history]

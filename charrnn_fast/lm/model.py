@@ -15,10 +15,10 @@ from charrnn_fast.ops import generate as decoder
 from charrnn_fast.ops import language_model_loss as one_call
 from charrnn_fast.ops.clip_grad_norm import clip_grad_norm_
 from charrnn_fast.ops.context import plain
-from charrnn_fast.ops.elman_layer import check_tokens
-from charrnn_fast.ops.elman_torch import TOKEN_TYPES, TorchRNN, one_hot_rows
+from charrnn_fast.ops.elman_torch import TorchRNN
 from charrnn_fast.ops.embedding import embedding
 from charrnn_fast.ops.linear_cross_entropy import linear_cross_entropy
+from charrnn_fast.ops.tokens import TOKEN_TYPES, check_tokens, one_hot_rows
 from charrnn_fast.reference import generate as reference_generate
 from charrnn_fast.reference.language_model import RNNLM, Cell
 from charrnn_fast.rnn import FusedRNN
@@ -161,23 +161,23 @@ class CharRNN(nn.Module):
 
     def _loss_in_one_call(self, tokens: Tensor, targets: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor] | None:
         """`loss` by the kernel that computes it together with all gradients, or None where that does not apply."""
-        if not isinstance(self.rnn, FusedRNN) or self.embed is not None or self.num_layers > 1:
+        rnn, head = self._modules["rnn"], self._modules["head"]
+        if not isinstance(rnn, FusedRNN) or self.embed is not None or self.num_layers > 1:
             return None
         if self.dropout > 0 and self.training:
             return None
-        if not self._is_own("hidden") or why_called(self) is not None:
+        if not self._is_own("hidden") or head is None or why_called(self) is not None:
             return None
         if state is not None and state.shape[0] != 1:
             return None
-        names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
-        weight_ih, weight_hh, bias_ih, bias_hh = (self._cell_parameter(name, 0) for name in names)
-        head = (self.head.weight, self.head.bias)
+        own, of_head = rnn._parameters, head._parameters
+        bias_hh = own["bias_hh_l0"]
+        names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0")
+        weights: Any = (*[own[name] for name in names], of_head["weight"], of_head["bias"])
         ids, h0 = (tokens.T, targets.T), None if state is None else state[0]
-        if one_call.why_not(*ids, h0, (weight_ih, weight_hh, bias_ih, bias_hh, *head), self.rnn.backend) is not None:
+        if one_call.why_not(*ids, h0, (*weights, bias_hh), rnn.backend) is not None:
             return None
-        loss, h_n = one_call.language_model_loss(
-            *ids, h0, weight_ih, weight_hh, bias_ih + bias_hh, *head, nonlinearity=self.nonlinearity
-        )
+        loss, h_n = one_call.language_model_loss(*ids, h0, *weights, bias_hh=bias_hh, nonlinearity=self.nonlinearity)
         return loss, h_n.unsqueeze(0)
 
     @torch.no_grad()
@@ -263,6 +263,12 @@ class CharRNN(nn.Module):
         if self.embed is not None and net.W_embed is not None:
             self.embed.weight.copy_(net.W_embed)
         return self
+
+    def require_state(self, state: Any) -> None:
+        """ValueError if this cannot be a state (L, B, H) of the model, whose rnn may be one with other states."""
+        got, L, H = tuple(getattr(state, "shape", ())), self.num_layers, self.hidden_size
+        if isinstance(self.rnn, nn.RNNBase) and (len(got) != 3 or (got[0], got[2]) != (L, H)):
+            raise ValueError(f"a state ({L}, B, {H}) was expected, got {got}")
 
     def require_as_built(self, what: str) -> None:
         """ValueError if the modules are not those that `config` describes: "<what> a model as it was built"."""

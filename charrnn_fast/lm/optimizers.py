@@ -1,5 +1,6 @@
 """Optimizers by name, of torch or of the reference, and what a Trainer asks of one."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -82,6 +83,22 @@ def check_optimizer(model: CharRNN | RNNLM, optimizer: Any) -> None:
             f"the optimizer holds {len(held)} parameters, of which {foreign} are not the model's: make it of "
             "model.parameters(), after the last change to the model's modules"
         )
+
+
+def learning_rates(optimizer: Any) -> list[float]:
+    """Of each group of parameters; the reference's optimizers have one."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return [float(optimizer.lr)]
+    return [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def set_learning_rates(optimizer: torch.optim.Optimizer, lrs: Sequence[float]) -> None:
+    """One for each group; where it is a tensor, as captured steps have it, in place."""
+    for group, lr in zip(optimizer.param_groups, lrs, strict=True):
+        if isinstance(group["lr"], Tensor):
+            group["lr"].fill_(lr)
+        else:
+            group["lr"] = lr
 
 
 def for_this_device(state: dict, optimizer: torch.optim.Optimizer) -> dict:

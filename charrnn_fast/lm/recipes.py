@@ -17,6 +17,7 @@ from torch import Tensor
 from charrnn_fast.errors import InputError
 from charrnn_fast.lm import data
 from charrnn_fast.lm.data import Sampler, Vocabulary
+from charrnn_fast.lm.distributed import Processes
 from charrnn_fast.lm.model import CharRNN
 from charrnn_fast.lm.schedule import Schedule
 from charrnn_fast.lm.texts import LargeText
@@ -249,7 +250,18 @@ def schedule_of(recipe: Recipe) -> Schedule:
     return Schedule(recipe.schedule, recipe.warmup, recipe.lr_final, recipe.lr_every, recipe.lr_gamma)
 
 
-def build_trainer(recipe: Recipe, model: CharRNN | RNNLM, capture: bool | str = "auto") -> Trainer:
+def for_processes(recipe: Recipe, count: int) -> Recipe:
+    """The recipe of a run by so many processes, each with the recipe's own batch: so many times the sequences. Raises
+    InputError if the sampler has one sequence alone.
+    """
+    if count > 1 and recipe.sampler == "pieces":
+        raise InputError(f"a batch of the sampler pieces is one sequence, which {count} processes cannot share")
+    return replace(recipe, batch_size=recipe.batch_size * count)
+
+
+def build_trainer(
+    recipe: Recipe, model: CharRNN | RNNLM, capture: bool | str = "auto", processes: Processes | None = None
+) -> Trainer:
     """The recipe's trainer of a model. Raises what Trainer raises."""
     return Trainer(
         model,
@@ -266,6 +278,7 @@ def build_trainer(recipe: Recipe, model: CharRNN | RNNLM, capture: bool | str = 
         precision=recipe.precision,
         on_nan=recipe.on_nan,
         capture=capture,
+        processes=processes,
     )
 
 

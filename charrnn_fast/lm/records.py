@@ -1,7 +1,7 @@
 """What a run has come to: after a step, after an epoch, and in the middle of one."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,6 +53,12 @@ class EpochRecord:
     def loss(self) -> float:
         """The loss in nats that a run is judged by: of the validation where there is one, else of the training."""
         return self.train_loss if self.val_ppl is None else math.log(self.val_ppl)
+
+
+def epochs_since_best(history: Sequence[EpochRecord]) -> int:
+    """Epochs since the one with the lowest loss, the first of such."""
+    losses = [record.loss for record in history]
+    return len(losses) - 1 - losses.index(min(losses))
 
 
 @dataclass(frozen=True)
@@ -163,6 +169,20 @@ class EpochSoFar:
         found.seconds, found.state = float(state["seconds"]), state["state"]
         found.checked = len(counts)
         return found
+
+
+def parts_of(state: Any) -> list[Tensor]:
+    """A state's tensors: itself, or those of a tuple, as an LSTM has it; none of None."""
+    if state is None or isinstance(state, Tensor):
+        return [] if state is None else [state]
+    return [part for item in state for part in parts_of(item)]
+
+
+def moved(state: Any, device: torch.device) -> Any:
+    """A state on another device."""
+    if state is None or isinstance(state, Tensor):
+        return None if state is None else state.to(device)
+    return tuple(moved(part, device) for part in state)
 
 
 def _on_host(scalars: list[Tensor]) -> Tensor:

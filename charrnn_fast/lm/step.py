@@ -14,6 +14,7 @@ from torch import Tensor
 
 from charrnn_fast.lm.capture import RecordedSteps, Step
 from charrnn_fast.lm.data import Batch
+from charrnn_fast.lm.distributed import Processes, SharedGradients
 from charrnn_fast.lm.model import CharRNN
 from charrnn_fast.ops.clip_grad_norm import clip_and_sgd_step_, steps_in_one_launch
 
@@ -30,6 +31,8 @@ class TrainingStep:
             one update on the mean loss over their characters. At most one of the two is above 1.
         bf16: run forward and loss under autocast to bfloat16.
         guard: look at loss and norm before an update, and make none if one of them is not finite.
+        processes: who else trains this model, each on its own rows of every batch; None for nobody. Gradients and
+            losses are then those of all rows from the update on; until then a loss is this process's.
 
     Attributes:
         norm: the gradients' norm at the last update, before clipping: a scalar on the model's device, on a GPU always
@@ -48,6 +51,7 @@ class TrainingStep:
         accumulate: int = 1,
         bf16: bool = False,
         guard: bool = False,
+        processes: Processes | None = None,
     ) -> None:
         self.model, self.optimizer, self.clip, self.graph_batches = model, optimizer, clip, graph_batches
         self.accumulate, self.bf16, self.guard = accumulate, bf16, guard
@@ -55,27 +59,37 @@ class TrainingStep:
         self.norm: Tensor | None = None
         self.state: Any = None
         self.pending = self.refused = 0
+        self.shared = None if processes is None else SharedGradients(processes, self.parameters)
         self._losses: list[Tensor] = []  # of the batches that wait for a backward pass
-        self._last_loss: Tensor | None = None
-        self._counts: list[int] = []  # characters of the batches whose gradients are being added up
+        self._detached: list[Tensor] = []  # of the batches that wait for an update
+        self._counts: list[int] = []  # their characters
 
-    def __call__(self, X: Tensor, Y: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def __call__(self, X: Tensor, Y: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """X, Y (B, T) int64 and the state (L, B, H), None for zeros -> the loss, detached, and the next state, detached
         if there was an update.
         """
-        with torch.autocast(X.device.type, torch.bfloat16) if self.bf16 else nullcontext():
-            loss, state = self.model.loss(X, Y, state)
-        self._last_loss = loss.detach()
+        count = Y.numel()
+        if has_rows := count > 0 or self.shared is None:
+            with torch.autocast(X.device.type, torch.bfloat16) if self.bf16 else nullcontext():
+                loss, state = self.model.loss(X, Y, state)
+        else:  # fewer rows than processes, and none for this one
+            loss = torch.zeros((), dtype=self.parameters[0].dtype, device=X.device)
+        # Of several processes it becomes the loss of all rows, in place.
+        detached = loss.detach() if self.shared is None else loss.detach().clone()
+        self._detached.append(detached)
+        self._counts.append(count)
         self.pending += 1
-        if self.accumulate > 1:
-            self._add_gradients(loss, Y.numel())
+        if not has_rows:
+            pass
+        elif self.accumulate > 1:
+            self._add_gradients(loss)
             state = _cut_off(state)
         else:
             self._losses.append(loss)
         if self.pending == max(self.graph_batches, self.accumulate):
             self.update()
             state = _cut_off(state)
-        return loss.detach(), state
+        return detached, state
 
     def update(self) -> None:
         """Bring the parameters up to date with the batches so far, if there are any. No gradients are left behind."""
@@ -85,22 +99,28 @@ class TrainingStep:
             if self._losses:
                 loss = self._losses[0] if len(self._losses) == 1 else torch.stack(self._losses).mean()
                 loss.backward()
-            elif (scale := self.accumulate * self._counts[0] / sum(self._counts)) != 1:
+            elif any(self._counts) and (scale := self._added_up() / sum(self._counts)) != 1:
                 for p in self.parameters:
                     if p.grad is not None:
                         p.grad.mul_(scale)
+            if self.shared is not None:
+                self.shared(self._detached, self._counts)
             self._descend()
         finally:  # also when a recording fails, whose gradients are memory that was never written
             self._losses.clear()
+            self._detached.clear()
             self._counts.clear()
             self.pending = 0
             self.optimizer.zero_grad(set_to_none=True)
             self.model.zero_grad(set_to_none=True)  # of what the optimizer does not hold
 
-    def _add_gradients(self, loss: Tensor, count: int) -> None:
+    def _add_gradients(self, loss: Tensor) -> None:
         """Backward of one of several batches: weighed as if all had the first one's number of characters."""
-        self._counts.append(count)
-        (loss * (count / (self.accumulate * self._counts[0]))).backward()
+        (loss * (self._counts[-1] / self._added_up())).backward()
+
+    def _added_up(self) -> int:
+        """The characters of `accumulate` batches, were they all as the first that has any."""
+        return self.accumulate * next(count for count in self._counts if count)
 
     def _descend(self) -> None:
         """Clip the gradients and take the optimizer's step along them; plain SGD's on a GPU in the same launch."""
@@ -112,8 +132,7 @@ class TrainingStep:
         # Without clipping the norm is measured all the same: no gradient is above infinity, and times 1 is exact.
         norm = self.model.clip_grad_norm_(self.parameters, math.inf if self.clip is None else self.clip)
         self._keep(norm)
-        loss = norm if self._last_loss is None else self._last_loss
-        if self.guard and not (math.isfinite(float(norm)) and math.isfinite(float(loss))):
+        if self.guard and not (math.isfinite(float(norm)) and math.isfinite(float(self._detached[-1]))):
             self.refused += 1
             return
         self.optimizer.step()
@@ -129,7 +148,9 @@ class TrainingStep:
 
 
 def _cut_off(state: Any) -> Any:
-    """The state without its graph: a tensor, or a tuple of them as an LSTM has it."""
+    """The state without its graph: a tensor, or a tuple of them as an LSTM has it; None without rows."""
+    if state is None:
+        return None
     return state.detach() if isinstance(state, Tensor) else tuple(_cut_off(part) for part in state)
 
 

@@ -18,20 +18,35 @@ from charrnn_fast.errors import TrainingError
 from charrnn_fast.lm.callbacks import Callback
 from charrnn_fast.lm.capture import CudaGraphRecorder, RecordedSteps, dependencies, why_not, why_not_optimizer
 from charrnn_fast.lm.data import Batch, Sampler
+from charrnn_fast.lm.distributed import Processes, ProcessLost
 from charrnn_fast.lm.evaluation import Stopped, validate
 from charrnn_fast.lm.model import CharRNN
-from charrnn_fast.lm.optimizers import check_optimizer, for_this_device, make_optimizer
-from charrnn_fast.lm.records import WHAT_TO_TRY, EpochRecord, EpochSoFar, StepRecord, perplexity
+from charrnn_fast.lm.optimizers import (
+    check_optimizer,
+    for_this_device,
+    learning_rates,
+    make_optimizer,
+    set_learning_rates,
+)
+from charrnn_fast.lm.random_state import random_state, set_random_state
+from charrnn_fast.lm.records import (
+    WHAT_TO_TRY,
+    EpochRecord,
+    EpochSoFar,
+    StepRecord,
+    epochs_since_best,
+    moved,
+    parts_of,
+    perplexity,
+)
 from charrnn_fast.lm.schedule import Schedule
 from charrnn_fast.lm.step import TrainingStep, Updater, train_batches
+from charrnn_fast.lm.training_options import check_options
 from charrnn_fast.reference import training as reference
 from charrnn_fast.reference.language_model import RNNLM
 
-MAX_GRAPH_BATCHES = 16  # each one more keeps the activations of one more batch alive
-MAX_ACCUMULATE = 4096
 MAX_RESTORES = 8  # of one run, each halving the learning rate
 MAX_SKIPPED = 100  # updates in a row at an epoch's beginning: more will not help
-ON_NAN = ("stop", "skip", "restore")
 
 
 class Trainer:
@@ -58,6 +73,9 @@ class Trainer:
         capture: on a GPU a training step can be captured as one CUDA graph for each shape of batch, and replayed.
             "auto" does so where it can, and trains step by step elsewhere, and a model with cell="torch" as PyTorch
             does; True makes it a RuntimeError that says why where it cannot; False does not. The curve is the same.
+        processes: those that train this model together, each with a Trainer of the same arguments and a sampler of the
+            same text and seed, whose batches they share by rows; None for this one alone. Callbacks are each process's
+            own.
 
     Attributes: history, a list of EpochRecord; step, the updates made so far; stopped, why the run was ended before its
     last epoch, or None; capture_reason, why steps are not captured, or None.
@@ -80,30 +98,18 @@ class Trainer:
         precision: str = "fp32",
         on_nan: str = "stop",
         capture: bool | str = "auto",
+        processes: Processes | None = None,
     ):
-        if not 1 <= graph_batches <= MAX_GRAPH_BATCHES:
-            raise ValueError(f"graph_batches must be 1 to {MAX_GRAPH_BATCHES}, got {graph_batches}")
-        if not 1 <= accumulate <= MAX_ACCUMULATE:
-            raise ValueError(f"accumulate must be 1 to {MAX_ACCUMULATE}, got {accumulate}")
-        if clip is not None and not clip > 0:
-            raise ValueError(f"clip must be above 0, or None for no clipping, got {clip}")
-        if capture not in ("auto", True, False):
-            raise ValueError(f"capture must be 'auto', True or False, got {capture!r}")
-        if precision not in ("fp32", "bf16"):
-            raise ValueError(f"precision must be 'fp32' or 'bf16', got {precision!r}")
-        if on_nan not in ON_NAN:
-            raise ValueError(f"on_nan must be one of {', '.join(ON_NAN)}, got {on_nan!r}")
-        if patience is not None and patience < 1:
-            raise ValueError(f"patience must be at least 1 epoch, or None, got {patience}")
-        if accumulate > 1 and graph_batches > 1:
-            raise ValueError(f"accumulate {accumulate} and graph_batches {graph_batches}: one of them at a time")
+        check_options(graph_batches, accumulate, clip, capture, precision, on_nan, patience)
         self.model, self.clip, self.epochs, self.graph_batches = model, clip, epochs, graph_batches
         self.accumulate, self.schedule, self.patience = accumulate, schedule or Schedule(), patience
-        self.precision, self.on_nan, self.capture = precision, on_nan, capture
+        self.precision, self.on_nan, self.capture, self.processes = precision, on_nan, capture, processes
         if isinstance(model, RNNLM) and (self.schedule.changes or accumulate > 1 or precision != "fp32"):
             raise ValueError("the reference model is trained in its own dtype, at one learning rate, batch by batch")
         if isinstance(model, RNNLM) and on_nan != "stop":
             raise ValueError(f"the reference model stops at a loss that is not finite, got on_nan={on_nan!r}")
+        if isinstance(model, RNNLM) and processes is not None:
+            raise ValueError(f"the reference model is trained by one process, got {processes.count}")
         made: Any = optimizer
         if isinstance(optimizer, str):
             capturable = self._why_not_model() is None
@@ -113,8 +119,10 @@ class Trainer:
         self.history: list[EpochRecord] = []
         self.step = 0
         self.stopped: str | None = None
+        self._wish: str | None = None  # why this process wants to stop
         self.total_updates: int | None = None
-        self._lrs, self._lr = self._base_lrs(), self._base_lrs()[0]  # _lr: the next update's, on the host
+        self._lrs = learning_rates(self.optimizer)
+        self._lr = self._lrs[0]  # the next update's, on the host
         self._lr_scale, self._restores = 1.0, 0  # halved by each restore
         self._so_far: EpochSoFar | None = None
         self._plain: TrainingStep | None = None
@@ -140,7 +148,12 @@ class Trainer:
             return f"gradients are added up over {self.accumulate} batches, and a captured step is one batch"
         if self.on_nan != "stop":
             return f"on_nan='{self.on_nan}' looks at every step's loss"
-        return why_not(self.model, self.graph_batches)
+        reason = why_not(self.model, self.graph_batches)
+        if reason is not None or self.processes is None:
+            return reason
+        if self.capture == "auto":
+            return "steps with collectives in them are captured only where that is asked for"
+        return self.processes.why_not_captured()
 
     def _require_capture(self) -> None:
         if self.capture is True and (reason := self.capture_reason) is not None:
@@ -150,6 +163,9 @@ class Trainer:
     def between_epochs(self) -> bool:
         """Whether no epoch is in progress."""
         return self._so_far is None
+
+    def _is_done(self) -> bool:
+        return len(self.history) >= self.epochs
 
     @property
     def share_of_epoch(self) -> float:
@@ -163,8 +179,21 @@ class Trainer:
         return 0.0 if self._so_far is None else self._so_far.seconds
 
     def stop(self, reason: str) -> None:
-        """End `fit` after the step that is under way; the run can be resumed from there."""
-        self.stopped = reason
+        """End `fit` after the step that is under way; the run can be resumed from there. Of several processes all end
+        after the same step, on a CPU the one after this, on a GPU within 16.
+        """
+        self._wish = reason
+        if self.processes is None:
+            self.stopped = reason
+
+    def _agree(self, asked: bool | None = None) -> bool:
+        """Whether to stop, the same in all processes. asked: whether one of them wants to, where that is known."""
+        if self.processes is not None and self.stopped is None:
+            if asked is None:
+                asked = self.processes.any(self._wish is not None)
+            if asked:
+                self.stopped = next(reason for reason in self.processes.of_all(self._wish) if reason is not None)
+        return self.stopped is not None
 
     def announce_checkpoint(self, path: Path) -> None:
         """Tell the callbacks, and "restore", that a checkpoint of this moment was written to `path`."""
@@ -191,15 +220,18 @@ class Trainer:
         data.to(next(iter(self.model.parameters())).device)
         if isinstance(self.model, torch.nn.Module):
             self.model.train()
-        self.stopped, self._callbacks, self._data, self._lr = None, tuple(callbacks), data, self._base_lrs()[0]
+        self.stopped = self._wish = None
+        self._callbacks, self._data, self._lr = tuple(callbacks), data, learning_rates(self.optimizer)[0]
+        if self.processes is not None and isinstance(self.model, CharRNN):
+            self.processes.meet(self.model, data.generator)
         batches = data.num_batches
         group = self.accumulate * (self.graph_batches if data.carry_state else 1)
         self.total_updates = None if batches is None else self.epochs * -(-batches // group)
-        while len(self.history) < self.epochs and self.stopped is None:
+        while not self._is_done() and self.stopped is None:
             try:
                 record = self._epoch(len(self.history) + 1, data)
-            except TrainingError:
-                if not self._restore():
+            except TrainingError as error:
+                if isinstance(error, ProcessLost) or not self._restore():
                     raise
                 continue
             if record is None:
@@ -211,16 +243,13 @@ class Trainer:
                 on_epoch(record)
             for callback in self._callbacks:
                 callback.on_epoch(self, record)
+            self._agree()
         return self.history
 
     def _check_patience(self) -> None:
-        losses = [record.loss for record in self.history]
-        if (
-            self.patience is not None
-            and len(losses) < self.epochs
-            and len(losses) - 1 - losses.index(min(losses)) >= self.patience
-        ):
+        if self.patience is not None and self.patience <= epochs_since_best(self.history) and not self._is_done():
             self.stop(f"no better loss for {self.patience} epochs")
+            self._agree(True)  # all have the same losses
 
     def _epoch(self, epoch: int, data: Sampler) -> EpochRecord | None:
         """What is left of an epoch, and its validation; None if the run was stopped in it."""
@@ -248,7 +277,8 @@ class Trainer:
                 self.model,
                 data.validation(),
                 carry_state=data.carry_state,
-                stopped=lambda: self.stopped is not None,
+                stopped=self._agree,
+                processes=self.processes,
             )
         except Stopped:
             return None
@@ -280,6 +310,9 @@ class Trainer:
                 self._set_lr()
                 so_far.counts.append(Y.numel())
                 so_far.tokens += Y.numel()
+                if plain is not None and plain.shared is not None:
+                    X, Y = plain.shared.processes.share(X), plain.shared.processes.share(Y)
+                    plain.shared.wish.fill_(self._wish is not None)
                 yield X, Y
 
         plain = self._plain_step(data, so_far.state if resumed else None)
@@ -312,6 +345,9 @@ class Trainer:
         so_far.norms.append(plain.norm if plain.norm.device.type == "cpu" else plain.norm.clone())
         so_far.state = plain.state
         self._look(so_far, plain)
+        wishes = None if plain.shared is None else plain.shared.wishes
+        if wishes is not None and (wishes.device.type == "cpu" or self.step % 16 == 0):
+            self._agree(bool(wishes.item()))
 
     def _look(self, so_far: EpochSoFar, plain: TrainingStep | None) -> None:
         """Is the step finite? Asked after each one where that does not wait for a device, or where on_nan wants it."""
@@ -326,9 +362,8 @@ class Trainer:
                 if not math.isfinite(float(so_far.losses[i])):
                     so_far.tokens -= so_far.counts[i]
                     so_far.losses[i], so_far.counts[i] = torch.zeros_like(so_far.losses[i]), 0
-            if plain.state is not None and not bool(
-                torch.stack([s.isfinite().all() for s in _parts(plain.state)]).all()
-            ):
+            bad = not all(bool(part.isfinite().all()) for part in parts_of(plain.state))
+            if bad if self.processes is None else self.processes.any(bad):
                 plain.state = so_far.state = None
             if so_far.skipped == so_far.updates and so_far.skipped >= MAX_SKIPPED:
                 raise TrainingError(f"the first {so_far.skipped} updates of the epoch are not finite: {WHAT_TO_TRY}")
@@ -353,7 +388,7 @@ class Trainer:
         now = (self.optimizer, self.clip, graph_batches)
         if plain is None or (plain.optimizer, plain.clip, plain.graph_batches) != now:
             if plain is not None and plain.optimizer is not self.optimizer:
-                self._lrs, self._lr = self._base_lrs(), self._base_lrs()[0]
+                self._lrs, self._lr = learning_rates(self.optimizer), learning_rates(self.optimizer)[0]
             plain = self._plain = TrainingStep(
                 self.model,
                 self.optimizer,
@@ -362,6 +397,7 @@ class Trainer:
                 accumulate=self.accumulate,
                 bf16=self.precision == "bf16",
                 guard=guard,
+                processes=self.processes,
             )
         plain.state, plain.pending = state, 0
         plain.refused = 0 if self._so_far is None else self._so_far.skipped
@@ -402,12 +438,6 @@ class Trainer:
         self._recorded.refresh()
         return self._recorded
 
-    def _base_lrs(self) -> list[float]:
-        optimizer: Any = self.optimizer
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            return [float(optimizer.lr)]
-        return [float(group["lr"]) for group in optimizer.param_groups]
-
     def _set_lr(self) -> None:
         """The learning rates of the next update. One that never changes is left to whoever made the optimizer."""
         optimizer = self.optimizer
@@ -415,11 +445,7 @@ class Trainer:
             return
         factor = self._lr_scale * self.schedule.factor(self.step, len(self.history), self.total_updates)
         self._lr = self._lrs[0] * factor
-        for group, lr in zip(optimizer.param_groups, self._lrs, strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(lr * factor)
-            else:
-                group["lr"] = lr * factor
+        set_learning_rates(optimizer, [lr * factor for lr in self._lrs])
 
     def _remember(self) -> None:
         """Keep a copy of this moment for on_nan="restore"."""
@@ -445,9 +471,12 @@ class Trainer:
 
     def state_dict(self) -> dict[str, object]:
         """Optimiser, history and the epoch in progress, as plain values and tensors: with the model and the sampler's
-        generator, all that a resumed run needs.
+        generator, all that a resumed run needs. Of several processes all are to ask, and get the whole run's.
         """
         kept = isinstance(self.optimizer, torch.optim.Optimizer)
+        so_far = None if self._so_far is None else self._so_far.state_dict()
+        if so_far is not None and self.processes is not None:
+            so_far["state"] = self.processes.whole(so_far["state"])
         return {
             "optimizer": self.optimizer.state_dict() if kept else None,
             "history": [asdict(record) for record in self.history],
@@ -455,8 +484,8 @@ class Trainer:
             "lrs": self._lrs,
             "lr_scale": self._lr_scale,
             "restores": self._restores,
-            "epoch": None if self._so_far is None else self._so_far.state_dict(),
-            "random": self._random_state(),
+            "epoch": so_far,
+            "random": random_state(self.model, self.processes),
         }
 
     def load_state_dict(self, state: dict) -> None:
@@ -465,35 +494,14 @@ class Trainer:
             self.optimizer.load_state_dict(for_this_device(state["optimizer"], self.optimizer))
         self.history = [EpochRecord(**record) for record in state["history"]]
         self.step = int(state.get("step", 0)) or sum(record.step for record in self.history[-1:])
-        self._lrs = [float(lr) for lr in state.get("lrs", self._base_lrs())]
+        self._lrs = [float(lr) for lr in state.get("lrs", learning_rates(self.optimizer))]
         self._lr_scale, self._restores = float(state.get("lr_scale", 1.0)), int(state.get("restores", 0))
         so_far, device = state.get("epoch"), next(iter(self.model.parameters())).device
         self._so_far = None if so_far is None else EpochSoFar.from_state_dict(so_far)
         if self._so_far is not None and self._so_far.state is not None:
-            self._so_far.state = _moved(self._so_far.state, device)
-            if isinstance(self.model, CharRNN) and isinstance(self.model.rnn, torch.nn.RNNBase):
-                L, H = self.model.num_layers, self.model.hidden_size
-                got = tuple(getattr(self._so_far.state, "shape", ()))
-                if len(got) != 3 or (got[0], got[2]) != (L, H):
-                    raise ValueError(f"a state ({L}, B, {H}) was expected, got {got}")
-        random = state.get("random")
-        if random is not None:
-            torch.set_rng_state(random["cpu"].cpu())
-            if random.get("device") is not None and device.type == "cuda":
-                torch.cuda.set_rng_state(random["device"].cpu(), device)
-
-    def _random_state(self) -> dict[str, Tensor | None] | None:
-        """torch's own generators, which dropout draws from; None where nothing does."""
-        if not isinstance(self.model, CharRNN) or self.model.dropout == 0:
-            return None
-        device = self.model.device
-        on_device = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-        return {"cpu": torch.get_rng_state(), "device": on_device}
-
-
-def _parts(state: Any) -> list[Tensor]:
-    return [state] if isinstance(state, Tensor) else [part for item in state for part in _parts(item)]
-
-
-def _moved(state: Any, device: torch.device) -> Any:
-    return state.to(device) if isinstance(state, Tensor) else tuple(_moved(part, device) for part in state)
+            self._so_far.state = moved(self._so_far.state, device)
+            if isinstance(self.model, CharRNN):
+                self.model.require_state(self._so_far.state)
+            if self.processes is not None:
+                self._so_far.state = self.processes.own(self._so_far.state)
+        set_random_state(state.get("random"), device, self.processes)

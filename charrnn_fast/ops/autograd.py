@@ -33,6 +33,14 @@ def saved_tensors(ctx: Any) -> tuple[Any, ...]:
         raise
 
 
+def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
+    """``function.apply`` where no transform of torch.func is active and every tensor is plain: the same in fewer
+    Python calls, without the signature of forward and without a look for wrappers that outlived their transform.
+    """
+    parent: Any = super(torch.autograd.Function, function)
+    return parent.apply
+
+
 def recomputed(
     run: Callable[..., Sequence[Tensor]],
     operands: Sequence[Tensor | None],

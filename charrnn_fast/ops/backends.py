@@ -52,25 +52,41 @@ def _triton_should_not(device: torch.device, dtype: torch.dtype, hidden_size: in
     return "on a CPU it is interpreted, thousands of times slower" if device.type == "cpu" else None
 
 
-def _triton_kernels(
-    device: torch.device, dtype: torch.dtype, hidden_size: int
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
+@dataclass(frozen=True)
+class Kernels:
+    """A backend's two passes of the recurrence for one device, type and width."""
+
+    forward: Callable[..., Any]  # elman_forward of kernels/native/elman.py, which is that of kernels/triton/elman.py
+    backward: Callable[..., Any]  # elman_backward
+    adds_bias: bool = False  # they add the biases, sum their gradient and take a table of any strides
+    projects: Callable[[int, int], int] | None = None
+    # for features and rows (batch times directions): the most steps for which forward makes the product with W_ih
+
+
+def _triton_kernels(device: torch.device, dtype: torch.dtype, hidden_size: int) -> Kernels:
     from charrnn_fast.kernels.triton import elman as kernels
 
     precision = _precision(device, dtype)
+
+    @functools.lru_cache(4096)
+    def projects(features: int, rows: int) -> int:
+        return kernels.projected_steps(features, hidden_size, dtype, precision, device, rows)
+
     forward = functools.partial(kernels.elman_forward, precision=precision)
-    return forward, functools.partial(kernels.elman_backward, precision=precision)
+    return Kernels(forward, functools.partial(kernels.elman_backward, precision=precision), True, projects)
 
 
 def _precision(device: torch.device, dtype: torch.dtype) -> str:
     """How the kernels may multiply float32: with TF32's ten bits of mantissa where torch's switch for RNNs says so."""
-    if dtype != torch.float32 or device.type != "cuda" or torch.version.hip is not None:
+    if dtype != torch.float32 or torch.version.hip is not None:
         return "ieee"
-    return "tf32" if _tf32_allowed() else "ieee"
+    return "tf32" if tf32_for_rnns(device) else "ieee"
 
 
-def _tf32_allowed() -> bool:
+def tf32_for_rnns(device: torch.device) -> bool:
     """torch's own switch for RNNs. Reading the older one fails where convolutions and RNNs are set apart."""
+    if device.type != "cuda":
+        return False
     allowed = getattr(torch.backends.cudnn.rnn, "fp32_precision", None)
     return torch.backends.cudnn.allow_tf32 if allowed is None else allowed == "tf32"
 
@@ -82,30 +98,19 @@ def matmul_precision(device: torch.device, dtype: torch.dtype) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "tf32x3"
 
 
-def projects_in_kernel(
-    features: int, hidden_size: int, dtype: torch.dtype, device: torch.device, rows: int, steps: int
-) -> bool:
-    """Whether the triton backend's forward kernel takes an input of so many features as it is, not projected."""
-    from charrnn_fast.kernels.triton import elman as kernels
-
-    return kernels.makes_projection(features, hidden_size, dtype, _precision(device, dtype), device, rows, steps)
-
-
 def _native_cannot(device: torch.device, dtype: torch.dtype, hidden_size: int) -> str | None:
     if device.type != "cpu":
         return "it runs on a CPU"
     return native.elman_limits(hidden_size, dtype)
 
 
-def _native_kernels(
-    device: torch.device, dtype: torch.dtype, hidden_size: int
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    return native.elman_forward, native.elman_backward
+def _native_kernels(device: torch.device, dtype: torch.dtype, hidden_size: int) -> Kernels:
+    return Kernels(native.elman_forward, native.elman_backward)
 
 
-# Fewer steps than this on a CPU are torch.nn.RNN's: entering the kernels costs some 30 us more than entering its loop,
-# which costs some 10 us a step. Forward at H = 32, 128, 512 and B = 1, 16 would be T=1 0.4-0.8 times as fast as it
-# (2.0 once), T=2 0.5-1.0, T=3 0.4-1.3, T=4 0.9-1.5, T=8 1.1-6.8.
+# Fewer steps than this on a CPU are torch.nn.RNN's: entering the kernels costs some 20 us more than entering its loop,
+# which costs some 10 us a step. Forward and backward at H = 32 and 128, B = 1 and 16 would be T=1 0.5-0.7 times as fast
+# as it, T=2 0.6-0.8, T=3 0.7-0.9, T=4 0.8-1.1, T=8 1.1-2.6.
 LEAST_CPU_STEPS = 4
 
 
@@ -120,8 +125,7 @@ class Backend:
     name: str
     cannot: Callable[[torch.device, torch.dtype, int], str | None]  # one clause saying why it cannot run, or None
     should_not: Callable[[torch.device, torch.dtype, int], str | None]  # why "auto" passes it over although it can
-    kernels: Callable[[torch.device, torch.dtype, int], tuple[Callable[..., Any], Callable[..., Any]]] | None
-    # (elman_forward, elman_backward); None: torch's own RNN and tensor operations
+    kernels: Callable[[torch.device, torch.dtype, int], Kernels] | None  # None: torch's own RNN and tensor operations
 
 
 # In the order of preference of "auto"; the last row runs everything.
@@ -155,8 +159,8 @@ def check_name(backend: str) -> str:
 
 def requested(backend: str) -> str:
     """The backend asked for: ``backend`` itself or, where that is "auto", the environment's ``CHARRNN_BACKEND``."""
-    if check_name(backend) != "auto":
-        return backend
+    if backend != "auto":
+        return backend if backend in NAMES else check_name(backend)
     default = os.environ.get("CHARRNN_BACKEND") or "auto"
     if default not in NAMES:
         raise ValueError(f"CHARRNN_BACKEND is '{default}'. Select from {', '.join(repr(name) for name in NAMES)}.")
@@ -170,10 +174,10 @@ def choose(backend: str, device: torch.device, dtype: torch.dtype, hidden_size: 
     ``backend``: a name, or "auto" for ``CHARRNN_BACKEND`` or, without it, the first row that can and should.
     Raises ValueError for an unknown name, RuntimeError saying why if a backend asked for by name cannot run.
     """
-    return _choose(requested(backend), device, dtype, hidden_size, device.type == "cuda" and _tf32_allowed())
+    return _choose(requested(backend), device, dtype, hidden_size, tf32_for_rnns(device))
 
 
-@functools.cache  # asked at every call of a module, where reading the table would cost 5 us
+@functools.cache  # reading the table would cost 5 us
 def _choose(name: str, device: torch.device, dtype: torch.dtype, hidden_size: int, tf32: bool) -> str:
     for row in BACKENDS:
         if name == "auto":
@@ -221,10 +225,8 @@ def _how(backend: str, device: torch.device, dtype: torch.dtype, hidden_size: in
     return kernels.elman_reason(hidden_size, dtype, _precision(device, dtype), device, batch_size)
 
 
-def kernels_of(
-    backend: str, device: torch.device, dtype: torch.dtype, hidden_size: int
-) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """(elman_forward, elman_backward) of a backend that has kernels, with torch's float32 precision switch applied."""
+def kernels_of(backend: str, device: torch.device, dtype: torch.dtype, hidden_size: int) -> Kernels:
+    """Those of a backend that has kernels, with torch's float32 precision switch applied."""
     for row in BACKENDS:
         if row.name == backend and row.kernels is not None:
             return row.kernels(device, dtype, hidden_size)

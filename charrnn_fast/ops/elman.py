@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .autograd import must_recompute, recomputed, saved_tensors
-from .context import addressable, autocast, plain, registered_operators_only, tensor_operations_only
-from .elman_layer import check_tokens, is_tokens, layer_backward, layer_forward
-from .elman_onnx import layer_in_onnx
+from .autograd import apply_of, must_recompute, recomputed, saved_tensors
+from .context import OPERATORS, REGISTERED, autocast, in_plain_memory, plain, registered_operators_only, watched
+from .elman_layer import Layer, layer_of
 from .elman_torch import layer_by_tensor_operations
+from .tokens import TOKEN_TYPES, check_tokens
 
 
 def elman(
@@ -59,33 +59,34 @@ def elman(
         weight_ih.device.type, [input, h0, weight_ih, weight_hh, bias_ih, bias_hh]
     )
     _check_arguments(input, h0, weight_ih, weight_hh, bias_ih, bias_hh, nonlinearity, batch_sizes)
+    weights = [w for w in (weight_ih, weight_hh, bias_ih, bias_hh) if w is not None]
+    state, ways = None if h0 is None else h0[None], (bool(reverse),)
     name = backends.choose(backend, weight_ih.device, weight_ih.dtype, weight_hh.shape[0])
-    weights = (weight_ih, weight_hh) if bias_ih is None else (weight_ih, weight_hh, bias_ih)
-    if bias_hh is not None:
-        weights = (*weights[:2], bias_hh if bias_ih is None else bias_ih + bias_hh)
-    output, h_n = elman_layer(
-        name, input, None if h0 is None else h0[None], weights, batch_sizes, nonlinearity, (bool(reverse),)
-    )
+    onlooker = watched()
+    if name == "torch" or onlooker is OPERATORS or not plain(input, state, batch_sizes, *weights):
+        if is_tokens(input) and input.device.type == "cpu":
+            check_tokens(input, weight_ih.shape[1])
+        output, h_n = layer_by_tensor_operations(input, state, weights, batch_sizes, nonlinearity, ways)
+    elif onlooker is REGISTERED:
+        output, h_n = registered_layer(input, state, batch_sizes, weights, name, nonlinearity, ways)
+    else:
+        layer = _layer_like(name, weight_hh, nonlinearity, ways)
+        output, h_n = elman_layer(layer, input, state, weights, batch_sizes)
     return output, h_n[0]
 
 
 def elman_layer(
-    backend: str,
+    layer: Layer,
     input: Tensor,
     h0: Tensor | None,
     weights: Sequence[Tensor],
     batch_sizes: Tensor | None,
-    nonlinearity: str,
-    reverse: tuple[bool, ...],
     batch_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """All D directions of one layer, arguments already checked.
+    """All D directions of one layer by a backend's kernels; arguments are checked and in plain memory, nobody watches.
 
     Args:
-        backend: a name that ``backends.choose`` returned; or "onnx", for dense input while an export is under way.
-        input: as in :func:`elman`. h0: (D, B, H) or None.
-        weights: for each direction W_ih (H, I), W_hh (H, H) and, if there are biases, their sum b_ih + b_hh (H,).
-        reverse: for each direction, does it walk time backwards.
+        input, h0, weights, batch_sizes: as in :meth:`Layer.forward`.
         batch_first: is the output turned to (B, T, D*H)? The input is (T, B, I) in any case.
 
     Returns:
@@ -93,21 +94,23 @@ def elman_layer(
         the order (T, B, D*H), turned or not, and where autograd records this call it is no view to it, as
         torch.nn.RNN's.
     """
-    if backend == "onnx":
-        out, h_n = layer_in_onnx(input, h0, weights, nonlinearity, len(reverse))
-    elif backend == "torch" or tensor_operations_only() or not plain(input, h0, batch_sizes, *weights):
-        if is_tokens(input) and input.device.type == "cpu":
-            check_tokens(input, weights[0].shape[1])
-        out, h_n = layer_by_tensor_operations(input, h0, weights, batch_sizes, nonlinearity, reverse)
-    elif registered_operators_only():
-        out, h_n = _elman_layer_op(input, h0, batch_sizes, list(weights), backend, nonlinearity, list(reverse))
-    elif torch.is_grad_enabled():
-        return _ElmanLayer.apply(backend, nonlinearity, reverse, batch_first, batch_sizes, input, h0, *weights)
-    else:
-        out, h_n = layer_forward(backend, input, h0, weights, batch_sizes, nonlinearity, reverse)
-    if batch_first:
-        out = out.transpose_(0, 1) if addressable(out) else out.transpose(0, 1)
-    return out, h_n
+    if torch.is_grad_enabled():
+        return _apply(layer, batch_first, batch_sizes, input, h0, *weights)
+    out, h_n = layer.forward(input, h0, weights, batch_sizes)
+    return out.transpose_(0, 1) if batch_first else out, h_n
+
+
+def registered_layer(
+    input: Tensor,
+    h0: Tensor | None,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Tensor],
+    backend: str,
+    nonlinearity: str,
+    reverse: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    """As :func:`elman_layer`, as one registered operator, for compilers and modes. backend: one that has kernels."""
+    return _elman_layer_op(input, h0, batch_sizes, list(weights), backend, nonlinearity, list(reverse))
 
 
 class _ElmanLayer(torch.autograd.Function):
@@ -120,37 +123,41 @@ class _ElmanLayer(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        backend: str,
-        nonlinearity: str,
-        reverse: tuple[bool, ...],
+        layer: Layer,
         batch_first: bool,
         batch_sizes: Tensor | None,
         input: Tensor,
         h0: Tensor | None,
         *weights: Tensor,
     ) -> tuple[Tensor, Tensor]:
-        out, h_n = layer_forward(backend, input, h0, weights, batch_sizes, nonlinearity, reverse)
+        out, h_n = layer.forward(input, h0, weights, batch_sizes)
         if batch_first:  # before it is saved: afterwards it would be a change of what backward reads
             out.transpose_(0, 1)
-        ctx.backend, ctx.nonlinearity, ctx.reverse, ctx.batch_first = backend, nonlinearity, reverse, batch_first
+        ctx.layer, ctx.batch_first = layer, batch_first
         ctx.save_for_backward(out, batch_sizes, input, h0, *weights)
         ctx.set_materialize_grads(False)
         return out, h_n
 
     @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_h_n: Tensor | None) -> tuple[Tensor | None, ...]:
-        needs_grad = ctx.needs_input_grad[5:]
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_out, grad_h_n = grads
+        needs_grad = ctx.needs_input_grad[3:]
         if grad_out is None and grad_h_n is None:
-            return (None,) * (5 + len(needs_grad))
-        out, batch_sizes, input, h0, *weights = saved_tensors(ctx)
+            return (None,) * (3 + len(needs_grad))
+        saved = saved_tensors(ctx)
+        out, batch_sizes, input, h0, *weights = saved
+        layer = ctx.layer
         if ctx.batch_first:
             out, grad_out = out.transpose(0, 1), None if grad_out is None else grad_out.transpose(0, 1)
-        arguments = (batch_sizes, ctx.nonlinearity, ctx.reverse)
-        if must_recompute(grad_out, grad_h_n, out, input, h0, *weights, batch_sizes):
-            grads = _recomputed(grad_out, grad_h_n, input, h0, weights, *arguments, needs_grad)
+        if torch.is_grad_enabled() or watched() is not None or not in_plain_memory((grad_out, grad_h_n, *saved)):
+            options = (layer.nonlinearity, layer.reverse, needs_grad)
+            found = _recomputed(grad_out, grad_h_n, input, h0, weights, batch_sizes, *options)
         else:
-            grads = layer_backward(ctx.backend, grad_out, grad_h_n, out, input, h0, weights, *arguments, needs_grad)
-        return (None, None, None, None, None, *grads)
+            found = layer.backward(grad_out, grad_h_n, out, input, h0, weights, batch_sizes, needs_grad)
+        return (None, None, None, *found)
+
+
+_apply = apply_of(_ElmanLayer)
 
 
 def _recomputed(
@@ -164,7 +171,7 @@ def _recomputed(
     reverse: Sequence[bool],
     needs_grad: Sequence[bool],
 ) -> list[Tensor | None]:
-    """As :func:`layer_backward`, by tensor operations: for second derivatives and unusual gradients."""
+    """As :meth:`Layer.backward`, by tensor operations: for second derivatives and unusual gradients."""
 
     def run(input: Tensor, h0: Tensor | None, *weights: Tensor) -> tuple[Tensor, Tensor]:
         return layer_by_tensor_operations(input, h0, weights, batch_sizes, nonlinearity, reverse)
@@ -185,7 +192,17 @@ def _elman_layer_op(
     nonlinearity: str,
     reverse: list[bool],
 ) -> tuple[Tensor, Tensor]:
-    return layer_forward(backend, input, h0, weights, batch_sizes, nonlinearity, reverse)
+    # Callers have checked this, except where a compiler could not know the number of packed sequences.
+    if h0 is not None and batch_sizes is not None and len(batch_sizes) and h0.shape[1] != batch_sizes[0]:
+        expected = (len(reverse), int(batch_sizes[0]), weights[1].shape[0])
+        raise RuntimeError(f"Expected hidden size {expected}, got {list(h0.shape)}")
+    return _layer_like(backend, weights[1], nonlinearity, reverse).forward(input, h0, weights, batch_sizes)
+
+
+def _layer_like(backend: str, weight_hh: Tensor, nonlinearity: str, reverse: Sequence[bool]) -> Layer:
+    device = weight_hh.device
+    options = (nonlinearity, tuple(reverse), backends.tf32_for_rnns(device))
+    return layer_of(backend, device, weight_hh.dtype, weight_hh.shape[0], *options)
 
 
 @_elman_layer_op.register_fake
@@ -224,9 +241,8 @@ def _elman_layer_backward_op(
     reverse: list[bool],
     needs_grad: list[bool],
 ) -> list[Tensor]:
-    grads = layer_backward(
-        backend, grad_out, grad_h_n, out, input, h0, weights, batch_sizes, nonlinearity, reverse, needs_grad
-    )
+    layer = _layer_like(backend, weights[1], nonlinearity, reverse)
+    grads = layer.backward(grad_out, grad_h_n, out, input, h0, weights, batch_sizes, needs_grad)
     # An operator's results may share no memory, as gradients that are slices of one tensor do.
     results: list[Tensor] = []
     memory: set[int] = set()
@@ -277,6 +293,10 @@ def _op_backward(ctx: Any, grad_out: Tensor | None, grad_h_n: Tensor | None) -> 
 
 
 _elman_layer_op.register_autograd(_op_backward, setup_context=_setup_op_context)
+
+
+def is_tokens(input: Tensor) -> bool:
+    return input.dtype in TOKEN_TYPES
 
 
 # ---- checks -------------------------------------------------------------------------------------------------------

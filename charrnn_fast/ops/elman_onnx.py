@@ -10,8 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from .elman_torch import of_direction
-
 
 def layer_in_onnx(
     input: Tensor, h0: Tensor | None, weights: Sequence[Tensor], nonlinearity: str, directions: int
@@ -20,23 +18,20 @@ def layer_in_onnx(
 
     Args:
         input: (T, B, I). h0: (D, B, H) or None.
-        weights: for each direction W_ih (H, I), W_hh (H, H) and, if there are biases, their sum b_ih + b_hh (H,).
+        weights: for each direction W_ih (H, I), W_hh (H, H) and, if there are biases, b_ih and b_hh (H,).
 
     Returns:
         output (T, B, D*H) and h_n (D, B, H).
     """
-    weights_ih, weights_hh, biases = zip(
-        *(of_direction(weights, d, directions) for d in range(directions)), strict=True
-    )
-    hidden = weights_hh[0].shape[0]
+    each = len(weights) // directions
+    hidden = weights[1].shape[0]
     bias = None
-    if biases[0] is not None:
-        both = torch.stack([b for b in biases if b is not None])
-        bias = torch.cat([both, torch.zeros_like(both)], dim=1)  # (D, 2H): the input's and the state's
+    if each == 4:  # (D, 2H): the input's and the state's
+        bias = torch.cat([torch.stack(list(weights[2::4])), torch.stack(list(weights[3::4]))], dim=1)
     steps, batch = input.shape[:2]
     output, h_n = torch.onnx.ops.symbolic_multi_out(
         "RNN",
-        (input, torch.stack(weights_ih), torch.stack(weights_hh), bias, None, h0),
+        (input, torch.stack(list(weights[::each])), torch.stack(list(weights[1::each])), bias, None, h0),
         {
             "hidden_size": hidden,
             "direction": "bidirectional" if directions == 2 else "forward",

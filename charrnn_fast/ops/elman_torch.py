@@ -15,13 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import _VF, Tensor, nn
 
-from .context import transforms_active
+from .tokens import TOKEN_TYPES
 
 # Torch's own class, bound here and nowhere else when the library is imported: torch.nn.RNN may be FusedRNN by the time
 # of a call, as patching that name is the commonest way to try a drop-in.
 TorchRNN = nn.RNN
-
-TOKEN_TYPES = (torch.int64, torch.int32)
 
 
 def torch_rnn(
@@ -71,7 +69,7 @@ def layer_by_tensor_operations(
 
     Args:
         input: (T, B, I) or packed (N, I); or token ids (T, B) or (N,). h0: (D, B, H) or None.
-        weights: for each direction W_ih (H, I), W_hh (H, H) and, if there are biases, their sum b_ih + b_hh (H,).
+        weights: for each direction W_ih (H, I), W_hh (H, H) and no bias, one, or b_ih and b_hh, each (H,).
         reverse: for each direction, does it walk time backwards.
 
     Returns:
@@ -97,21 +95,11 @@ def layer_by_tensor_operations(
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)), torch.stack(states)
 
 
-def one_hot_rows(ids: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
-    """(..., classes) rows of zeros with a one in the place of each id (...), int64 or int32; ids are taken as checked.
-
-    torch.nn.functional.one_hot looks at the ids, which a tracer's have not to show, and makes integers first.
-    """
-    rows = torch.zeros(*ids.shape, classes, dtype=dtype, device=ids.device)
-    places = ids.long().unsqueeze(-1)
-    return rows.scatter(-1, places, 1) if transforms_active() else rows.scatter_(-1, places, 1)
-
-
 def of_direction(weights: Sequence[Tensor], direction: int, directions: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(W_ih, W_hh, bias or None) of one direction out of the flat weights of a layer."""
+    """(W_ih, W_hh, the sum of the biases or None) of one direction out of the flat weights of a layer."""
     each = len(weights) // directions
     own = weights[direction * each : (direction + 1) * each]
-    return own[0], own[1], (own[2] if each == 3 else None)
+    return own[0], own[1], None if each == 2 else own[2] if each == 3 else own[2] + own[3]
 
 
 def _walk(

@@ -19,8 +19,7 @@ from charrnn_fast.reference import generate as reference
 from . import backends
 from .context import addressable
 from .elman import elman
-from .elman_layer import check_tokens
-from .elman_torch import TOKEN_TYPES
+from .tokens import TOKEN_TYPES, check_tokens
 
 Layer = tuple[Tensor, Tensor, Tensor]
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from charrnn_fast.kernels import native
 
 from . import backends
-from .autograd import HandedOutOnce, must_recompute, recomputed
+from .autograd import HandedOutOnce, apply_of, must_recompute, recomputed
 from .context import addressable
 from .elman import elman
 from .elman_layer import token_table
@@ -30,7 +30,7 @@ def why_not(
 
     Args:
         tokens, targets, h0, backend: as in `language_model_loss`.
-        weights: its weight_ih, weight_hh, bias, head_weight, head_bias, or in place of bias its terms.
+        weights: its weight_ih, weight_hh, bias_ih, bias_hh (or no second bias), head_weight, head_bias.
     """
     if not addressable(tokens, targets, h0, *weights):
         return "a transform, a mode, a compiler or a tensor that is not plain memory needs PyTorch's own operators"
@@ -65,10 +65,11 @@ def language_model_loss(
     h0: Tensor | None,
     weight_ih: Tensor,
     weight_hh: Tensor,
-    bias: Tensor | None,
+    bias_ih: Tensor | None,
     head_weight: Tensor,
     head_bias: Tensor | None,
     *,
+    bias_hh: Tensor | None = None,
     nonlinearity: str = "tanh",
 ) -> tuple[Tensor, Tensor]:
     """The mean loss in nats and the last state of a one-layer model, by the native kernel.
@@ -79,7 +80,7 @@ def language_model_loss(
     Args:
         tokens, targets: (T, B) int64 ids in 0..V-1, any strides; targets of -100 do not count.
         h0: (B, H), or None for zeros.
-        weight_ih: (H, V). weight_hh: (H, H). bias: (H,), b_ih + b_hh, or None.
+        weight_ih: (H, V). weight_hh: (H, H). bias_ih, bias_hh: (H,) or None; the first if there is but one.
         head_weight: (V, H). head_bias: (V,) or None.
         nonlinearity: "tanh" or "relu".
 
@@ -88,9 +89,7 @@ def language_model_loss(
 
     Raises: IndexError for a token or target outside 0..V-1, ValueError for another nonlinearity.
     """
-    return _LanguageModelLoss.apply(
-        tokens, targets, nonlinearity, h0, weight_ih, weight_hh, bias, head_weight, head_bias
-    )
+    return _apply(tokens, targets, nonlinearity, h0, weight_ih, weight_hh, bias_ih, bias_hh, head_weight, head_bias)
 
 
 class _LanguageModelLoss(torch.autograd.Function):
@@ -105,11 +104,12 @@ class _LanguageModelLoss(torch.autograd.Function):
         h0: Tensor | None,
         weight_ih: Tensor,
         weight_hh: Tensor,
-        bias: Tensor | None,
+        bias_ih: Tensor | None,
+        bias_hh: Tensor | None,
         head_weight: Tensor,
         head_bias: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        operands = (tokens, targets, h0, weight_ih, weight_hh, bias, head_weight, head_bias)
+        operands = (tokens, targets, h0, weight_ih, weight_hh, bias_ih, bias_hh, head_weight, head_bias)
         ctx.save_for_backward(*operands)
         ctx.set_materialize_grads(False)
         ctx.nonlinearity = nonlinearity
@@ -138,6 +138,9 @@ class _LanguageModelLoss(torch.autograd.Function):
         return (None, None, None, *(g if needs else None for g, needs in zip(gradients, needs_grad, strict=True)))
 
 
+_apply = apply_of(_LanguageModelLoss)
+
+
 def _in_one_call(
     nonlinearity: str,
     tokens: Tensor,
@@ -145,17 +148,21 @@ def _in_one_call(
     h0: Tensor | None,
     weight_ih: Tensor,
     weight_hh: Tensor,
-    bias: Tensor | None,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
     head_weight: Tensor,
     head_bias: Tensor | None,
 ) -> tuple[Tensor, Tensor, Sequence[Tensor | None]]:
     """Loss, last state, and the loss's gradients of all arguments from h0 on."""
-    table = token_table((weight_ih, weight_hh) if bias is None else (weight_ih, weight_hh, bias), 1)
+    weights = [w for w in (weight_ih, weight_hh, bias_ih, bias_hh) if w is not None]
+    table = token_table(weights, 1)
     loss, h_n, grad_table, grad_weight_hh, grad_head_weight, grad_head_bias, grad_h0 = native.language_model_loss(
         tokens, targets, table, weight_hh, head_weight, head_bias, h0, nonlinearity=nonlinearity
     )
-    grad_bias = None if bias is None else grad_table.sum(0)
-    return loss, h_n, (grad_h0, grad_table.t(), grad_weight_hh, grad_bias, grad_head_weight, grad_head_bias)
+    grad_bias = None if bias_ih is None else grad_table.sum(0)
+    second = None if bias_hh is None or grad_bias is None else grad_bias.clone()  # the two are changed apart
+    of_cell = (grad_h0, grad_table.t(), grad_weight_hh, grad_bias, second)
+    return loss, h_n, (*of_cell, grad_head_weight, grad_head_bias)
 
 
 def _recomputed(
@@ -172,11 +179,13 @@ def _recomputed(
         h0: Tensor | None,
         weight_ih: Tensor,
         weight_hh: Tensor,
-        bias: Tensor | None,
+        bias_ih: Tensor | None,
+        bias_hh: Tensor | None,
         head_weight: Tensor,
         head_bias: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        states, h_n = elman(tokens, h0, weight_ih, weight_hh, bias, nonlinearity=nonlinearity, backend="native")
+        cell = (weight_ih, weight_hh, bias_ih, bias_hh)
+        states, h_n = elman(tokens, h0, *cell, nonlinearity=nonlinearity, backend="native")
         rows = states.transpose(0, 1).flatten(0, 1)
         return linear_cross_entropy(rows, head_weight, targets.t().flatten(), linear_bias=head_bias), h_n
 

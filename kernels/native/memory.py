@@ -27,9 +27,15 @@ def computed(tensor: Tensor | None) -> Tensor | None:
 
 def require_one_type(*tensors: Tensor | None) -> None:
     """C is told one type and reads all floating-point memory as it: ValueError where a tensor has another."""
-    dtypes = {t.dtype for t in tensors if t is not None}
-    if len(dtypes) > 1:
-        raise ValueError(f"expected tensors of one type, got {' and '.join(sorted(map(str, dtypes)))}")
+    first = None
+    for tensor in tensors:
+        if tensor is None:
+            continue
+        if first is None:
+            first = tensor.dtype
+        elif tensor.dtype != first:
+            dtypes = {t.dtype for t in tensors if t is not None}
+            raise ValueError(f"expected tensors of one type, got {' and '.join(sorted(map(str, dtypes)))}")
 
 
 def buffer_of(tensor: Tensor | None) -> tuple[int, int]:
@@ -41,10 +47,12 @@ def buffer_of(tensor: Tensor | None) -> tuple[int, int]:
     return tensor.data_ptr(), tensor.untyped_storage().nbytes() - int(tensor.storage_offset()) * tensor.itemsize
 
 
-def buffers_of(tensors: Sequence[Tensor | None]) -> tuple[int, int, int, int]:
-    """The addresses and then the sizes of one or two tensors."""
-    first, second = buffer_of(tensors[0]), buffer_of(tensors[1] if len(tensors) > 1 else None)
-    return first[0], second[0], first[1], second[1]
+def buffers_of(tensors: Sequence[Tensor | None]) -> list[tuple[int, int]]:
+    """`buffer_of` each, by one call."""
+    found = []
+    for t in tensors:
+        found.append((0, 0) if t is None else (t.data_ptr(), t.nbytes) if t.is_contiguous() else buffer_of(t))
+    return found
 
 
 def array_of(values: array) -> tuple[int, int]:
@@ -53,23 +61,6 @@ def array_of(values: array) -> tuple[int, int]:
     return address, length * values.itemsize
 
 
-def sequence_of(tensor: Tensor | None) -> tuple[int, int, int, int]:
-    """Buffer and strides (t, b) of a sequence (T, B, C), or packed (N, C)."""
-    if tensor is None:
-        return 0, 0, 0, 0
-    strides = tensor.stride()
-    return *buffer_of(tensor), (strides[0] if tensor.dim() == 3 else 0), strides[-2]
-
-
-def states_of(tensor: Tensor | None) -> tuple[int, int, int, int]:
-    """Buffer and strides (d, b) of states (D, B, H)."""
-    return (0, 0, 0, 0) if tensor is None else (*buffer_of(tensor), tensor.stride(0), tensor.stride(1))
-
-
 def rows_of(tensor: Tensor) -> tuple[int, int, int]:
     """Buffer and stride of the rows of a matrix."""
     return *buffer_of(tensor), tensor.stride(0)
-
-
-def pair_of(values: Sequence[int]) -> tuple[int, int]:
-    return values[0], (values[1] if len(values) > 1 else 0)

@@ -9,6 +9,7 @@
 #include <string.h>
 
 #include "kernels.h"
+#include "launch.h"
 #include "scratch.h"
 #include "tensors.h"
 
@@ -95,6 +96,8 @@ KERNEL_FUNCTION(clip)
 static PyMethodDef methods[] = {
     {"isas", isas, METH_NOARGS, 0},
     {"peak_scratch", peak_scratch, METH_NOARGS, 0},
+    {"use_driver", use_driver, METH_O, 0},
+    KERNEL_METHOD(launch),
     KERNEL_METHOD(survey),
     KERNEL_METHOD(elman_forward),
     KERNEL_METHOD(elman_backward),

@@ -169,13 +169,13 @@ def find_tile(
     return next((tile for tile in fitting if rows_per_processor <= tile.most), None)
 
 
-def projects_input(tile: Tile, features: int, steps: int) -> bool:
-    """Whether the forward kernel makes the product of input and W_ih itself; MAX_INPUT_STEPS says when that pays."""
-    return 0 < features <= tile.most_inputs and steps <= MAX_INPUT_STEPS
+def projected_steps(tile: Tile, features: int) -> int:
+    """The most steps for which the forward kernel makes the product of input and W_ih itself; 0: for none."""
+    return MAX_INPUT_STEPS if 0 < features <= tile.most_inputs else 0
 
 
-def sums_weight(tile: Tile, hidden_size: int, steps: int, programs: int, processors: int) -> bool:
-    """Whether the backward kernel sums the gradient of W itself; MAX_SUM_STEPS says when that pays."""
-    at_once = max(1, 8 // tile.warps) * processors
-    most = MAX_SUM_STEPS.get(max(16, next_power_of_2(hidden_size)), 0)
-    return tile.ahead_sums > 0 and steps <= most and programs <= at_once
+def sum_steps(tile: Tile, hidden_size: int, programs: int, processors: int) -> int:
+    """The most steps for which the backward kernel, in so many programs, sums the gradient of W itself; 0: for none."""
+    if not tile.ahead_sums or programs > max(1, 8 // tile.warps) * processors:
+        return 0
+    return MAX_SUM_STEPS.get(max(16, next_power_of_2(hidden_size)), 0)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 import triton
 
-from .launch import KINDS, on_device, precision_of, target_of
+from .launch import KINDS, precision_of, start, target_of
 from .linear_cross_entropy_grad_kernels import (
     grad_by_classes_kernel,
     grad_by_rows_kernel,
@@ -105,49 +105,57 @@ def linear_cross_entropy_forward(
     totals, lse, count = problem.empty(3, blocks), problem.empty(problem.N), problem.empty()
     partial_lse, chosen = (problem.empty(splits, problem.N) for _ in range(2)) if splits > 1 else (lse, None)
     loss = torch.empty((problem.N,) if rows else (), dtype=loss_dtype or hidden.dtype, device=hidden.device)
-    with on_device(hidden.device):
-        loss_kernel[(blocks, splits)](
-            *problem.tensors,
+    start(
+        loss_kernel,
+        (blocks, splits, 1),
+        hidden.device,
+        *problem.tensors,
+        partial_lse,
+        chosen,
+        loss if rows else None,
+        totals,
+        problem.N,
+        ignore_index,
+        tiles_per_split,
+        *problem.strides,
+        SPLIT=splits > 1,
+        LOSS_ROWS=rows,
+        **problem.constants(tile),
+    )
+    if splits > 1:
+        start(
+            loss_of_splits_kernel,
+            (blocks, 1, 1),
+            hidden.device,
             partial_lse,
             chosen,
+            problem.target,
+            lse,
             loss if rows else None,
             totals,
             problem.N,
+            problem.V,
             ignore_index,
-            tiles_per_split,
-            *problem.strides,
-            SPLIT=splits > 1,
+            splits,
+            problem.target.stride(0),
+            BLOCK_N=tile.block_n,
             LOSS_ROWS=rows,
-            **problem.constants(tile),
-        )
-        if splits > 1:
-            loss_of_splits_kernel[(blocks,)](
-                partial_lse,
-                chosen,
-                problem.target,
-                lse,
-                loss if rows else None,
-                totals,
-                problem.N,
-                problem.V,
-                ignore_index,
-                splits,
-                problem.target.stride(0),
-                BLOCK_N=tile.block_n,
-                LOSS_ROWS=rows,
-                **launch_options(4, problem.target_name, all_registers=False),
-            )
-        total_kernel[(1,)](
-            totals,
-            None if rows else loss,
-            count,
-            blocks,
-            BLOCK=1024,
-            LOSS=not rows,
-            MEAN=problem.mean,
             **launch_options(4, problem.target_name, all_registers=False),
-            **ASSERTIONS if problem.target_name not in AMD else {},
         )
+    start(
+        total_kernel,
+        (1, 1, 1),
+        hidden.device,
+        totals,
+        None if rows else loss,
+        count,
+        blocks,
+        BLOCK=1024,
+        LOSS=not rows,
+        MEAN=problem.mean,
+        **launch_options(4, problem.target_name, all_registers=False),
+        **ASSERTIONS if problem.target_name not in AMD else {},
+    )
     return loss, lse, count
 
 
@@ -173,14 +181,13 @@ def linear_cross_entropy_backward(
     """
     problem = _Problem(hidden, weight, bias, target, ignore_index, reduction, precision)
     upstream = _Upstream(lse, grad_loss.expand(problem.N), count)
-    with on_device(hidden.device):
-        if problem.find_tile("rows") is None or problem.find_tile("classes") is None:
-            return _grad_by_gemm(problem, upstream, need_hidden, need_weight)
-        grad_hidden, grad_weight, grad_bias = None, None, None
-        if need_weight:
-            grad_hidden, grad_weight, grad_bias = _grad_by_classes(problem, upstream, need_hidden)
-        if need_hidden and grad_hidden is None:
-            grad_hidden = _grad_by_rows(problem, upstream)
+    if problem.find_tile("rows") is None or problem.find_tile("classes") is None:
+        return _grad_by_gemm(problem, upstream, need_hidden, need_weight)
+    grad_hidden, grad_weight, grad_bias = None, None, None
+    if need_weight:
+        grad_hidden, grad_weight, grad_bias = _grad_by_classes(problem, upstream, need_hidden)
+    if need_hidden and grad_hidden is None:
+        grad_hidden = _grad_by_rows(problem, upstream)
     return grad_hidden, grad_weight, grad_bias
 
 
@@ -288,7 +295,10 @@ def _grad_by_classes(
     grad_weight = torch.empty((p.V, p.H), dtype=p.dtype, device=p.device)
     grad_bias = None if p.bias is None else torch.empty_like(p.bias)
     partial = p.empty(groups, p.V * p.H + p.V) if groups > 1 else None
-    grad_by_classes_kernel[(tiles, groups)](
+    start(
+        grad_by_classes_kernel,
+        (tiles, groups, 1),
+        p.device,
         *p.tensors,
         upstream.lse,
         upstream.grad_loss,
@@ -307,7 +317,10 @@ def _grad_by_classes(
         **p.constants(tile),
     )
     if partial is not None:
-        sum_partials_kernel[(triton.cdiv(partial.shape[1], SUM_COLUMNS),)](
+        start(
+            sum_partials_kernel,
+            (-(-partial.shape[1] // SUM_COLUMNS), 1, 1),
+            p.device,
             partial,
             grad_weight,
             grad_bias,
@@ -328,7 +341,10 @@ def _grad_by_rows(p: _Problem, upstream: _Upstream) -> torch.Tensor:
     splits, tiles_per_split = p.splits(tile)
     grad_hidden = torch.empty((p.N, p.H), dtype=p.dtype, device=p.device)
     partial = p.empty(splits, p.N, p.H) if splits > 1 else None
-    grad_by_rows_kernel[(triton.cdiv(p.N, tile.block_n), splits)](
+    start(
+        grad_by_rows_kernel,
+        (-(-p.N // tile.block_n), splits, 1),
+        p.device,
         *p.tensors,
         upstream.lse,
         upstream.grad_loss,
@@ -356,10 +372,13 @@ def _grad_by_gemm(
     grad_hidden = torch.empty((p.N, p.H), dtype=p.dtype, device=p.device) if need_hidden else None
     grad_weight = torch.zeros((p.V, p.H), dtype=p.accumulator, device=p.device) if need_weight else None
     grad_bias = p.empty(p.V).zero_() if need_weight and p.bias is not None else None
-    for start in range(0, p.N, rows):
-        chunk = slice(start, min(start + rows, p.N))
-        hidden, grads = p.hidden[chunk], memory[: chunk.stop - start]
-        grad_logits_kernel[(triton.cdiv(len(grads), tile.block_n), triton.cdiv(p.V, tile.block_v))](
+    for first in range(0, p.N, rows):
+        chunk = slice(first, min(first + rows, p.N))
+        hidden, grads = p.hidden[chunk], memory[: chunk.stop - first]
+        start(
+            grad_logits_kernel,
+            (-(-len(grads) // tile.block_n), -(-p.V // tile.block_v), 1),
+            p.device,
             hidden,
             p.weight,
             p.bias,

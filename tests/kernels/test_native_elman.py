@@ -203,7 +203,7 @@ def test_columns_and_rows_give_the_same_bits(H, monkeypatch):
         case = Case(H, 17, 9, **options)
         results = []
         for plan in ((1, 0), (2, 0), (1, 1), (2, 1)):
-            monkeypatch.setattr(native, "_plan", lambda *sizes, plan=plan: plan)
+            monkeypatch.setattr(native.elman, "_threads", lambda *sizes, plan=plan: plan)
             results.append(case.native(torch.float32))
         for other in results[1:]:
             assert all(torch.equal(value, other[name]) for name, value in results[0].items())
@@ -331,7 +331,7 @@ def test_environment_chooses_the_instruction_set(isa, monkeypatch):
 
 def test_unknown_instruction_set_is_named(monkeypatch):
     monkeypatch.setenv("CHARRNN_ISA", "avx1024")
-    monkeypatch.setattr(native, "_selected", None)
+    monkeypatch.setattr(native.library, "_selected", None)
     with pytest.raises(RuntimeError, match="avx1024"):
         Case(33, 5, 2).native(torch.float32)
 

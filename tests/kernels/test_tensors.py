@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from charrnn_fast.kernels import native, tensors
+from charrnn_fast.kernels.native import library
 from charrnn_fast.ops.context import plain
 
 
@@ -163,7 +164,7 @@ def test_c_is_told_how_large_the_table_is():
     table = tensors.array("q", bytes(64))
     address, size = table.buffer_info()[0], 64
     right = [[torch.ones(2)] * 2, None, (torch.Tensor,), (), tensors._EXCHANGE, address, size]
-    call = native._native.survey
+    call = library.extension.survey
     assert call(*right)[1] == 4
     for place, wrong, error in (
         (0, [torch.ones(2)] * 3, ValueError),

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from charrnn_fast.kernels.triton import elman, elman_tiles
-from charrnn_fast.kernels.triton.elman import elman_backward, elman_forward, elman_limits, makes_projection
+from charrnn_fast.kernels.triton.elman import elman_backward, elman_forward, elman_limits, projected_steps
 from charrnn_fast.kernels.triton.elman_tiles import TILES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -20,6 +20,13 @@ V = 5
 # As they are shipped, where the interpreter else has tiles of more rows and one piece: one row and two, several pieces
 # of W, pieces in shared memory, three products.
 SHIPPED = [("fp32", 32, 0), ("fp32", 64, 1), ("fp32", 128, 2), ("tf32", 64, 1), ("16bit", 256, 0), ("fp64", 16, 0)]
+
+
+@pytest.fixture(autouse=True)
+def tiles_of_this_test():
+    elman.forget_tiles()
+    yield
+    elman.forget_tiles()
 
 
 @dataclass
@@ -239,7 +246,7 @@ def test_input_projected_in_the_kernel(features, dtype):
         D = len(p.weight_hh)
         x = torch.randn(*p.x.shape[:-1], features, device=DEVICE, dtype=torch.float64).to(dtype)
         weight_ih = [torch.randn(H, features, device=DEVICE, dtype=torch.float64).to(dtype) for _ in range(D)]
-        assert makes_projection(features, H, dtype, "ieee", DEVICE, 19 * D, 7)
+        assert projected_steps(features, H, dtype, "ieee", DEVICE, 19 * D) >= 7
         found = elman_forward(x, p.weight_hh, p.h0, weight_ih=weight_ih, **biases(p), **p.options)
         projected = x.double() @ torch.cat(weight_ih).double().T + p.bias.double().sum(0)
         weights = [w.double() for w in p.weight_hh]

@@ -13,7 +13,8 @@ from charrnn_fast.kernels import native
 from charrnn_fast.lm import checkpoint, corpora, data, step
 from charrnn_fast.lm.model import CharRNN
 from charrnn_fast.lm.recipes import RECIPES, build_model, build_sampler
-from charrnn_fast.lm.training import MAX_GRAPH_BATCHES, Trainer, train_batches, validate
+from charrnn_fast.lm.training import Trainer, train_batches, validate
+from charrnn_fast.lm.training_options import MAX_GRAPH_BATCHES
 from charrnn_fast.reference import training as reference
 
 # English that is on every machine, which the recipes' own books are not; all 27 symbols of it and <unk> make V = 28.

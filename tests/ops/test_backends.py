@@ -29,7 +29,7 @@ def test_auto_does_not_choose_the_interpreter():
 
 
 def test_without_the_c_extension_torch_serves(monkeypatch):
-    monkeypatch.setattr(native, "_missing", "the C extension is not built (for this test)")
+    monkeypatch.setattr(native.library, "missing", "the C extension is not built (for this test)")
     explanation = backends.explain(32)
     assert explanation.backend == "torch"
     assert explanation.why_not["native"] == "the C extension is not built (for this test)"

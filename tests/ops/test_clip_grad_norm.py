@@ -273,7 +273,7 @@ def test_a_backend_that_cannot_run_says_so(backend, monkeypatch):
     if backend == "torch":
         return
     monkeypatch.setattr(backends, "triton_cannot_run_on", lambda device: "there is no such device here")
-    monkeypatch.setattr(native, "_missing", "the C extension is not built")
+    monkeypatch.setattr(native.library, "missing", "the C extension is not built")
     parameters = _parameters(SIZES)
     before = [p.grad.clone() for p in parameters]
     with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot clip gradients on cpu: the"):

@@ -1,0 +1,83 @@
+"""The registered operators in torch's own, so that an exported program runs where this library is not installed.
+
+    program = torch.export.export(model, (x,), dynamic_shapes=...)
+    program = program.run_decompositions(decompositions())
+    torch.export.save(program, "model.pt2")        # torch.export.load needs torch alone
+
+The time loop becomes torch's operator `scan`, so the program keeps any number of steps and sequences. It runs step by
+step, at the speed of torch's operators.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import elman as _elman  # noqa: F401  (which registers its operators)
+from . import linear_cross_entropy as _linear_cross_entropy  # noqa: F401
+from .elman_torch import TOKEN_TYPES, of_direction
+
+
+def decompositions() -> dict[Any, Callable[..., Any]]:
+    """torch.export.default_decompositions() and this library's forward operators, for ExportedProgram's
+    run_decompositions.
+
+    Packed input has no decomposition, as its rows' steps are data and not shapes: a RuntimeError says so.
+    """
+    table: Any = torch.export.default_decompositions()
+    table[torch.ops.charrnn_fast.elman_layer.default] = _elman_layer
+    table[torch.ops.charrnn_fast.linear_cross_entropy.default] = _linear_cross_entropy_rows
+    return table
+
+
+def _elman_layer(
+    input: Tensor,
+    h0: Tensor | None,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Tensor],
+    backend: str,
+    nonlinearity: str,
+    reverse: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    """input (T, B, I), or ids (T, B) -> output (T, B, D*H), h_n (D, B, H); see elman_layer in elman.py."""
+    from torch._higher_order_ops.scan import scan
+
+    if batch_sizes is not None:
+        raise RuntimeError("an Elman layer of packed input has no decomposition: export the model on padded input")
+    activation = torch.tanh if nonlinearity == "tanh" else torch.relu
+    outputs, states = [], []
+    for direction, backwards in enumerate(reverse):
+        weight_ih, weight_hh, bias = of_direction(weights, direction, len(reverse))
+        if input.dtype in TOKEN_TYPES:
+            x = F.embedding(input, weight_ih.t() if bias is None else weight_ih.t() + bias)
+        else:
+            x = F.linear(input, weight_ih, bias)
+        state = x.new_zeros(x.shape[1:]) if h0 is None else h0[direction].clone()
+        transposed = weight_hh.t().contiguous()
+
+        def step(state: Tensor, x_t: Tensor, transposed: Tensor = transposed) -> tuple[Tensor, Tensor]:
+            state = activation(torch.addmm(x_t, state, transposed))
+            return state, state.clone()  # scan hands out no tensor twice
+
+        last, output = scan(step, state, x, dim=0, reverse=backwards)
+        outputs.append(output)
+        states.append(last)
+    return torch.cat(outputs, dim=-1), torch.stack(states)
+
+
+def _linear_cross_entropy_rows(
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    reduction: str,
+    ignore_index: int,
+    loss_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The loss, each row's log-sum-exp (N,) and the number of rows that count (), as its kernels have them."""
+    dtype = torch.promote_types(input.dtype, torch.float32)
+    logits = F.linear(input, weight, bias).to(dtype)
+    loss = F.cross_entropy(logits, target, reduction=reduction, ignore_index=ignore_index).to(loss_dtype)
+    return loss, logits.logsumexp(-1), (target != ignore_index).sum().to(dtype)

@@ -1,0 +1,82 @@
+"""What a call costs before any kernel works, in counts, which a busy machine does not change."""
+
+import pytest
+import torch
+
+from charrnn_fast.bench import host
+from charrnn_fast.cli import main
+from charrnn_fast.kernels import native
+
+# Python calls, ATen operations, launches: no more than these. torch.nn.RNN's backward is ATen's and has none of the
+# first; what surrounds a backward pass in Python is torch's, some 20 of the calls.
+MOST = {
+    "native": {
+        "forward, no_grad": (30, 6, 1),
+        "forward": (26, 6, 1),
+        "forward + backward": (62, 19, 2),
+        "tokens, forward + backward": (60, 18, 2),
+        "loss + backward": (93, 29, 1),
+    },
+    "triton": {
+        "forward, no_grad": (26, 2, 1),
+        "forward": (22, 2, 1),
+        "forward + backward": (58, 18, 3),
+        "tokens, forward + backward": (72, 23, 4),
+        "loss + backward": (204, 48, 4),
+    },
+}
+
+
+@pytest.fixture(scope="module", params=MOST)
+def rows(request):
+    if request.param == "native" and (why := native.available()):
+        pytest.skip(f"backend 'native': {why}")
+    if request.param == "triton" and torch.cuda.is_available():
+        pytest.skip("the launchers are given CPU tensors, which needs the interpreter's")
+    return request.param, host.rows_of(request.param, timed=False)
+
+
+def test_no_call_gets_longer(rows):
+    backend, found = rows
+    counts = {row.name: (row.frames, row.operations, row.launches) for row in found}
+    assert counts.keys() == MOST[backend].keys()
+    longer = {
+        name: (now, MOST[backend][name])
+        for name, now in counts.items()
+        if any(n > most for n, most in zip(now, MOST[backend][name], strict=True))
+    }
+    assert not longer, f"calls, operations and launches, now and at most: {longer}"
+
+
+def test_a_forward_is_one_launch_four_files_from_the_door(rows):
+    _, found = rows
+    forward = next(row for row in found if row.name == "forward")
+    assert (forward.launches, forward.files) == (1, 4)
+
+
+def test_the_stubs_are_taken_away_again(rows):
+    backend, _ = rows
+    rnn = torch.nn.RNN(3, 4)
+    ours = host.FusedRNN(3, 4, backend=backend)
+    ours.load_state_dict(rnn.state_dict())
+    x = torch.randn(5, 2, 3)
+    torch.testing.assert_close(ours(x)[0], rnn(x)[0])
+
+
+def test_times_are_ratios_of_one_run():
+    add = host.adds_of(lambda: torch.add(torch.ones(4), 1))
+    assert 1 < add < 20
+
+
+def test_the_command_prints_the_table(capsys, monkeypatch):
+    monkeypatch.setattr(host, "adds_of", lambda call: 1.5)
+    assert main(["bench", "--host"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1].split()[:2] == ["torch.nn.RNN", "forward,"] and "1.5" in lines[1]
+
+
+def test_the_table_names_every_side():
+    row = host.Row("forward", 12.3, 25, 2, 1, 4)
+    lines = host.table({"torch.nn.RNN": [row], "native": [row]}).splitlines()
+    assert [line.split()[0] for line in lines[1:]] == ["torch.nn.RNN", "native"]
+    assert "12.3" in lines[1] and "Python calls" in lines[0]
