@@ -6,8 +6,10 @@ import shutil
 
 import pytest
 import torch
+from functorch.compile import make_boxed_func
 from rnn_modules import OPTIONS, gradients, loss_of
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
 from torch.nn.utils.rnn import pack_padded_sequence
@@ -128,7 +130,6 @@ class Tokens(nn.Module):
 
 @pytest.mark.parametrize("tokens", [False, True])
 def test_compile_in_one_graph(rnn, x, tokens):
-    x = x[:2]  # torch's own path is unrolled, step by step
     given, model = (x.argmax(-1), Tokens(rnn)) if tokens else (x, rnn)
     h0 = torch.randn(4, 2, 4, device=x.device)
     torch._dynamo.reset()
@@ -139,13 +140,14 @@ def test_compile_in_one_graph(rnn, x, tokens):
         assert result[0].stride() == model(*arguments)[0].stride()
         torch.testing.assert_close(gradients(rnn, result), gradients(rnn, model(*arguments)))
     with torch.autocast(x.device.type, dtype=torch.bfloat16):
-        torch.testing.assert_close(compiled(given), model(given))
+        # The operator's operands are cast before it, in eager mode some by the operators within: a rounding apart.
+        torch.testing.assert_close(compiled(given), model(given), rtol=1.6e-2, atol=1.6e-2)
 
 
-def test_compile_with_any_number_of_steps(device):
-    """One graph serves every T: the kernels are an operator to the compiler, not unrolled."""
+def test_compile_with_any_number_of_steps(backend, device):
+    """One graph serves every T: a layer is one operator to the compiler, torch's own RNN too, and not unrolled."""
     torch._dynamo.reset()
-    rnn = FusedRNN(3, 4, backend="triton", batch_first=True, device=device)
+    rnn = FusedRNN(3, 4, backend=backend, batch_first=True, device=device)
     counter = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(rnn, fullgraph=True, backend=counter, dynamic=True)
     for steps in (5, 7, 9):
@@ -154,10 +156,29 @@ def test_compile_with_any_number_of_steps(device):
     assert counter.frame_count == 1
 
 
-def test_compile_of_packed_input(rnn, backend, device):
-    """In one graph by the kernels; torch's own path looks at the data and breaks it."""
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True, "bias": False}])
+def test_compiling_torchs_own_rnn_takes_no_longer_for_more_steps(options):
+    """A thousand steps unrolled take minutes; one operator a layer is a handful of nodes for any number of steps."""
     torch._dynamo.reset()
-    compiled = torch.compile(rnn, backend="aot_eager", fullgraph=backend == "triton")
+    graphs = []
+
+    def count(graph, inputs):
+        graphs.append(len(graph.graph.nodes))
+        return make_boxed_func(graph.forward)
+
+    rnn = FusedRNN(3, 4, backend="torch", **options)
+    compiled = torch.compile(rnn, fullgraph=True, backend=aot_autograd(fw_compiler=count, bw_compiler=count))
+    given = torch.randn(1000, 2, 3, requires_grad=True)
+    result = compiled(given)
+    torch.testing.assert_close(gradients(rnn, result), gradients(rnn, rnn(given)), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(result, rnn(given))
+    assert len(graphs) == 2 and max(graphs) < 60
+
+
+def test_compile_of_packed_input(rnn, backend, device):
+    """In one graph: how many sequences there are is the operator's matter."""
+    torch._dynamo.reset()
+    compiled = torch.compile(rnn, backend="aot_eager", fullgraph=True)
     packed = pack_padded_sequence(torch.randn(5, 2, 3, device=device), [3, 5], enforce_sorted=False)
     h0 = torch.randn(4, 2, 4, device=device)
     for arguments in [(packed,), (packed, h0)]:

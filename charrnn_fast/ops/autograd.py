@@ -1,7 +1,8 @@
 """What the operations' backward passes share: gradients by recomputation, and gradients kept until asked for."""
 
+import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -39,6 +40,17 @@ def apply_of(function: type[torch.autograd.Function]) -> Callable[..., Any]:
     """
     parent: Any = super(torch.autograd.Function, function)
     return parent.apply
+
+
+@contextlib.contextmanager
+def below_autograd_recording() -> Iterator[None]:
+    """Record a graph inside the body of a registered operator, where torch leaves autograd's dispatch keys out."""
+    excluded = torch._C._dispatch_tls_local_exclude_set()
+    for key in ("AutogradOther", "AutogradFunctionality", "AutogradNestedTensor", "ADInplaceOrView"):
+        excluded = excluded.remove(getattr(torch._C.DispatchKey, key))
+    included = torch._C._dispatch_tls_local_include_set()
+    with torch.enable_grad(), torch._C._ForceDispatchKeyGuard(included, excluded):
+        yield
 
 
 def recomputed(

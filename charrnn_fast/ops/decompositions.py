@@ -17,7 +17,8 @@ from torch import Tensor
 
 from . import elman as _elman  # noqa: F401  (which registers its operators)
 from . import linear_cross_entropy as _linear_cross_entropy  # noqa: F401
-from .elman_torch import TOKEN_TYPES, of_direction
+from .elman_torch import of_direction
+from .tokens import TOKEN_TYPES
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 
 from . import backends
-from .autograd import apply_of, must_recompute, recomputed, saved_tensors
+from .autograd import apply_of, below_autograd_recording, must_recompute, recomputed, saved_tensors
 from .context import OPERATORS, REGISTERED, autocast, in_plain_memory, plain, registered_operators_only, watched
 from .elman_layer import Layer, layer_of
-from .elman_torch import layer_by_tensor_operations
+from .elman_torch import layer_by_tensor_operations, layer_by_torch
 from .tokens import TOKEN_TYPES, check_tokens
 
 
@@ -196,6 +196,8 @@ def _elman_layer_op(
     if h0 is not None and batch_sizes is not None and len(batch_sizes) and h0.shape[1] != batch_sizes[0]:
         expected = (len(reverse), int(batch_sizes[0]), weights[1].shape[0])
         raise RuntimeError(f"Expected hidden size {expected}, got {list(h0.shape)}")
+    if backend == "torch":
+        return layer_by_torch(input, h0, weights, batch_sizes, nonlinearity, reverse)
     return _layer_like(backend, weights[1], nonlinearity, reverse).forward(input, h0, weights, batch_sizes)
 
 
@@ -241,8 +243,12 @@ def _elman_layer_backward_op(
     reverse: list[bool],
     needs_grad: list[bool],
 ) -> list[Tensor]:
-    layer = _layer_like(backend, weights[1], nonlinearity, reverse)
-    grads = layer.backward(grad_out, grad_h_n, out, input, h0, weights, batch_sizes, needs_grad)
+    if backend == "torch":
+        options = (batch_sizes, nonlinearity, reverse, needs_grad)
+        grads = _recomputed_in_operator(grad_out, grad_h_n, input, h0, weights, *options)
+    else:
+        layer = _layer_like(backend, weights[1], nonlinearity, reverse)
+        grads = layer.backward(grad_out, grad_h_n, out, input, h0, weights, batch_sizes, needs_grad)
     # An operator's results may share no memory, as gradients that are slices of one tensor do.
     results: list[Tensor] = []
     memory: set[int] = set()
@@ -252,6 +258,30 @@ def _elman_layer_backward_op(
             results.append(grad.clone(memory_format=torch.contiguous_format) if shared else grad.contiguous())
             memory.add(results[-1].untyped_storage().data_ptr())
     return results
+
+
+def _recomputed_in_operator(
+    grad_out: Tensor | None,
+    grad_h_n: Tensor | None,
+    input: Tensor,
+    h0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    nonlinearity: str,
+    reverse: Sequence[bool],
+    needs_grad: Sequence[bool],
+) -> list[Tensor | None]:
+    """Gradients of torch's own RNN: it runs again, recorded, although an operator's body runs below autograd."""
+    operands: list[Any] = []
+    for x, needs in zip((input, h0, *weights), needs_grad, strict=True):
+        operands.append(None if x is None else x.detach().requires_grad_(needs))
+    with below_autograd_recording():
+        results = layer_by_torch(operands[0], operands[1], operands[2:], batch_sizes, nonlinearity, reverse)
+        wanted = [x for x, needs in zip(operands, needs_grad, strict=True) if needs and x is not None]
+        given = [(y, g) for y, g in zip(results, (grad_out, grad_h_n), strict=True) if g is not None]
+        outputs, grads = [y for y, _ in given], [g for _, g in given]
+        found: Any = iter(torch.autograd.grad(outputs, wanted, grads))
+    return [next(found) if needs and x is not None else None for needs, x in zip(needs_grad, operands, strict=True)]
 
 
 @_elman_layer_backward_op.register_fake

@@ -136,7 +136,9 @@ def _layerwise_backend(rnn: Any, operands: list[Any], tokens: bool, onlooker: st
         return "torch" if transforms_active() else None  # torch's own RNN has no rule for vmap
     weight = operands[-1]
     name = backends.choose(rnn.backend, weight.device, weight.dtype, rnn.hidden_size)
-    return name if name != "torch" and plain(*operands) else None
+    if name == "torch":  # one operator a layer to a compiler, which would unroll torch's own RNN, a step at a time
+        return name if torch.compiler.is_compiling() else None
+    return name if plain(*operands) else None
 
 
 def _alike(operands: list[Any], tokens: bool) -> bool:
@@ -193,7 +195,7 @@ def _watched_layer(
     nonlinearity = _ACTIVATIONS[rnn.mode]
     if backend == "onnx":
         return layer_in_onnx(input, h0, weights, nonlinearity, len(reverse))
-    if backend != "torch":
+    if backend != "torch" or torch.compiler.is_compiling():
         return registered_layer(input, h0, batch_sizes, weights, backend, nonlinearity, reverse)
     if input.dtype in TOKEN_TYPES and input.device.type == "cpu":
         check_tokens(input, weights[0].shape[1])

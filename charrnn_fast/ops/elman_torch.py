@@ -10,12 +10,13 @@ T=64 B=16 V=5000 H=128 9.9 and 51.5.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import _VF, Tensor, nn
 
-from .tokens import TOKEN_TYPES
+from .tokens import TOKEN_TYPES, one_hot_rows
 
 # Torch's own class, bound here and nowhere else when the library is imported: torch.nn.RNN may be FusedRNN by the time
 # of a call, as patching that name is the commonest way to try a drop-in.
@@ -93,6 +94,27 @@ def layer_by_tensor_operations(
         outputs.append(output)
         states.append(state)
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)), torch.stack(states)
+
+
+def layer_by_torch(
+    input: Tensor,
+    h0: Tensor | None,
+    weights: Sequence[Tensor],
+    batch_sizes: Tensor | None,
+    nonlinearity: str,
+    reverse: Sequence[bool],
+) -> tuple[Tensor, Tensor]:
+    """All D directions of one layer by torch's own RNN where it can run them. Arguments and results as above."""
+    tokens, each = input.dtype in TOKEN_TYPES, len(weights) // len(reverse)
+    if each == 3 or reverse[0] or (tokens and input.device.type == "cpu"):
+        return layer_by_tensor_operations(input, h0, weights, batch_sizes, nonlinearity, reverse)
+    if tokens:
+        input = one_hot_rows(input, weights[0].shape[1], weights[0].dtype)
+    if h0 is None:
+        batch = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
+        h0 = input.new_zeros(len(reverse), batch, weights[1].shape[0])
+    options: tuple[Any, ...] = (nonlinearity, each == 4, 1, 0.0, True, len(reverse) == 2)
+    return torch_rnn(input, h0, list(weights), batch_sizes, *options)
 
 
 def of_direction(weights: Sequence[Tensor], direction: int, directions: int) -> tuple[Tensor, Tensor, Tensor | None]:
