@@ -18,6 +18,7 @@ from .ops.context import OPERATORS, exported_to_onnx, plain, traced, watched
 from .ops.elman import wrong_batch_sizes
 from .ops.elman_stack import elman_stack
 from .ops.elman_torch import TorchRNN, torch_rnn
+from .ops.resets import episodes
 from .ops.tokens import TOKEN_TYPES, one_hot_rows
 
 
@@ -155,6 +156,47 @@ class FusedRNN(TorchRNN):
             weight: Any = self._flat_weights[0]
             return self(F.one_hot(ids.long(), self.input_size).to(weight.dtype), hx)
         return self._run(tokens, hx, True)
+
+    def forward_with_resets(self, input: Tensor, resets: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """:meth:`forward` with a state that is zero before each step where ``resets`` says so, as recurrent policies of
+        reinforcement learning need it where an episode begins.
+
+        Args:
+            input: (T, B, I), or (B, T, I) if ``batch_first``.
+            resets: bool, (T, B) or (B, T): is the state, ``hx`` too, zero before this step? In a bidirectional layer
+                nothing goes past a reset in either direction. The mask is read on the CPU, which waits for a GPU.
+            hx: as in :meth:`forward`.
+
+        Returns:
+            output and h_n as :meth:`forward` gives them.
+
+        Raises:
+            ValueError: ``resets`` is no bool tensor of the input's steps and sequences on its device, or the input is
+            unbatched or packed; what :meth:`forward` raises.
+
+        Hooks of the module run for ``forward``.
+        """
+        if not isinstance(input, Tensor) or input.dim() != 3:
+            raise ValueError("forward_with_resets expects a batched 3-D tensor as input")
+        if resets.dtype != torch.bool or resets.shape != input.shape[:2] or resets.device != input.device:
+            raise ValueError(
+                f"resets: expected bool {tuple(input.shape[:2])} on {input.device}, "
+                f"got {resets.dtype} {tuple(resets.shape)} on {resets.device}"
+            )
+        self._check(input, hx, None, False)
+        steps_first = input.transpose(0, 1) if self.batch_first else input
+        steps, batch = steps_first.shape[:2]
+        if steps == 0 or batch == 0:
+            return self._run(input, hx, False)
+        found = episodes(resets.t() if self.batch_first else resets)
+        rows = steps_first.reshape(steps * batch, -1).index_select(0, found.rows)
+        start = None
+        if hx is not None:
+            start = hx.new_zeros(hx.shape[0], int(found.batch_sizes[0]), hx.shape[2])
+            start = start.index_copy(1, found.carried, hx.index_select(1, found.carried_from))
+        packed, hidden = self._run(PackedSequence(rows, found.batch_sizes), start, False)
+        output = packed.data.index_select(0, found.places).view(steps, batch, -1)
+        return output.transpose(0, 1) if self.batch_first else output, hidden.index_select(1, found.last)
 
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
         """What nn.Module.__call__ runs. To torch.fx's tracers a call is one node, as torch.nn's own modules are."""

@@ -105,15 +105,17 @@ class Launch:
             self._compiled.append(record)
 
 
+_kept: dict[tuple[Any, ...], Launch] = {}
+
+
 def start(kernel: Any, grid: tuple[int, int, int], device: torch.device, *arguments: Any, **constants: Any) -> None:
     """Call the `Launch` of this kernel for these constants and the arguments' types, kept from call to call."""
-    types = tuple([None if a is None or type(a) is int else a.dtype for a in arguments])
-    _kept(kernel, device, types, *constants.items())(grid, device, *arguments)
-
-
-@functools.cache
-def _kept(kernel: Any, device: torch.device, types: tuple[torch.dtype | None, ...], *constants: Any) -> Launch:
-    return Launch(kernel, **dict(constants))
+    types = [None if a is None or type(a) is int else a.dtype for a in arguments]
+    key = (id(kernel), device, *types, *constants.values())  # a kernel's own hash is that of its source
+    launch = _kept.get(key)
+    if launch is None:
+        launch = _kept[key] = Launch(kernel, **constants)
+    launch(grid, device, *arguments)
 
 
 _MOST_FORMS = 8  # that are tried in turn; more are Triton's to look up

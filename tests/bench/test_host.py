@@ -20,9 +20,9 @@ MOST = {
     "triton": {
         "forward, no_grad": (26, 2, 1),
         "forward": (22, 2, 1),
-        "forward + backward": (58, 18, 3),
-        "tokens, forward + backward": (72, 23, 4),
-        "loss + backward": (204, 48, 4),
+        "forward + backward": (54, 18, 3),
+        "tokens, forward + backward": (66, 23, 4),
+        "loss + backward": (186, 48, 4),
     },
 }
 

@@ -100,7 +100,7 @@ def test_misspelt_variables(place, capsys, monkeypatch, command, variable):
     if variable == "CHARRNN_ISA":
         if native.available() is not None:
             pytest.skip(f"backend 'native': {native.available()}")
-        monkeypatch.setattr(native, "_selected", None)  # as in a program that has run no kernel
+        monkeypatch.setattr(native.library, "_selected", None)  # as in a program that has run no kernel
     monkeypatch.setenv(variable, "avx3")
     _refused(capsys, _commands(place)[command], variable, "avx3")
 
