@@ -239,7 +239,7 @@ def test_contract_of_torchs_function_of_this_name():
 
 def test_the_backend_is_chosen_by_device_and_environment(monkeypatch):
     assert backends.choose_loss(DEVICE, torch.float32) == "triton"
-    with pytest.raises(RuntimeError, match="no kernel for torch.complex64"):
+    with pytest.raises(RuntimeError, match=r"no kernel for torch\.complex64"):
         backends.choose_loss(DEVICE, torch.complex64)
     monkeypatch.setenv("CHARRNN_BACKEND", "torch")
     assert backends.choose_loss(DEVICE, torch.float32) == "torch"
