@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from charrnn_fast import CharRNN, Trainer
-from charrnn_fast.bench import gate_kernels, gate_parity, gate_tiles, grid, measure, suite
+from charrnn_fast.bench import gate_chip, gate_kernels, gate_parity, gate_tiles, grid, measure, suite
 from charrnn_fast.bench.grid import Config, Gradients
 from charrnn_fast.bench.peers import Ours
 from charrnn_fast.bench.suite import Case, Run
@@ -291,6 +291,11 @@ def tiles(context: Context) -> None:
     _keep(context, "tiles", gate_tiles.neighbours(context.device), "wrong")
 
 
+def chip(context: Context) -> None:
+    """The recurrence across the chip, its tiles and torch.nn.RNN timed by turns."""
+    _keep(context, "chip", gate_chip.rows(context.device), "wrong")
+
+
 STAGES: dict[str, Callable[[Context], None]] = {
     "environment": environment,
     "tests": tests,
@@ -300,6 +305,7 @@ STAGES: dict[str, Callable[[Context], None]] = {
     "kernels": kernels,
     "registers": registers,
     "tiles": tiles,
+    "chip": chip,
 }
 
 

@@ -1,5 +1,5 @@
-"""Peers from outside PyTorch: JAX, onnxruntime and FlashRNN, optional extras of this package; FlagGems and XMA, used
-where they are installed.
+"""Peers from outside PyTorch: JAX, onnxruntime, OpenVINO and FlashRNN, extras of this package; FlagGems and XMA,
+used where they are installed.
 """
 
 import shutil
@@ -7,6 +7,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -129,6 +130,37 @@ class OnnxRuntime(_CpuLibrary):
         session = onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
         x = data_of(problem.input).detach().numpy()
         return lambda: session.run(["Y"], {"X": x})
+
+
+class OpenVino(_CpuLibrary):
+    """OpenVINO's RNN operator on its CPU plug-in in float32, inference only; batch-first, so between transposes."""
+
+    name, key, package = "OpenVINO", "openvino", "openvino"
+    tasks = ("forward",)
+
+    def forward(self, problem: Problem) -> Job:
+        import openvino
+        from openvino import opset13 as ops
+
+        config = problem.config
+        weight_ih, weight_hh, bias_ih, bias_hh = problem.rnn.parameters()
+        rows, states = [config.T, config.B, config.I], np.zeros((config.B, 1, config.H), np.float32)
+        weights = (weight_ih[None], weight_hh[None], (bias_ih + bias_hh)[None])
+        W, R, bias = (ops.constant(w.detach().numpy()) for w in weights)
+        X = ops.parameter(rows, np.float32, "X")
+        lengths = ops.constant(np.full(config.B, config.T, np.int64))
+        by_batch = ops.transpose(X, ops.constant(np.array([1, 0, 2])))
+        # Of the operator's results the first is (B, 1, T, H).
+        layer = ops.rnn_sequence(by_batch, ops.constant(states), lengths, W, R, bias, config.H, "forward", ["tanh"])
+        by_time = ops.transpose(layer.output(0), ops.constant(np.array([2, 1, 0, 3])))
+        options = {
+            "INFERENCE_PRECISION_HINT": "f32",
+            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+            "PERFORMANCE_HINT": "LATENCY",
+        }
+        compiled = openvino.Core().compile_model(openvino.Model([by_time], [X]), "CPU", options)
+        request, given = compiled.create_infer_request(), data_of(problem.input).detach().contiguous().numpy()
+        return lambda: request.infer([given], share_inputs=True, share_outputs=True)[0]
 
 
 class _GpuLibrary(Peer):

@@ -272,7 +272,7 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-PACKAGES = ("triton", "jax", "onnxruntime", "flashrnn", "flag-gems", "xma")
+PACKAGES = ("triton", "jax", "onnxruntime", "openvino", "flashrnn", "flag-gems", "xma")
 
 
 def machine(device: torch.device = CPU) -> dict[str, Any]:

@@ -46,8 +46,9 @@ if TYPE_CHECKING:
 else:
     from bench import static_cases, static_figures
     from bench.static_cases import TARGETS, Case, all_cases, load
-elman_cases, case_name, clip_cases, generate_cases = (
+elman_cases, elman_grid_cases, case_name, clip_cases, generate_cases = (
     static_cases.elman_cases,
+    static_cases.elman_grid_cases,
     static_cases.case_name,
     static_cases.clip_cases,
     static_cases.generate_cases,
@@ -120,6 +121,10 @@ PER_STEP = (
 def figures(case: Case) -> dict:
     """Compile one case and measure it."""
     found = of_compiled(compile_case(case), positions(case))
+    if case.team:
+        tiles, warps = load("elman_grid_tiles"), case.options["num_warps"]
+        at_once = tiles.programs_at_once(found["registers"], found["shared"], warps, tiles.CHIPS[case.target])
+        found |= {"team": case.team, "at_once": at_once}
     if case.steps > 1:
         found |= {name: round(found[name] / case.steps, 2) for name in PER_STEP if name in found}
     return found

@@ -45,6 +45,7 @@ class Case:
     shared: int  # bytes of shared memory that it may have
     steps: int = 1  # time steps in one round of the loop
     values: tuple[tuple[str, int], ...] = ()  # arguments on which the accesses that are counted depend
+    team: int = 0  # programs that wait for each other, and so have to run at once
 
 
 def elman_cases(target: str) -> list[Case]:
@@ -117,6 +118,73 @@ def elman_case(step: str, kind: str, width: int, tile, full: bool, target: str) 
         matrix=tile.form != "fma",
         shared=min(TARGETS[target][1], tile.shared_kb * 1024),
         steps=tile.ahead,
+    )
+
+
+GRID_SIZES = (192, 256, 384, 512, 768, 1024, 1536, 2048)
+
+
+def elman_grid_cases(target: str) -> list[Case]:
+    """The recurrence across the chip, every tile at the largest hidden size that it is for, and one at those between.
+
+    "full", and on sm_90 "plain" too, are as in elman_cases.
+    """
+    tiles = load("elman_grid_tiles")
+    return [
+        elman_grid_case(step, kind, hidden, tile, full, target)
+        for (kind, width), entries in tiles.GRID_TILES.items()
+        for hidden in GRID_SIZES
+        if tiles.grid_width(kind, hidden) == width and (kind in ("tf32", "16bit") or hidden == width)
+        for tile in (entries if hidden == width else entries[:1])
+        if target in tile.targets
+        for step in ("forward", "backward")
+        for full in ((False, True) if target == "sm_90" else (True,))
+    ]
+
+
+def elman_grid_case(step: str, kind: str, hidden: int, tile, full: bool, target: str) -> Case:
+    value, options = POINTER[kind], "full" if full else "plain"
+    name = f"elman grid {step} {value[1:]} H{hidden} {tile.form} units{tile.units} rows{tile.rows} warps{tile.warps}"
+    types = {name: value for name in ("weight_ptr", "weight_reverse_ptr", "out_ptr")} | {"counters_ptr": "*i32"}
+    if full:
+        types |= {"h0_ptr": value, "steps_ptr": "*i64"}
+    if step == "forward":
+        types |= {name: value for name in ("x_ptr", "h_n_ptr", "bias_ih_ptr", "bias_ih_reverse_ptr")}
+        if full:
+            types |= {"tokens_ptr": "*i64", "bias_hh_ptr": value, "bias_hh_reverse_ptr": value}
+    else:
+        types |= {name: value for name in ("grad_out_ptr", "grad_x_ptr", "grad_h0_ptr")}
+        types |= {"partial_bias_ptr": "*fp64" if kind == "fp64" else "*fp32"}
+        if full:
+            types |= {"grad_h_n_ptr": value, "h_prev_ptr": value}
+    form = load("elman_grid_forms").GridForm(
+        hidden=hidden - full,
+        units=tile.units,
+        rows=tile.rows,
+        warps=tile.warps,
+        dtype=getattr(triton.language, {"fp64": "float64", "16bit": "bfloat16"}.get(kind, "float32")),
+        mma=tile.form != "fma",
+        three=tile.form == "mma3",
+        most_chains=tile.chains,
+        lanes_k=tile.lanes_k,
+        ahead=tile.ahead,
+    )
+    sizes = {"T": 64, "B": tile.rows, "D": 1, "V": 28, "reverse": 0, "first_step": 0, "num_steps": 65, "first_team": 0}
+    kernel = f"elman_grid_{step}_kernel"
+    arguments = getattr(load("elman_grid_kernels"), kernel).arg_names
+    return Case(
+        name=f"{name} {options}",
+        target=target,
+        module="elman_grid_kernels",
+        kernel=kernel,
+        types=types,
+        constants={"F": form} | ({} if "tokens_ptr" in types else {"stride_x_h": 1}),
+        divisible=not full,
+        options=tile.launch_options(target),
+        matrix=tile.form != "fma",
+        shared=48 * 1024,
+        values=tuple((name, size) for name, size in sizes.items() if name in arguments),
+        team=tile.programs(hidden),
     )
 
 
@@ -343,5 +411,5 @@ def all_cases(target: str) -> list[Case]:
     """Of every kernel that is shipped."""
     makers: list[Callable[[str], list[Case]]] = [elman_cases, elman_sum_cases]
     if target not in TILES_OF:
-        makers += [linear_cross_entropy_cases, sum_cases, clip_cases, generate_cases]
+        makers += [elman_grid_cases, linear_cross_entropy_cases, sum_cases, clip_cases, generate_cases]
     return [case for cases in makers for case in cases(target)]

@@ -9,7 +9,7 @@ import torch
 
 from charrnn_fast.bench import grid
 from charrnn_fast.bench.grid import Config, Gradients
-from charrnn_fast.bench.libraries import XMA, FlagGems, FlashRNN, Jax, OnnxRuntime
+from charrnn_fast.bench.libraries import XMA, FlagGems, FlashRNN, Jax, OnnxRuntime, OpenVino
 from charrnn_fast.bench.measure import (
     CPU,
     ROW_GEMM,
@@ -35,6 +35,7 @@ PEERS: tuple[Peer, ...] = (
     CompiledReference(),
     Jax(),
     OnnxRuntime(),
+    OpenVino(),
     FlashRNN(),
     FlagGems(),
     XMA(),

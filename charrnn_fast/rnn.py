@@ -5,7 +5,7 @@ parameters, shapes and errors. A layer with all its directions is one launch of 
 kernels cannot take (sizes, devices, malformed arguments) goes to torch's own path, whose errors are then torch's.
 """
 
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import torch
 import torch.nn.functional as F
@@ -230,6 +230,10 @@ class FusedRNN(TorchRNN):
             data, batch_sizes, sorted_indices, unsorted_indices = input
             if hx is not None:
                 hx = self.permute_hidden(hx, sorted_indices)
+            elif sorted_indices is not None and torch.compiler.is_compiling():
+                # The number of sequences is data in batch_sizes, and a shape here: without it the graph would break.
+                layers, weight = self.num_layers * (2 if self.bidirectional else 1), self._flat_weights[0]
+                hx = cast(Tensor, weight).new_zeros(layers, sorted_indices.size(0), self.hidden_size)
             self._check(data, hx, batch_sizes, tokens)
             output, hidden = elman_stack(self, data, hx, batch_sizes, tokens, onlooker)
             rows = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)

@@ -71,9 +71,9 @@ def _print_choices(sizes: list[int], dtype: torch.dtype, device: torch.device) -
             explanation = backends.explain(size, dtype, device)
         except (ValueError, RuntimeError) as error:
             raise InputError(str(error)) from None
-        answers.setdefault((explanation.backend, *explanation.why_not.items()), []).append(size)
-    for (backend, *others), of in answers.items():
-        print(f"  hidden size {', '.join(map(str, of))}: {backend}")
+        answers.setdefault((explanation.backend, explanation.how, *explanation.why_not.items()), []).append(size)
+    for (backend, how, *others), of in answers.items():
+        print(f"  hidden size {', '.join(map(str, of))}: {backend}" + (f", {how}" if how else ""))
         for other, why in others:
             print(f"    not {other}: {why}")
 

@@ -1,15 +1,21 @@
 """Loss and perplexity of a model over batches, without training on them."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 
 from charrnn_fast.lm.data import Batch
 from charrnn_fast.lm.distributed import Processes
 from charrnn_fast.lm.model import CharRNN, evaluating
-from charrnn_fast.lm.records import perplexity
+from charrnn_fast.lm.records import EpochRecord, perplexity
 from charrnn_fast.reference import training as reference
 from charrnn_fast.reference.language_model import RNNLM
+
+
+def epochs_since_best(history: Sequence[EpochRecord]) -> int:
+    """Epochs since the one with the lowest loss, the first of such."""
+    losses = [record.loss for record in history]
+    return len(losses) - 1 - losses.index(min(losses))
 
 
 class Stopped(Exception):

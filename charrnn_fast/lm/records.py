@@ -1,7 +1,7 @@
 """What a run has come to: after a step, after an epoch, and in the middle of one."""
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -53,12 +53,6 @@ class EpochRecord:
     def loss(self) -> float:
         """The loss in nats that a run is judged by: of the validation where there is one, else of the training."""
         return self.train_loss if self.val_ppl is None else math.log(self.val_ppl)
-
-
-def epochs_since_best(history: Sequence[EpochRecord]) -> int:
-    """Epochs since the one with the lowest loss, the first of such."""
-    losses = [record.loss for record in history]
-    return len(losses) - 1 - losses.index(min(losses))
 
 
 @dataclass(frozen=True)

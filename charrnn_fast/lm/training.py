@@ -19,7 +19,7 @@ from charrnn_fast.lm.callbacks import Callback
 from charrnn_fast.lm.capture import CudaGraphRecorder, RecordedSteps, dependencies, why_not, why_not_optimizer
 from charrnn_fast.lm.data import Batch, Sampler
 from charrnn_fast.lm.distributed import Processes, ProcessLost
-from charrnn_fast.lm.evaluation import Stopped, validate
+from charrnn_fast.lm.evaluation import Stopped, epochs_since_best, validate
 from charrnn_fast.lm.model import CharRNN
 from charrnn_fast.lm.optimizers import (
     check_optimizer,
@@ -29,16 +29,7 @@ from charrnn_fast.lm.optimizers import (
     set_learning_rates,
 )
 from charrnn_fast.lm.random_state import random_state, set_random_state
-from charrnn_fast.lm.records import (
-    WHAT_TO_TRY,
-    EpochRecord,
-    EpochSoFar,
-    StepRecord,
-    epochs_since_best,
-    moved,
-    parts_of,
-    perplexity,
-)
+from charrnn_fast.lm.records import WHAT_TO_TRY, EpochRecord, EpochSoFar, StepRecord, moved, parts_of, perplexity
 from charrnn_fast.lm.schedule import Schedule
 from charrnn_fast.lm.step import TrainingStep, Updater, train_batches
 from charrnn_fast.lm.training_options import check_options

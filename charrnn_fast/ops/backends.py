@@ -61,6 +61,7 @@ class Kernels:
     adds_bias: bool = False  # they add the biases, sum their gradient and take a table of any strides
     projects: Callable[[int, int], int] | None = None
     # for features and rows (batch times directions): the most steps for which forward makes the product with W_ih
+    most_rows: float = float("inf")  # batch times directions up to which "auto" prefers them to torch's own RNN
 
 
 def _triton_kernels(device: torch.device, dtype: torch.dtype, hidden_size: int) -> Kernels:
@@ -73,7 +74,8 @@ def _triton_kernels(device: torch.device, dtype: torch.dtype, hidden_size: int) 
         return kernels.projected_steps(features, hidden_size, dtype, precision, device, rows)
 
     forward = functools.partial(kernels.elman_forward, precision=precision)
-    return Kernels(forward, functools.partial(kernels.elman_backward, precision=precision), True, projects)
+    backward = functools.partial(kernels.elman_backward, precision=precision)
+    return Kernels(forward, backward, True, projects, kernels.most_rows(hidden_size, dtype, precision, device))
 
 
 def _precision(device: torch.device, dtype: torch.dtype) -> str:
@@ -191,6 +193,17 @@ def _choose(name: str, device: torch.device, dtype: torch.dtype, hidden_size: in
     raise AssertionError("the last row of the table runs everything")
 
 
+@torch.compiler.assume_constant_result
+def most_rows(backend: str, chosen: str, device: torch.device, dtype: torch.dtype, hidden_size: int) -> float:
+    """Batch times directions beyond which torch's own RNN runs, though ``choose`` says ``chosen`` of ``backend``.
+
+    Infinite, but for a chosen backend that is known to be slower there and was not asked for by name.
+    """
+    if chosen == "torch" or requested(backend) != "auto":
+        return float("inf")
+    return kernels_of(chosen, device, dtype, hidden_size).most_rows
+
+
 def explain(
     hidden_size: int,
     dtype: torch.dtype = torch.float32,
@@ -208,8 +221,11 @@ def explain(
     chosen = choose(backend, device, dtype, hidden_size)
     automatic = requested(backend) == "auto"
     why_not = {}
+    if batch_size > most_rows(backend, chosen, device, dtype, hidden_size):
+        why_not[chosen] = _how(chosen, device, dtype, hidden_size, batch_size)
+        chosen = "torch"
     for row in BACKENDS:
-        if row.name != chosen:
+        if row.name != chosen and row.name not in why_not:
             why = row.cannot(device, dtype, hidden_size)
             if why is None and automatic:
                 why = row.should_not(device, dtype, hidden_size)

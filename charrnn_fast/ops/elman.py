@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import backends
+from . import backends, compiled_backward
 from .autograd import apply_of, below_autograd_recording, must_recompute, recomputed, saved_tensors
 from .context import OPERATORS, REGISTERED, autocast, in_plain_memory, plain, registered_operators_only, watched
 from .elman_layer import Layer, layer_of
@@ -149,7 +149,12 @@ class _ElmanLayer(torch.autograd.Function):
         layer = ctx.layer
         if ctx.batch_first:
             out, grad_out = out.transpose(0, 1), None if grad_out is None else grad_out.transpose(0, 1)
-        if torch.is_grad_enabled() or watched() is not None or not in_plain_memory((grad_out, grad_h_n, *saved)):
+        if compiled_backward.read():
+            operands = (grad_out, grad_h_n, out, input, h0, weights, batch_sizes)
+            found = compiled_backward.elman_gradients(
+                layer.backend, *operands, layer.nonlinearity, layer.reverse, needs_grad
+            )
+        elif torch.is_grad_enabled() or watched() is not None or not in_plain_memory((grad_out, grad_h_n, *saved)):
             options = (layer.nonlinearity, layer.reverse, needs_grad)
             found = _recomputed(grad_out, grad_h_n, input, h0, weights, batch_sizes, *options)
         else:

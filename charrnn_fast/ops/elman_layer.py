@@ -28,7 +28,7 @@ class Layer:
         reverse: for each direction, does it walk time backwards.
     """
 
-    __slots__ = ("_kernels", "backend", "directions", "hidden_size", "nonlinearity", "reverse")
+    __slots__ = ("_kernels", "backend", "directions", "hidden_size", "most_rows", "nonlinearity", "reverse")
 
     def __init__(
         self,
@@ -42,6 +42,7 @@ class Layer:
         self.backend, self.hidden_size, self.nonlinearity, self.reverse = backend, hidden_size, nonlinearity, reverse
         self.directions = len(reverse)
         self._kernels = backends.kernels_of(backend, device, dtype, hidden_size)
+        self.most_rows = self._kernels.most_rows
 
     def forward(
         self, input: Tensor, h0: Tensor | None, weights: Sequence[Tensor], batch_sizes: Tensor | None

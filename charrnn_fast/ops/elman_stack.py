@@ -39,7 +39,7 @@ def elman_stack(
     if rnn.batch_first and batch_sizes is None:
         input = input.transpose(0, 1)
     if onlooker is None and not torch._C._is_any_autocast_enabled():
-        layer = _layer(rnn, input, hx, weights, tokens)
+        layer = _layer(rnn, input, hx, weights, batch_sizes, tokens)
         if layer is not None:
             if rnn.num_layers == 1:
                 return elman_layer(layer, input, hx, weights, batch_sizes, rnn.batch_first and batch_sizes is None)
@@ -47,7 +47,9 @@ def elman_stack(
     return _watched_stack(rnn, input, hx, weights, batch_sizes, tokens, onlooker)
 
 
-def _layer(rnn: Any, input: Tensor, hx: Tensor | None, weights: Sequence[Any], tokens: bool) -> Layer | None:
+def _layer(
+    rnn: Any, input: Tensor, hx: Tensor | None, weights: Sequence[Any], batch_sizes: Tensor | None, tokens: bool
+) -> Layer | None:
     """The layers' kernels; None where a backend has none or cannot be given these tensors."""
     last = weights[-1]
     if last is None or input.shape[0] == 0:
@@ -62,7 +64,16 @@ def _layer(rnn: Any, input: Tensor, hx: Tensor | None, weights: Sequence[Any], t
             return None
     reverse = (False, True) if rnn.bidirectional else (False,)
     layer = choose_layer(rnn.backend, device, dtype, rnn.hidden_size, _ACTIVATIONS[rnn.mode], reverse)
-    return layer if layer is not None and in_plain_memory((input, hx, *weights)) else None
+    if layer is None or not in_plain_memory((input, hx, *weights)):
+        return None
+    if layer.most_rows < float("inf") and backends.requested(rnn.backend) == "auto":
+        return layer if _batch(input, batch_sizes) * layer.directions <= layer.most_rows else None
+    return layer
+
+
+def _batch(input: Tensor, batch_sizes: Tensor | None) -> int:
+    """B of time-major or packed input."""
+    return input.size(1) if batch_sizes is None else int(batch_sizes[0])
 
 
 def _layers(
@@ -107,13 +118,13 @@ def _watched_stack(
     if tokens and exported_to_onnx():
         input, tokens = _one_hot(rnn, input, weights[0].dtype), False
     cast_input, cast_hx, *cast = operands = autocast(input.device.type, [input, hx, *weights])
-    backend = _layerwise_backend(rnn, operands, tokens, onlooker)
+    backend = _layerwise_backend(rnn, operands, batch_sizes, tokens, onlooker)
     if backend is not None:
         return _watched_layers(rnn, backend, cast_input, cast_hx, cast, batch_sizes, onlooker)
     if hx is None:
         dtype = weights[0].dtype if tokens else input.dtype
         layers = rnn.num_layers * (2 if rnn.bidirectional else 1)
-        batch = input.size(1) if batch_sizes is None else int(batch_sizes[0])
+        batch = _batch(input, batch_sizes)
         hx = torch.zeros(layers, batch, rnn.hidden_size, dtype=dtype, device=input.device)
     if tokens and input.size(0) == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
@@ -126,7 +137,9 @@ def _watched_stack(
     return _torch_layers(rnn, input, hx, weights, batch_sizes)
 
 
-def _layerwise_backend(rnn: Any, operands: list[Any], tokens: bool, onlooker: str | None) -> str | None:
+def _layerwise_backend(
+    rnn: Any, operands: list[Any], batch_sizes: Tensor | None, tokens: bool, onlooker: str | None
+) -> str | None:
     """The backend that takes layer after layer; None for torch's own RNN, which also refuses malformed calls."""
     if operands[0].size(0) == 0 or not _alike(operands, tokens):
         return None
@@ -136,6 +149,9 @@ def _layerwise_backend(rnn: Any, operands: list[Any], tokens: bool, onlooker: st
         return "torch" if transforms_active() else None  # torch's own RNN has no rule for vmap
     weight = operands[-1]
     name = backends.choose(rnn.backend, weight.device, weight.dtype, rnn.hidden_size)
+    most = backends.most_rows(rnn.backend, name, weight.device, weight.dtype, rnn.hidden_size)
+    if most < float("inf") and _batch(operands[0], batch_sizes) * (2 if rnn.bidirectional else 1) > most:
+        name = "torch"
     if name == "torch":  # one operator a layer to a compiler, which would unroll torch's own RNN, a step at a time
         return name if torch.compiler.is_compiling() else None
     return name if plain(*operands) else None

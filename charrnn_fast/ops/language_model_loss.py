@@ -15,7 +15,7 @@ from torch import Tensor
 
 from charrnn_fast.kernels import native
 
-from . import backends
+from . import backends, compiled_backward
 from .autograd import HandedOutOnce, apply_of, must_recompute, recomputed
 from .context import addressable
 from .elman import elman
@@ -121,6 +121,9 @@ class _LanguageModelLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_loss, grad_h_n = grad_outputs
         needs_grad, saved = ctx.needs_input_grad[3:], ctx.saved_tensors
+        if compiled_backward.read():
+            found = compiled_backward.language_model_gradients(ctx.nonlinearity, *saved, *grad_outputs)
+            return (None, None, None, *(g if needs else None for g, needs in zip(found, needs_grad, strict=True)))
         # Given away, so that autograd can keep them as they are in place of copies; a graph that is retained and walked
         # again makes them anew, the same bits.
         gradients = ctx.gradients.take()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from charrnn_fast.kernels import native
 
-from . import backends
+from . import backends, compiled_backward
 from .autograd import HandedOutOnce, must_recompute, recomputed
 from .context import addressable, autocast, in_autocast, plain, registered_operators_only, tensor_operations_only
 
@@ -158,6 +158,8 @@ class _NativeLinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_loss,) = grad_outputs
         input, weight, bias, target = saved = ctx.saved_tensors  # once: checkpointing makes them anew for one reading
+        if compiled_backward.read():
+            return _read_backward(ctx, grad_loss, input, weight, bias, target)
         arguments = (input, weight, bias, target, ctx.ignore_index, ctx.reduction)
         # The gradients made in forward are given away, so that nobody finds them changed, and a loss that is kept does
         # not keep them. A graph that is retained and walked again makes them anew, the same bits.
@@ -178,6 +180,15 @@ class _NativeLinearCrossEntropy(torch.autograd.Function):
                 gradients = [None if g is None else g.mul_(grad_loss) for g in gradients]
         wanted = [g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False)]
         return (*wanted, None, None, None)
+
+
+def _read_backward(
+    ctx: Any, grad_loss: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
+) -> tuple[Tensor | None, ...]:
+    """What a Function's backward returns, for its first six arguments, where a compiler reads it."""
+    found = compiled_backward.loss_gradients(grad_loss, input, weight, bias, target, ctx.reduction, ctx.ignore_index)
+    wanted = [g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=False)]
+    return (*wanted, None, None, None)
 
 
 def _recomputed(
@@ -291,6 +302,8 @@ class _TritonLinearCrossEntropy(torch.autograd.Function):
         (grad_loss,) = grad_outputs
         input, weight, bias, target, lse, count = saved = ctx.saved_tensors
         options = (ctx.reduction, ctx.ignore_index, ctx.needs_input_grad)
+        if compiled_backward.read():
+            return *_read_backward(ctx, grad_loss, input, weight, bias, target), None
         if must_recompute(grad_loss, *saved):
             gradients = _recomputed(grad_loss, input, weight, bias, target, *options)
         else:

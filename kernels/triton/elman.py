@@ -145,7 +145,7 @@ def _shared_pass(
 def elman_limits(
     hidden_size: int, dtype: torch.dtype, precision: str = "ieee", device: torch.device | str = "cpu"
 ) -> str | None:
-    """None if one program can hold this hidden size, else one clause that says why not.
+    """None if one program can hold this hidden size, or a grid of them is faster than cuDNN; else a clause why not.
 
     hidden_size: H; dtype: of the input and the weights; precision: of float32 products, "ieee" or, if allowed, "tf32";
     device: where it would run ("cpu": interpreter, with sm_90's tiles).
@@ -160,8 +160,26 @@ def elman_limits(
     if not target_of(device)[0]:
         return f"no tile sizes for {torch.cuda.get_device_name(device)}"
     if choose_tile(hidden_size, dtype, precision, device) is None:
-        return f"hidden size {hidden_size} is too large for one program ({dtype})"
+        return _grid().grid_limits(hidden_size, dtype, precision, device)
     return None
+
+
+def _grid():
+    """The launchers of the recurrence across the chip, for what no program can hold; they import this module."""
+    from . import elman_grid
+
+    return elman_grid
+
+
+@functools.lru_cache(4096)
+def most_rows(hidden_size: int, dtype: torch.dtype, precision: str, device: torch.device) -> float:
+    """Batch rows times directions up to which the kernels are known to be faster than cuDNN; infinite for one program.
+
+    For a hidden size that elman_limits allows.
+    """
+    if choose_tile(hidden_size, dtype, precision, device) is not None:
+        return float("inf")
+    return _grid().grid_most_rows(hidden_size, dtype, precision, device)
 
 
 @functools.lru_cache(4096)
@@ -178,7 +196,7 @@ def projected_steps(
 
 def forget_tiles() -> None:
     """Choose tiles anew: what was chosen is kept, and the table has changed."""
-    for kept in (choose_tile, _forward_pass, _backward_pass, projected_steps):
+    for kept in (choose_tile, _forward_pass, _backward_pass, projected_steps, most_rows):
         kept.cache_clear()
 
 
@@ -188,7 +206,7 @@ def elman_reason(
     """The tile for a hidden size that elman_limits allows, and why it is that one. rows: batch times directions."""
     tile = choose_tile(hidden_size, dtype, precision, torch.device(device), rows)
     if tile is None:
-        raise RuntimeError(f"elman_reason: {elman_limits(hidden_size, dtype, precision, device)}")
+        return _grid().grid_reason(hidden_size, dtype, precision, device, rows)
     name = {"fma": "FMA", "mma": "tensor cores", "mma3": "tensor cores in three products"}[tile.form]
     return f"{name}, {tile.rows} rows and {tile.warps} warps a program ({tile.why})"
 
@@ -250,6 +268,11 @@ def elman_forward(
     h_n = torch.empty((D, B, H), dtype=dtype, device=device)
     if T == 0 or B == 0 or H == 0:
         return out, h_n.zero_() if h0 is None else h_n.copy_(h0)
+
+    if choose_tile(H, dtype, precision, device, B * D) is None:
+        biases = {"bias_ih": bias_ih, "bias_hh": bias_hh}
+        across = {"batch_sizes": batch_sizes, "nonlinearity": nonlinearity, "reverse": reverse, "precision": precision}
+        return _grid().elman_grid_forward(x, weight_hh, h0, tokens=tokens, out=out, **biases, **across)
 
     features, ids = 0 if weight_ih is None else x.shape[-1], None if tokens is None else tokens.dtype
     how = _forward_pass(H, dtype, precision, device, B * D, nonlinearity == "tanh", features, ids)
@@ -326,6 +349,11 @@ def elman_backward(
         grad_weight = tuple(torch.zeros_like(w) for w in weight_hh) if need_weight_grad else None
         grad_bias = out.new_zeros(D * H) if need_bias_grad else None
         return grad_x, grad_weight, grad_h0.zero_() if grad_h_n is None else grad_h0.copy_(grad_h_n), grad_bias
+
+    if choose_tile(H, dtype, precision, device, B * D) is None:
+        needs = {"need_weight_grad": need_weight_grad, "need_bias_grad": need_bias_grad, "num_tokens": num_tokens}
+        across = {"batch_sizes": batch_sizes, "nonlinearity": nonlinearity, "reverse": reverse, "precision": precision}
+        return _grid().elman_grid_backward(grad_out, grad_h_n, out, weight_hh, h0, tokens=tokens, **needs, **across)
 
     how = _backward_pass(H, dtype, precision, device, B * D, D, nonlinearity == "tanh")
     sum_weight = need_weight_grad and how.sum_steps >= T

@@ -184,7 +184,7 @@ def zero_tile(F: tl.constexpr):
 
 
 @device_function
-def _tf32_low(x, high):
+def tf32_low(x, high):
     """What `high` leaves of x; nothing where x is infinite, whose difference would be NaN."""
     return gl.where(gl.abs(x) == float("inf"), 0.0, x - high)
 
@@ -212,7 +212,7 @@ def load_weight(weight_ptr, TRANSPOSE: tl.constexpr, F: tl.constexpr):
         low = high
         if F.three:
             high = tf32_high(high)
-            low = _tf32_low(low, high)
+            low = tf32_low(low, high)
         if a < IN_REGISTERS:
             highs = highs + (high,)
             lows = lows + (low,)
@@ -265,7 +265,7 @@ def _chain_step(chain, w, stored, state, a, F: tl.constexpr):
         else:
             low = stored[0].index(a - IN_REGISTERS + F.in_shared).load(F.weight)
         state_high = tf32_high(state)
-        chain = mma_v2(high, _tf32_low(state, state_high), chain)
+        chain = mma_v2(high, tf32_low(state, state_high), chain)
         # An infinite state counts in the last product alone: W's low parts have signs of their own.
         chain = mma_v2(low, gl.where(gl.abs(state) == float("inf"), 0.0, state_high), chain)
         state = state_high

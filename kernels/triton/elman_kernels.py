@@ -13,11 +13,10 @@ With `inputs` the forward kernel gets features and makes their product with W_ih
 two steps before they are needed, behind the barriers that are there anyway, and their product is made one step before,
 beside that of the state, which does not wait for it.
 
-Row b of step t lies at p_t * stride_t + b * stride_b. p_t is t itself and B rows are active, or, with packed input, p_t
-is steps_ptr[t], the packed rows before step t, and steps_ptr[T + t] are active. A row that is not active keeps its
-state; past the last step, where the last group is not full, none is. Where a program's rows and steps begin is computed
-in int64; inside a tile int32 is enough and costs half the registers, unless the launcher finds rows so far apart that
-the form is `wide`. A pointer that is None stands for input that is not there.
+elman_walk.py says where the rows of a step lie. A row that is not active keeps its state; past the last step, where the
+last group is not full, none is. Where a program's rows and steps begin is computed in int64; inside a tile int32 is
+enough and costs half the registers, unless the launcher finds rows so far apart that the form is `wide`. A pointer that
+is None stands for input that is not there.
 """
 
 import triton.language as tl
@@ -37,99 +36,9 @@ from .elman_forms import (
     zero_outer,
     zero_tile,
 )
-from .gluon_interpreter import device_function, gl, jit
+from .elman_walk import begin_walk, load_bias, load_ids, load_input, load_tile, load_tiles, places_of
+from .gluon_interpreter import gl, jit
 from .numerics import activation, activation_backward, cast
-
-
-@device_function
-def _walk(steps_ptr, T, first_row, backwards):
-    """Number of steps in which `first_row` is active, the first position of the walk over them and the way to the next.
-
-    Batch sizes do not increase, so those steps are the first ones, and bisection finds their number.
-    """
-    steps = T
-    if steps_ptr is not None:
-        low = T * 0
-        while low < steps:
-            middle = (low + steps) // 2
-            if gl.load(steps_ptr + T + middle) > first_row:
-                low = middle + 1
-            else:
-                steps = middle
-    return steps, (backwards * (steps - 1)).to(gl.int64), (1 - 2 * backwards).to(gl.int64)
-
-
-@device_function
-def _places(steps_ptr, i, walk, T, B, first_row, F: tl.constexpr):
-    """Positions of the group of steps from number i of the walk, and rows from `first_row` on active in them."""
-    AHEAD: tl.constexpr = F.ahead
-    steps, start, way = walk
-    positions = ()
-    actives = ()
-    for k in gl.static_range(AHEAD):
-        t = start + (i + k) * way
-        inside = i + k < steps
-        if steps_ptr is None:
-            positions = positions + (t,)
-            actives = actives + (gl.where(inside, B - first_row, 0),)
-        else:
-            positions = positions + (gl.load(steps_ptr + t, mask=inside, other=0),)
-            actives = actives + (gl.load(steps_ptr + T + t, mask=inside, other=0).to(gl.int32) - first_row,)
-    return positions, actives
-
-
-@device_function
-def _load_tile(ptr, places, k, stride_t, offs, rows, in_width, F: tl.constexpr):
-    """State tile of step k of a group, zero where a row is not active or there is no tensor."""
-    if ptr is None:
-        return zero_tile(F)
-    else:
-        mask = (rows < places[1][k]) & in_width
-        return gl.load(ptr + places[0][k] * stride_t + offs, mask=mask, other=0.0)
-
-
-@device_function
-def _load_tiles(ptr, places, stride_t, offs, rows, in_width, F: tl.constexpr):
-    """State tiles of a group of steps."""
-    AHEAD: tl.constexpr = F.ahead
-    tiles = ()
-    for k in gl.static_range(AHEAD):
-        tiles = tiles + (_load_tile(ptr, places, k, stride_t, offs, rows, in_width, F),)
-    return tiles
-
-
-@device_function
-def _load_ids(tokens_ptr, places, stride_t, offs, rows, F: tl.constexpr):
-    """Token ids of a group of steps, -1 where a row is not active; an empty tuple without tokens."""
-    AHEAD: tl.constexpr = F.ahead
-    positions, actives = places
-    ids = ()
-    if tokens_ptr is not None:
-        for k in gl.static_range(AHEAD):
-            ids = ids + (gl.load(tokens_ptr + positions[k] * stride_t + offs, mask=rows < actives[k], other=-1),)
-    return ids
-
-
-@device_function
-def _load_input(x_ptr, tokens_ptr, ids, places, k, V, stride_t, offs, rows, in_width, F: tl.constexpr):
-    """Input tile of step k of a group; with tokens the rows `ids` of the table, zero for an id outside it."""
-    if tokens_ptr is None:
-        return _load_tile(x_ptr, places, k, stride_t, offs, rows, in_width, F)
-    else:
-        known = (ids[k] >= 0) & (ids[k] < V)
-        row = ids[k].to(gl.int64 if F.wide else gl.int32) * stride_t
-        return gl.load(x_ptr + row + offs, mask=known & in_width, other=0.0)
-
-
-@device_function
-def _load_bias(bias_ptr, bias_reverse_ptr, pid_d, units, F: tl.constexpr):
-    """(H,) of this program's direction, shaped to broadcast over rows; zero without one."""
-    if bias_ptr is None:
-        return 0.0
-    else:
-        if pid_d == 1:
-            bias_ptr = bias_reverse_ptr
-        return gl.load(bias_ptr + units, mask=units < F.hidden, other=0.0).to(F.acc)
 
 
 @jit(do_not_specialize=["T", "B", "V", "reverse"])
@@ -174,8 +83,8 @@ def elman_forward_kernel(
     if pid_d == 1:
         weight_ptr = weight_reverse_ptr
     w = load_weight(weight_ptr, False, F)
-    bias = _load_bias(bias_ih_ptr, bias_ih_reverse_ptr, pid_d, units, F)
-    bias += _load_bias(bias_hh_ptr, bias_hh_reverse_ptr, pid_d, units, F)
+    bias = load_bias(bias_ih_ptr, bias_ih_reverse_ptr, pid_d, units, F)
+    bias += load_bias(bias_hh_ptr, bias_hh_reverse_ptr, pid_d, units, F)
 
     if weight_ih_ptr is not None:
         if pid_d == 1:
@@ -207,30 +116,30 @@ def elman_forward_kernel(
     odd = gl.allocate_shared_memory(F.operand, F.shape, F.shared)
     even.store(cast(h, F.operand))
 
-    walk = _walk(steps_ptr, T, first_row, (reverse >> pid_d) & 1)
+    walk = begin_walk(steps_ptr, T, first_row, (reverse >> pid_d) & 1)
     steps, _, _ = walk
-    places = _places(steps_ptr, 0, walk, T, B, first_row, F)
-    following = _places(steps_ptr, F.ahead, walk, T, B, first_row, F)
+    places = places_of(steps_ptr, 0, walk, T, B, first_row, F)
+    following = places_of(steps_ptr, F.ahead, walk, T, B, first_row, F)
     if steps_ptr is not None:
-        third = _places(steps_ptr, 2 * F.ahead, walk, T, B, first_row, F)
-    ids = _load_ids(tokens_ptr, places, stride_tokens_t, offs_tokens, rows, F)
+        third = places_of(steps_ptr, 2 * F.ahead, walk, T, B, first_row, F)
+    ids = load_ids(tokens_ptr, places, stride_tokens_t, offs_tokens, rows, F)
     x = ()
     for k in gl.static_range(AHEAD):
-        x = x + (_load_input(x_ptr, tokens_ptr, ids, places, k, V, stride_x_t, offs_x, rows_x, in_width_x, F),)
+        x = x + (load_input(x_ptr, tokens_ptr, ids, places, k, V, stride_x_t, offs_x, rows_x, in_width_x, F),)
     if weight_ih_ptr is not None:
         even_x.store(x[0].to(F.acc))
         projected = fma_product(even_x, w_ih, INPUT_PIECES, F)
         odd_x.store(x[1].to(F.acc))  # so that what the loop begins with waits for is what it waits for when it repeats
-    ids = _load_ids(tokens_ptr, following, stride_tokens_t, offs_tokens, rows, F)
+    ids = load_ids(tokens_ptr, following, stride_tokens_t, offs_tokens, rows, F)
     for i in range(0, steps, F.ahead):
         if steps_ptr is None:
-            places = _places(steps_ptr, i, walk, T, B, first_row, F)
-            following = _places(steps_ptr, i + F.ahead, walk, T, B, first_row, F)
-            third = _places(steps_ptr, i + 2 * F.ahead, walk, T, B, first_row, F)
-        ids_next = _load_ids(tokens_ptr, third, stride_tokens_t, offs_tokens, rows, F)
+            places = places_of(steps_ptr, i, walk, T, B, first_row, F)
+            following = places_of(steps_ptr, i + F.ahead, walk, T, B, first_row, F)
+            third = places_of(steps_ptr, i + 2 * F.ahead, walk, T, B, first_row, F)
+        ids_next = load_ids(tokens_ptr, third, stride_tokens_t, offs_tokens, rows, F)
         x_next = ()
         for k in gl.static_range(AHEAD):
-            tile = _load_input(x_ptr, tokens_ptr, ids, following, k, V, stride_x_t, offs_x, rows_x, in_width_x, F)
+            tile = load_input(x_ptr, tokens_ptr, ids, following, k, V, stride_x_t, offs_x, rows_x, in_width_x, F)
             x_next = x_next + (tile,)
             if weight_ih_ptr is None:
                 added = x[k].to(F.acc) + bias
@@ -260,7 +169,7 @@ def elman_forward_kernel(
         x, ids = x_next, ids_next
         if steps_ptr is not None:
             places, following = following, third
-            third = _places(steps_ptr, i + 3 * F.ahead, walk, T, B, first_row, F)
+            third = places_of(steps_ptr, i + 3 * F.ahead, walk, T, B, first_row, F)
 
     h_n_ptr += (pid_d.to(gl.int64) * B + first_row) * F.hidden
     gl.store(h_n_ptr + rows * F.hidden + units, cast(h, F.dtype), mask=in_batch)
@@ -329,16 +238,16 @@ def elman_backward_kernel(
     odd = gl.allocate_shared_memory(F.operand, F.shape, F.shared)
 
     # The walk of the forward pass, from its end.
-    walk = _walk(steps_ptr, T, first_row, 1 - ((reverse >> pid_d) & 1))
+    walk = begin_walk(steps_ptr, T, first_row, 1 - ((reverse >> pid_d) & 1))
     steps, _, _ = walk
-    places = _places(steps_ptr, 0, walk, T, B, first_row, F)
-    following = _places(steps_ptr, F.ahead, walk, T, B, first_row, F)
-    h = _load_tiles(out_ptr, places, stride_out_t, offs_out, rows, in_width, F)
-    grad = _load_tiles(grad_out_ptr, places, stride_grad_out_t, offs_grad_out, rows, in_width, F)
+    places = places_of(steps_ptr, 0, walk, T, B, first_row, F)
+    following = places_of(steps_ptr, F.ahead, walk, T, B, first_row, F)
+    h = load_tiles(out_ptr, places, stride_out_t, offs_out, rows, in_width, F)
+    grad = load_tiles(grad_out_ptr, places, stride_grad_out_t, offs_grad_out, rows, in_width, F)
     for i in range(0, steps, F.ahead):
         if steps_ptr is None:
-            places = _places(steps_ptr, i, walk, T, B, first_row, F)
-            following = _places(steps_ptr, i + F.ahead, walk, T, B, first_row, F)
+            places = places_of(steps_ptr, i, walk, T, B, first_row, F)
+            following = places_of(steps_ptr, i + F.ahead, walk, T, B, first_row, F)
         # The state before step k is that of step k + 1 of this walk; h0 where a row has no earlier step: all rows at
         # the walk's end, and, where a reverse walk began with few rows, those that joined in this step.
         active_earlier = places[1] + following[1]
@@ -347,8 +256,8 @@ def elman_backward_kernel(
         for k in gl.static_range(AHEAD):
             mask = (rows < places[1][k]) & in_width
             d = activation_backward(grad[k].to(F.acc) + carry, h[k].to(F.acc), F.tanh)
-            h_next = h_next + (_load_tile(out_ptr, following, k, stride_out_t, offs_out, rows, in_width, F),)
-            tile = _load_tile(grad_out_ptr, following, k, stride_grad_out_t, offs_grad_out, rows, in_width, F)
+            h_next = h_next + (load_tile(out_ptr, following, k, stride_out_t, offs_out, rows, in_width, F),)
+            tile = load_tile(grad_out_ptr, following, k, stride_grad_out_t, offs_grad_out, rows, in_width, F)
             grad_next = grad_next + (tile,)
             d = gl.where(mask, d, 0.0)
             if k % 2 == 0:
@@ -380,7 +289,7 @@ def elman_backward_kernel(
         h, grad = h_next, grad_next
         if steps_ptr is not None:
             places = following
-            following = _places(steps_ptr, i + 2 * F.ahead, walk, T, B, first_row, F)
+            following = places_of(steps_ptr, i + 2 * F.ahead, walk, T, B, first_row, F)
 
     grad_h0_ptr += (pid_d.to(gl.int64) * B + first_row) * F.hidden
     gl.store(grad_h0_ptr + rows * F.hidden + units, cast(carry, F.dtype), mask=in_batch)

@@ -11,6 +11,7 @@ each as one thread, so there is nothing for a barrier to do. Only what the kerne
 from __future__ import annotations
 
 import types
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import triton
@@ -22,7 +23,7 @@ from .numerics import INTERPRETED, dot
 if TYPE_CHECKING:
     import numpy as np  # which need not be there where kernels are compiled
 
-__all__ = ["device_function", "gl", "jit", "mma_v2"]
+__all__ = ["barrier", "device_function", "gl", "jit", "mma_v2"]
 
 
 class SharedMemory:
@@ -69,11 +70,19 @@ def _layout(*arguments, **options) -> None:
     """Any layout: the interpreter has no use for it."""
 
 
-def _sum(value: tl.tensor, axis: int) -> tl.tensor:
-    from triton.runtime.interpreter import TensorHandle
+def _reduced(operation: str) -> Callable[[tl.tensor, int], tl.tensor]:
+    """`sum` or `max` along an axis; a scalar where that is the only one."""
 
-    total = value.handle.data.sum(axis=axis)
-    return tl.tensor(TensorHandle(total, value.dtype), tl.block_type(value.dtype, list(total.shape)))
+    def reduce(value: tl.tensor, axis: int) -> tl.tensor:
+        import numpy as np
+        from triton.runtime.interpreter import TensorHandle
+
+        found = np.atleast_1d(getattr(value.handle.data, operation)(axis=axis))
+        rank = len(value.shape)
+        kind = tl.block_type(value.dtype, list(found.shape)) if rank > 1 else value.dtype
+        return tl.tensor(TensorHandle(found, value.dtype), kind)
+
+    return reduce
 
 
 def _mma_v2(a: tl.tensor, b: tl.tensor, acc: tl.tensor) -> tl.tensor:
@@ -84,7 +93,7 @@ def _stand_in() -> types.SimpleNamespace:
     layouts = ("BlockedLayout", "SliceLayout", "DotOperandLayout", "NVMMADistributedLayout", "SwizzledSharedLayout")
     same = ("constexpr", "float16", "bfloat16", "float32", "float64", "int1", "int32", "int64")
     # The interpreter replaces these while a kernel runs, so they are looked up at each call.
-    called = ("load", "store", "where", "program_id", "num_programs", "expand_dims", "exp", "exp2", "abs", "fma")
+    called = "load store where program_id num_programs expand_dims exp exp2 abs fma minimum maximum atomic_add permute"
 
     def late(name):
         return lambda *arguments, **options: getattr(tl, name)(*arguments, **options)
@@ -92,15 +101,15 @@ def _stand_in() -> types.SimpleNamespace:
     return types.SimpleNamespace(
         **dict.fromkeys(layouts, _layout),
         **{name: getattr(tl, name) for name in same},
-        **{name: late(name) for name in called},
+        **{name: late(name) for name in called.split()},
         arange=lambda start, end, layout=None: tl.arange(start, end),
-        sum=_sum,
+        sum=_reduced("sum"),
+        max=_reduced("max"),
         zeros=lambda shape, dtype, layout=None: tl.full(shape, 0, dtype),
         full=lambda shape, value, dtype, layout=None: tl.full(shape, value, dtype),
         convert_layout=lambda value, layout: value,
         allocate_shared_memory=_allocate_shared_memory,
         static_range=range,
-        barrier=lambda: None,
     )
 
 
@@ -110,5 +119,9 @@ if not INTERPRETED:
     from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
     device_function = jit
+    barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name before 3.7
 else:
     gl, jit, mma_v2, device_function = _stand_in(), triton.jit, _mma_v2, numerics.device_function
+
+    def barrier() -> None:
+        """Nothing to wait for: a program is one thread."""

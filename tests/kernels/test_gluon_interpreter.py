@@ -5,7 +5,7 @@ import torch
 import triton.language as tl
 
 from charrnn_fast.kernels.triton import gluon_interpreter
-from charrnn_fast.kernels.triton.gluon_interpreter import gl, jit, mma_v2
+from charrnn_fast.kernels.triton.gluon_interpreter import barrier, gl, jit, mma_v2
 
 pytestmark = pytest.mark.skipif(
     not gluon_interpreter.INTERPRETED.value, reason="with a GPU the kernels are compiled and there is no stand-in"
@@ -20,7 +20,7 @@ def product_kernel(x_ptr, w_ptr, out_ptr, R: tl.constexpr, N: tl.constexpr, PIEC
     cols = gl.arange(0, N, layout=gl.SliceLayout(0, layout))[None, :]
     buffer = gl.allocate_shared_memory(gl.float32, [R, N], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     buffer.store(gl.load(x_ptr + rows * N + cols))
-    gl.barrier()
+    barrier()
     total = gl.zeros([R, N, PIECE], gl.float32, layout=layout)
     for first in gl.static_range(0, N, PIECE):
         k = first + gl.arange(0, PIECE)

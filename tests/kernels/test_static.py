@@ -137,6 +137,18 @@ LAUNCHES = textwrap.dedent("""
     launch(5, 33, torch.float32, "ieee", True)
     launch(5, 100, torch.bfloat16, "ieee", False)
 
+    from charrnn_fast.kernels.triton import elman_grid
+    from charrnn_fast.kernels.triton.elman_grid_kernels import elman_grid_backward_kernel, elman_grid_forward_kernel
+
+    asked = []
+    elman_grid._resident = lambda compiled, *rest: asked.append(compiled.metadata.launch_cooperative_grid) or 132
+    for T in (5, 2, 16, 17, 64):
+        launch(T, 512, torch.bfloat16, "ieee", False)
+    launch(5, 400, torch.float32, "tf32", True)
+    assert asked == [True] * 4  # once a kernel: none is asked about again
+    for kernel in (elman_grid_forward_kernel, elman_grid_backward_kernel):
+        assert compilations(kernel) == 2, f"{kernel.__name__}: {compilations(kernel)} compilations for five lengths"
+
     from charrnn_fast.kernels.triton.clip_grad_norm import clip_and_sgd_step_, clip_grad_norm_
     from charrnn_fast.kernels.triton.clip_grad_norm_kernels import clip_small_kernel
     from charrnn_fast.kernels.triton.generate import generate
@@ -253,11 +265,29 @@ def test_a_step_of_the_recurrence_has_one_barrier_and_no_more_instructions_than_
     for version, targets in RECORD.items():
         for target, tiles in targets.items():
             for name, found in tiles.items():
-                if name.startswith("elman"):
+                if name.startswith("elman") and not name.startswith("elman grid"):
                     assert found["barriers"] <= 1, (version, target, name)
         forward = "elman forward fp32 H{} fma rows1 lanes{} warps{} plain"
         for width, lanes, warps, most in ((64, "16x2", 4, 103), (128, "16x2", 8, 149)):
             assert targets["sm_90"][forward.format(width, lanes, warps)]["instructions"] <= most
+
+
+def test_programs_of_a_grid_that_is_chosen_run_at_once(static):
+    """A team that does not fit the chip is compiled all the same, and the table of tiles does not choose it there."""
+    tiles, kinds = static.load("elman_grid_tiles"), {"fp64": "fp64", "bf16": "16bit"}
+    for version, targets in RECORD.items():
+        for target, chip in tiles.CHIPS.items():
+            cases = {case.name: case for case in static.elman_grid_cases(target)}
+            assert {case.team for case in cases.values()} >= {12, 16, 24, 32, 48, 64, 96, 128}
+            for name, case in cases.items():
+                found, hidden = targets[target][name], case.constants["F"].hidden
+                assert found["stack"] == 0, (version, target, name)
+                assert found["barriers"] <= 3, (version, target, name)  # of which Triton 3.9 puts one before an atomic
+                assert found["team"] == case.team == case.constants["F"].programs
+                if found["at_once"] < case.team:
+                    kind = next((kind for key, kind in kinds.items() if f" {key} " in name), "tf32")
+                    for rows in (1, 16, 128):
+                        assert tiles.find_grid_tile(kind, hidden, target, rows, chip.processors, "bf16") is None
 
 
 def test_conflicts_are_recorded_for_every_tile_and_stated_where_they_are_many(static):

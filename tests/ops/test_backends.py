@@ -1,10 +1,13 @@
 """The backend table: what is chosen, what is refused and in which words."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
+from charrnn_fast import FusedRNN
 from charrnn_fast.kernels import native
-from charrnn_fast.ops import backends
+from charrnn_fast.ops import backends, elman_layer
 
 CPU = torch.device("cpu")
 ON_CPU = "native" if native.available() is None else "torch"  # what auto chooses, with and without the C extension
@@ -131,3 +134,39 @@ def test_auto_on_a_gpu():
     assert backends.choose("auto", torch.device("cuda"), torch.float32, 5000) == "torch"
     with pytest.raises(RuntimeError, match="needs a CUDA or ROCm device"):
         backends.choose("triton", CPU, torch.float32, 32)
+
+
+def test_rows_beyond_which_the_kernels_are_slower_go_to_torch(monkeypatch):
+    """Of a hidden size whose kernels are a grid's, by batch; but not where they were asked for by name."""
+    if torch.cuda.is_available():
+        pytest.skip("on a CPU, whose kernels are interpreted")
+    from charrnn_fast.kernels.triton import elman_grid
+
+    rows = tuple(replace(row, should_not=backends._never) for row in backends.BACKENDS)
+    monkeypatch.setattr(backends, "BACKENDS", rows)
+    for kept in (backends._choose, elman_layer._choose_layer):
+        kept.cache_clear()
+    taken = []
+
+    def forward(x, weight_hh, *arguments, **options):
+        taken.append(x.shape[1])
+        raise NotImplementedError
+
+    monkeypatch.setattr(elman_grid, "elman_grid_forward", forward)
+    rnn = FusedRNN(2, 384)
+    most = backends.most_rows("auto", "triton", torch.device("cpu"), torch.float32, 384)
+    assert most == 128
+    with torch.no_grad():
+        with pytest.raises(NotImplementedError):
+            rnn(torch.zeros(4, most, 2))
+        assert rnn(torch.zeros(4, most + 1, 2))[0].shape == (4, most + 1, 384)
+        with pytest.raises(NotImplementedError):
+            FusedRNN(2, 384, backend="triton")(torch.zeros(4, most + 1, 2))
+    assert taken == [most, most + 1]
+    assert "a grid by tensor cores in three products" in backends.explain(384, batch_size=most).how
+    explanation = backends.explain(384, batch_size=most + 1)
+    assert explanation.backend == "torch"
+    assert "not known to be faster than cuDNN" in explanation.why_not["triton"]
+    assert backends.explain(384, backend="triton", batch_size=most + 1).backend == "triton"
+    for kept in (backends._choose, elman_layer._choose_layer):
+        kept.cache_clear()

@@ -23,9 +23,9 @@ OPERATORS = torch.ops.charrnn_fast
 T, B, F_IN, H, V, N = 5, 3, 4, 6, 9, 7
 
 
-@pytest.fixture(params=["triton", "native"])
+@pytest.fixture(params=["triton", "native", "torch"])
 def backend(request):
-    """The backends whose kernels an operator runs."""
+    """What an operator runs."""
     if request.param == "native" and (why := native.available()):
         pytest.skip(f"backend 'native': {why}")
     return request.param
@@ -35,7 +35,7 @@ def _layer(form, backend, device):
     """Arguments of elman_layer: (input, h0, batch_sizes, weights, backend, nonlinearity, reverse)."""
     torch.manual_seed(0)
     directions = 2 if form in ("both directions", "packed") else 1
-    shapes = [(H, F_IN), (H, H), (H,)][: 2 if form == "no bias" else 3] * directions
+    shapes = [(H, F_IN), (H, H), *[(H,)] * {"no bias": 0, "two biases": 2}.get(form, 1)] * directions
     weights = [torch.randn(s, device=device, requires_grad=True) for s in shapes]
     h0 = torch.randn(directions, B, H, device=device, requires_grad=True) if form != "no state" else None
     input = torch.randn(T, B, F_IN, device=device, requires_grad=True)
@@ -48,7 +48,7 @@ def _layer(form, backend, device):
     return input, h0, sizes, weights, backend, "relu" if form == "no bias" else "tanh", [False, True][:directions]
 
 
-FORMS = ["dense", "no state", "no bias", "both directions", "tokens", "packed"]
+FORMS = ["dense", "no state", "no bias", "two biases", "both directions", "tokens", "packed"]
 
 
 def _grads_of(arguments):
