@@ -1,7 +1,8 @@
 """Backward passes by torch's and the registered operators alone, for torch's compiled autograd.
 
 It reads the backward of an autograd.Function as a compiler reads code, so nothing there may take an address or look at
-a number, and a pass through autograd within it finds no graph. Each Function of this library asks `read` first.
+a number, and a pass through autograd within it finds no graph. Each Function of this library asks `read`
+where its kernel may not run.
 """
 
 from collections.abc import Sequence

@@ -149,14 +149,13 @@ class _ElmanLayer(torch.autograd.Function):
         layer = ctx.layer
         if ctx.batch_first:
             out, grad_out = out.transpose(0, 1), None if grad_out is None else grad_out.transpose(0, 1)
-        if compiled_backward.read():
-            operands = (grad_out, grad_h_n, out, input, h0, weights, batch_sizes)
-            found = compiled_backward.elman_gradients(
-                layer.backend, *operands, layer.nonlinearity, layer.reverse, needs_grad
-            )
-        elif torch.is_grad_enabled() or watched() is not None or not in_plain_memory((grad_out, grad_h_n, *saved)):
+        if torch.is_grad_enabled() or watched() is not None or not in_plain_memory((grad_out, grad_h_n, *saved)):
             options = (layer.nonlinearity, layer.reverse, needs_grad)
-            found = _recomputed(grad_out, grad_h_n, input, h0, weights, batch_sizes, *options)
+            if compiled_backward.read():
+                operands = (grad_out, grad_h_n, out, input, h0, weights, batch_sizes)
+                found = compiled_backward.elman_gradients(layer.backend, *operands, *options)
+            else:
+                found = _recomputed(grad_out, grad_h_n, input, h0, weights, batch_sizes, *options)
         else:
             found = layer.backward(grad_out, grad_h_n, out, input, h0, weights, batch_sizes, needs_grad)
         return (None, None, None, *found)

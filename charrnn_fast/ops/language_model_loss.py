@@ -121,13 +121,13 @@ class _LanguageModelLoss(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_loss, grad_h_n = grad_outputs
         needs_grad, saved = ctx.needs_input_grad[3:], ctx.saved_tensors
-        if compiled_backward.read():
+        unusual = grad_h_n is not None or must_recompute(grad_loss, *saved)
+        if unusual and compiled_backward.read():
             found = compiled_backward.language_model_gradients(ctx.nonlinearity, *saved, *grad_outputs)
             return (None, None, None, *(g if needs else None for g, needs in zip(found, needs_grad, strict=True)))
         # Given away, so that autograd can keep them as they are in place of copies; a graph that is retained and walked
         # again makes them anew, the same bits.
         gradients = ctx.gradients.take()
-        unusual = grad_h_n is not None or must_recompute(grad_loss, *saved)
         factor = None if unusual or grad_loss is None else grad_loss.item()
         if unusual or (factor is not None and not math.isfinite(factor)):  # see linear_cross_entropy.py
             gradients = _recomputed(ctx.nonlinearity, saved, needs_grad, grad_loss, grad_h_n)

@@ -158,13 +158,13 @@ class _NativeLinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_loss,) = grad_outputs
         input, weight, bias, target = saved = ctx.saved_tensors  # once: checkpointing makes them anew for one reading
-        if compiled_backward.read():
+        unusual = must_recompute(grad_loss, *saved)
+        if unusual and compiled_backward.read():
             return _read_backward(ctx, grad_loss, input, weight, bias, target)
         arguments = (input, weight, bias, target, ctx.ignore_index, ctx.reduction)
         # The gradients made in forward are given away, so that nobody finds them changed, and a loss that is kept does
         # not keep them. A graph that is retained and walked again makes them anew, the same bits.
         gradients = ctx.gradients.take()
-        unusual = must_recompute(grad_loss, *saved)
         factor = None if unusual or ctx.reduction == "none" else grad_loss.item()
         # One that is not finite leaves zeros where no row counts, which a product would not.
         if unusual or (factor is not None and not math.isfinite(factor)):
@@ -302,9 +302,9 @@ class _TritonLinearCrossEntropy(torch.autograd.Function):
         (grad_loss,) = grad_outputs
         input, weight, bias, target, lse, count = saved = ctx.saved_tensors
         options = (ctx.reduction, ctx.ignore_index, ctx.needs_input_grad)
-        if compiled_backward.read():
-            return *_read_backward(ctx, grad_loss, input, weight, bias, target), None
         if must_recompute(grad_loss, *saved):
+            if compiled_backward.read():
+                return *_read_backward(ctx, grad_loss, input, weight, bias, target), None
             gradients = _recomputed(grad_loss, input, weight, bias, target, *options)
         else:
             gradients = _triton_backward(grad_loss, input, weight, bias, target, lse, count, *options)
