@@ -1,4 +1,4 @@
-"""Launcher of the C kernel that clips by the global norm (clip.c has the algorithm)."""
+"""Launcher of the C kernel that clips by the global norm (clip_grad_norm.c has the algorithm)."""
 
 import functools
 from array import array

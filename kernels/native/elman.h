@@ -1,6 +1,6 @@
 /*
  * How one call of the recurrence is cut into blocks of rows and panels of columns, and where its rows lie.
- * Included once per target by elman.c and elman_backward.c.
+ * Included once per target by elman_forward.c and elman_backward.c.
  */
 #ifndef CHARRNN_ELMAN_ONCE
 #define CHARRNN_ELMAN_ONCE

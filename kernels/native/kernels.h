@@ -1,7 +1,7 @@
 /*
  * What module.c and the kernels agree on: one argument record per kernel, filled field by field from Python integers.
  *
- * Every field is 8 bytes wide, in the order in which __init__.py passes it. Strides count elements. Element (t, b) of a
+ * Every field is 8 bytes wide, in the order in which its launcher passes it. Strides count elements. Element (t, b) of a
  * sequence lies at t*stride_t + b*stride_b, or, when packed, at (offsets[t] + b)*stride_b; the last stride is 1.
  *
  * X_bytes is the size of the buffer at address X: what the sizes and strides say of X must fit it, or bounds.c refuses

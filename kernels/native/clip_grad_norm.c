@@ -7,7 +7,7 @@
 #include "kernels.h"
 #include "threads.h"
 
-#define TARGET_FILE "clip.c"
+#define TARGET_FILE "clip_grad_norm.c"
 #include "targets.h"
 
 const kernel clip_kernels[ISA_COUNT][2] = KERNEL_TABLE(clip);

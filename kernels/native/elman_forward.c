@@ -10,7 +10,7 @@
 #include "kernels.h"
 #include "threads.h"
 
-#define TARGET_FILE "elman.c"
+#define TARGET_FILE "elman_forward.c"
 #include "targets.h"
 
 const kernel elman_forward_kernels[ISA_COUNT][2] = KERNEL_TABLE(elman_forward);
