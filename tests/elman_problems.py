@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from charrnn_fast.reference.elman import ACTIVATIONS, walk
+
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DIRECTIONS = ((False,), (True,), (False, True))
 V = 5
@@ -77,27 +79,22 @@ def oracle(p: Problem) -> list[torch.Tensor]:
     """out, h_n, grads of x (or the table), weight_hh, a bias and h0 (if there is one), through plain operations."""
     x, *weights, bias = leaves = [t.detach().clone().requires_grad_() for t in (p.x, *p.weight_hh, p.bias.sum(0))]
     h0 = None if p.h0 is None else p.h0.detach().clone().requires_grad_()
-    activation = torch.tanh if p.options["nonlinearity"] == "tanh" else torch.relu
+    activation = ACTIVATIONS[p.options["nonlinearity"]]
     batch_sizes, ids = p.options["batch_sizes"], p.options["tokens"]
     inputs = (x if ids is None else x[ids]) + bias
-    padded_shape = inputs.shape
-    sizes = [padded_shape[1]] * padded_shape[0] if batch_sizes is None else batch_sizes.tolist()
-    inputs = inputs.reshape(-1, padded_shape[-1])
-    starts = [sum(sizes[:t]) for t in range(len(sizes))]
     outs, last = [], []
     for d, backwards in enumerate(p.options["reverse"]):
         H = weights[d].shape[0]
-        h = inputs.new_zeros(sizes[0], H) if h0 is None else h0[d]
-        steps = [None] * len(sizes)
-        for t in reversed(range(len(sizes))) if backwards else range(len(sizes)):
-            x_t = inputs[starts[t] : starts[t] + sizes[t], d * H : (d + 1) * H]
-            steps[t] = activation(x_t + h[: sizes[t]] @ weights[d].T)
-            h = torch.cat((steps[t], h[sizes[t] :]))
-        outs.append(torch.cat(steps))
-        last.append(h)
-    out, h_n = torch.cat(outs, 1), torch.stack(last)
-    if batch_sizes is None:
-        out = out.view(padded_shape)
+        out, state = walk(
+            inputs[..., d * H : (d + 1) * H],
+            inputs.new_zeros(p.grad_h_n.shape[1:]) if h0 is None else h0[d],
+            lambda x, h, weight=weights[d]: activation(x + h @ weight.T),
+            reverse=backwards,
+            batch_sizes=batch_sizes,
+        )
+        outs.append(out)
+        last.append(state)
+    out, h_n = torch.cat(outs, -1), torch.stack(last)
     loss = (out * p.grad_out).sum() + (h_n * p.grad_h_n).sum()
     return [out.detach(), h_n.detach(), *torch.autograd.grad(loss, leaves if h0 is None else [*leaves, h0])]
 

@@ -251,18 +251,34 @@ def kernels_of(backend: str, device: torch.device, dtype: torch.dtype, hidden_si
 
 @torch.compiler.assume_constant_result
 def choose_loss(device: torch.device, dtype: torch.dtype) -> str:
-    """The name of the backend of linear_cross_entropy, by ``CHARRNN_BACKEND``; one that cannot run gives "torch"."""
+    """The name of the backend of linear_cross_entropy, by ``CHARRNN_BACKEND``.
+
+    Raises RuntimeError saying why if a backend asked for by name cannot run.
+    """
     return _choose_loss(requested("auto"), device, dtype)
+
+
+def _triton_cannot_loss(device: torch.device, dtype: torch.dtype) -> str | None:
+    if (why := triton_cannot_run_on(device)) is not None:
+        return why
+    from charrnn_fast.kernels.triton import linear_cross_entropy as kernels
+
+    return kernels.linear_cross_entropy_limits(dtype, device)
+
+
+def _native_cannot_loss(device: torch.device, dtype: torch.dtype) -> str | None:
+    return _native_cannot(device, dtype, 1)
 
 
 @functools.cache
 def _choose_loss(name: str, device: torch.device, dtype: torch.dtype) -> str:
-    wanted = name == "triton" or (name == "auto" and device.type != "cpu")
-    if wanted and triton_cannot_run_on(device) is None:
-        from charrnn_fast.kernels.triton import linear_cross_entropy as kernels
-
-        if kernels.linear_cross_entropy_limits(dtype, device) is None:
-            return "triton"
-    if name in ("auto", "native") and device.type == "cpu" and native.elman_limits(1, dtype) is None:
-        return "native"
+    for backend, cannot in (("triton", _triton_cannot_loss), ("native", _native_cannot_loss)):
+        interpreted = backend == "triton" and device.type == "cpu"
+        if name != backend and (name != "auto" or interpreted):
+            continue
+        why = cannot(device, dtype)
+        if why is None:
+            return backend
+        if name == backend:
+            raise RuntimeError(f"backend '{name}' cannot run linear_cross_entropy in {dtype} on {device}: {why}")
     return "torch"

@@ -6,7 +6,7 @@ Source: R. Pascanu, T. Mikolov, Y. Bengio, "On the difficulty of training recurr
 1e-6 is torch.nn.utils.clip_grad_norm_'s, whose contract this is.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from types import GeneratorType
 
 import torch
@@ -14,9 +14,10 @@ from torch import Tensor
 from torch.autograd.graph import increment_version
 
 from charrnn_fast.kernels import native
+from charrnn_fast.kernels.tensors import Survey, survey
 
 from . import backends
-from .context import addressable
+from .context import plain, registered_operators_only, tensor_operations_only
 
 
 def clip_grad_norm_(
@@ -32,27 +33,28 @@ def clip_grad_norm_(
         parameters: tensors of any shapes; one without a gradient is passed over. max_norm, norm_type,
         error_if_nonfinite, foreach: as in torch.nn.utils.clip_grad_norm_. The kernels run for the 2-norm of gradients
             on one device whose elements lie side by side: on a GPU in one launch up to 32,768 elements and two beyond,
-            on a CPU for contiguous fp32 or fp64; everything else is torch's.
+            on a CPU for fp32 or fp64; everything else is torch's.
 
     Returns: the norm before clipping, a scalar tensor; zero without gradients. There is no host synchronisation unless
     error_if_nonfinite is set.
 
     Raises: RuntimeError if error_if_nonfinite is set and the norm is not finite; the gradients are then as they were.
+    RuntimeError if ``CHARRNN_BACKEND`` names a backend that cannot run on the gradients' device.
     """
     given, parameters = parameters, [parameters] if isinstance(parameters, Tensor) else list(parameters)
     if not parameters and isinstance(given, GeneratorType):
         parameters = given  # of which torch warns: it may have been used up before
-    grads = [p.grad for p in parameters if p.grad is not None]
+    grads = [grad for p in parameters if (grad := p.grad) is not None]
     if grads and float(norm_type) == 2.0 and not error_if_nonfinite and foreach is None:
-        backend = _backend(grads)
+        backend, found = _backend(grads)
         if backend == "triton":
             from charrnn_fast.kernels.triton import clip_grad_norm as kernels
 
             increment_version(grads)
-            return kernels.clip_grad_norm_(grads, float(max_norm))
+            return kernels.clip_grad_norm_(grads, float(max_norm), found)
         if backend == "native":
             increment_version(grads)
-            return native.clip_grad_norm_(grads, float(max_norm))
+            return native.clip_grad_norm_(grads, float(max_norm), found)
     return torch.nn.utils.clip_grad_norm_(parameters, max_norm, norm_type, error_if_nonfinite, foreach)
 
 
@@ -73,17 +75,18 @@ def clip_and_sgd_step_(parameters: Tensor | Iterable[Tensor], max_norm: float | 
     Returns: the norm of the gradients, a scalar tensor; zero without gradients. There is no host synchronisation.
     """
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    pairs = [(p, p.grad) for p in parameters if p.grad is not None]
+    pairs = [(p, grad) for p in parameters if (grad := p.grad) is not None]
     if not pairs:
         return torch.tensor(0.0, dtype=torch.float32, device="cpu")
     params, grads = [p for p, _ in pairs], [g for _, g in pairs]
     if isinstance(lr, Tensor) and lr.device.type == "cpu" and grads[0].device.type != "cpu":
         lr = float(lr)
-    if _backend(grads, params) == "triton":
+    backend, found = _backend(grads, params)
+    if backend == "triton":
         from charrnn_fast.kernels.triton import clip_grad_norm as kernels
 
         increment_version(params)
-        return kernels.clip_and_sgd_step_(params, grads, max_norm, lr)
+        return kernels.clip_and_sgd_step_(params, grads, max_norm, lr, found)
     norm = torch.nn.utils.get_total_norm(grads)
     step = -lr if max_norm is None else -lr * (max_norm / (norm + 1e-6)).clamp(max=1.0)
     for p, g in pairs:
@@ -94,31 +97,36 @@ def clip_and_sgd_step_(parameters: Tensor | Iterable[Tensor], max_norm: float | 
 def steps_in_one_launch(parameters: Iterable[Tensor]) -> bool:
     """Whether `clip_and_sgd_step_` has a kernel for these parameters and their gradients."""
     pairs = [(p, p.grad) for p in parameters if p.grad is not None]
-    return bool(pairs) and _backend([g for _, g in pairs], [p for p, _ in pairs]) == "triton"
+    return bool(pairs) and _backend([g for _, g in pairs], [p for p, _ in pairs])[0] == "triton"
 
 
-def _backend(grads: Sequence[Tensor], params: Sequence[Tensor] | None = None) -> str:
-    """What clips these gradients, or takes a step with params: triton, native (which takes no step) or torch."""
+def _backend(grads: list[Tensor], params: list[Tensor] | None = None) -> tuple[str, Survey | None]:
+    """What clips these gradients, or takes a step with params: triton, native (which takes no step) or torch.
+
+    With it what a kernel has to know of them.
+    """
     wanted, device = backends.requested("auto"), grads[0].device
-    changed = grads if params is None else params
-    if not addressable(*grads, *(params or ())) or any(x.is_inference() for x in changed):
-        return "torch"
-    gpu = wanted == "triton" or (wanted == "auto" and device.type == "cuda")
-    if gpu and backends.triton_cannot_run_on(device) is None:
-        from charrnn_fast.kernels.triton import clip_grad_norm as kernels
+    if wanted == "torch" or tensor_operations_only() or registered_operators_only():
+        return "torch", None
+    found = survey(grads, params, plain)
+    if found is None or not found.floats:
+        return "torch", None
+    by_name = wanted != "auto"
+    if wanted == "triton" or (wanted == "auto" and device.type == "cuda"):
+        why = backends.triton_cannot_run_on(device)
+        if why is not None and by_name:
+            raise RuntimeError(f"backend 'triton' cannot clip gradients on {device}: {why}")
+        if why is None:
+            from charrnn_fast.kernels.triton import clip_grad_norm as kernels
 
-        if kernels.clip_limits(grads, params) is None and not _overlap(grads):
-            return "triton"
-    if wanted in ("auto", "native") and params is None and native.clip_limits(grads) is None and not _overlap(grads):
-        return "native"
-    return "torch"
-
-
-def _overlap(grads: Sequence[Tensor]) -> bool:
-    """Do two of the gradients share memory, as those of a parameter that is listed twice do? Torch scales it twice."""
-    end = 0
-    for start, size in sorted((g.data_ptr(), g.nbytes) for g in grads):
-        if start < end:
-            return True
-        end = start + size
-    return False
+            if kernels.clip_limits(grads, params, found) is None:
+                return "triton", found
+    if wanted in ("auto", "native") and params is None:
+        why = native.available() or (None if device.type == "cpu" else "it runs on a CPU")
+        if why is not None and by_name:
+            raise RuntimeError(f"backend 'native' cannot clip gradients on {device}: {why}")
+        # Torch scales a gradient that it is given twice once for each, and 16-bit ones without a copy.
+        usual = found.apart and (by_name or native.clips_in_place(found))
+        if why is None and usual and native.clip_limits(grads, found) is None:
+            return "native", found
+    return "torch", None

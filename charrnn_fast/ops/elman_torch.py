@@ -9,12 +9,14 @@ T=35 B=32 V=28 H=512 37.7 and 41.2, T=64 B=1 V=90 H=256 5.6 and 6.6, T=1000 B=1 
 T=64 B=16 V=5000 H=128 9.9 and 51.5.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import _VF, Tensor, nn
+
+from charrnn_fast.reference.elman import ACTIVATIONS, walk
 
 from .tokens import TOKEN_TYPES, one_hot_rows
 
@@ -76,7 +78,7 @@ def layer_by_tensor_operations(
     Returns:
         output (T, B, D*H) or (N, D*H), direction d in columns d*H:(d+1)*H, and h_n (D, B, H).
     """
-    activation = torch.tanh if nonlinearity == "tanh" else torch.relu
+    activation = ACTIVATIONS[nonlinearity]
     outputs, states = [], []
     for direction, backwards in enumerate(reverse):
         weight_ih, weight_hh, bias = of_direction(weights, direction, len(reverse))
@@ -86,11 +88,17 @@ def layer_by_tensor_operations(
             x = F.embedding(input, table if bias is None else table + bias)
         else:
             x = F.linear(input, weight_ih, bias)
-        start = None if h0 is None else h0[direction]
-        if batch_sizes is None:
-            output, state = _walk(x, start, weight_hh.t(), activation, backwards)
+        if h0 is not None:
+            start = h0[direction]
         else:
-            output, state = _walk_packed(x, start, weight_hh.t(), batch_sizes.tolist(), activation, backwards)
+            batch = x.shape[1] if batch_sizes is None else int(batch_sizes[0]) if len(batch_sizes) else 0
+            start = x.new_zeros(batch, weight_hh.shape[0])
+        weight = weight_hh.t()
+
+        def step(x: Tensor, state: Tensor, weight: Tensor = weight) -> Tensor:
+            return activation(torch.addmm(x, state, weight))
+
+        output, state = walk(x, start, step, reverse=backwards, batch_sizes=batch_sizes)
         outputs.append(output)
         states.append(state)
     return (outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)), torch.stack(states)
@@ -122,47 +130,3 @@ def of_direction(weights: Sequence[Tensor], direction: int, directions: int) -> 
     each = len(weights) // directions
     own = weights[direction * each : (direction + 1) * each]
     return own[0], own[1], None if each == 2 else own[2] if each == 3 else own[2] + own[3]
-
-
-def _walk(
-    x: Tensor, state: Tensor | None, weight: Tensor, activation: Callable[[Tensor], Tensor], backwards: bool
-) -> tuple[Tensor, Tensor]:
-    """x (T, B, H) projected input, state (B, H), weight (H, H) = W_hh^T -> output (T, B, H), last state (B, H)."""
-    if state is None:
-        state = x.new_zeros(x.shape[1:])
-    if x.shape[0] == 0:
-        return x, state.clone()
-    steps = x.unbind(0)
-    outputs = []
-    for step in reversed(steps) if backwards else steps:
-        state = activation(torch.addmm(step, state, weight))
-        outputs.append(state)
-    return torch.stack(outputs[::-1] if backwards else outputs), state
-
-
-def _walk_packed(
-    x: Tensor,
-    h0: Tensor | None,
-    weight: Tensor,
-    sizes: list[int],
-    activation: Callable[[Tensor], Tensor],
-    backwards: bool,
-) -> tuple[Tensor, Tensor]:
-    """As :func:`_walk` on packed x (N, H): rows leave (or, backwards, enter) as their sequences end."""
-    if h0 is None:
-        h0 = x.new_zeros(sizes[0] if sizes else 0, weight.shape[0])
-    if not sizes:
-        return x, h0.clone()
-    steps = x.split(sizes)
-    outputs, finished = [], []
-    state = h0[: sizes[-1]] if backwards else h0
-    for step in reversed(steps) if backwards else steps:
-        active, before = step.shape[0], state.shape[0]
-        if active < before:
-            finished.append(state[active:])
-            state = state[:active]
-        elif active > before:
-            state = torch.cat([state, h0[before:active].to(state.dtype)])
-        state = activation(torch.addmm(step, state, weight))
-        outputs.append(state)
-    return torch.cat(outputs[::-1] if backwards else outputs), torch.cat([state, *finished[::-1]])

@@ -56,7 +56,8 @@ def linear_cross_entropy(
 
     Under autocast, as there, products are in its type and the loss is float32.
 
-    Raises: ValueError for another reduction; IndexError for a target outside 0..V-1, on a CPU (a GPU fails a device
+    Raises: RuntimeError if ``CHARRNN_BACKEND`` names a backend that cannot run on this device in this type;
+    ValueError for another reduction; IndexError for a target outside 0..V-1, on a CPU (a GPU fails a device
     assertion, as torch.nn.functional.cross_entropy does); RuntimeError for shapes that do not match, in its words.
     """
     ignore_index = -100 if ignore_index is None else ignore_index
@@ -98,7 +99,10 @@ def _backend(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor)
     }
     if len(dtypes) > 1:
         return "torch"
-    name = backends.choose_loss(device, dtypes.pop())
+    dtype = dtypes.pop()
+    if not dtype.is_floating_point:
+        return "torch"
+    name = backends.choose_loss(device, dtype)
     if name == "native" and (casts or registered_operators_only()):  # which need PyTorch's own operators
         return "torch"
     return name

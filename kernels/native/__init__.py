@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from . import library
+from .clip_grad_norm import clip_grad_norm_, clip_limits, clips_in_place
 from .elman import elman_backward, elman_forward, elman_limits
 from .library import ISAS, available, isa, peak_scratch, set_isa
 from .many_classes import MAX_FUSED_CLASSES, chunked_cross_entropy
@@ -22,6 +23,7 @@ __all__ = [
     "available",
     "clip_grad_norm_",
     "clip_limits",
+    "clips_in_place",
     "elman_backward",
     "elman_forward",
     "elman_limits",
@@ -220,31 +222,3 @@ def generate(
 def _generate_threads(B: int, H: int) -> int:
     """One thread where a step is so short that meeting at the barrier would cost more than half of it."""
     return torch.get_num_threads() if B * H * H >= 1 << 16 else 1
-
-
-def clip_limits(grads: Sequence[Tensor]) -> str | None:
-    """None if clip_grad_norm_ can run on these tensors, else one clause saying why not."""
-    if library.missing:
-        return library.missing
-    dtype = grads[0].dtype if grads else torch.float32
-    if dtype not in COMPUTE or any(g.dtype != dtype or not g.is_cpu or not g.is_contiguous() for g in grads):
-        return "not all gradients are contiguous CPU tensors of one type among float32 and float64"
-    return None
-
-
-def clip_grad_norm_(grads: Sequence[Tensor], max_norm: float) -> Tensor:
-    """Scale all tensors in place by min(1, max_norm / (norm + 1e-6)); returns the L2 norm of all together, a scalar.
-
-    The tensors must satisfy clip_limits.
-    """
-    if not grads:
-        return torch.tensor(0.0, dtype=torch.float32, device="cpu")
-    addresses = array("q", [g.data_ptr() for g in grads])
-    sizes = array("q", [g.numel() for g in grads])
-    limit, norm = array("d", [max_norm]), array("d", [0.0])
-    dtype = grads[0].dtype
-    library.extension.clip(
-        *(library.isa_number(), COMPUTE[dtype], len(grads), torch.get_num_threads()),
-        *(*array_of(addresses), *array_of(sizes), *array_of(limit), *array_of(norm)),
-    )
-    return torch.tensor(norm[0], dtype=dtype, device="cpu")

@@ -11,6 +11,7 @@
 #include "kernels.h"
 #include "launch.h"
 #include "scratch.h"
+#include "tensors.h"
 
 _Static_assert(sizeof(void *) == 8, "argument records hold addresses in 8 bytes");
 
@@ -97,6 +98,7 @@ static PyMethodDef methods[] = {
     {"peak_scratch", peak_scratch, METH_NOARGS, 0},
     {"use_driver", use_driver, METH_O, 0},
     KERNEL_METHOD(launch),
+    KERNEL_METHOD(survey),
     KERNEL_METHOD(elman_forward),
     KERNEL_METHOD(elman_backward),
     KERNEL_METHOD(linear_cross_entropy),

@@ -88,21 +88,22 @@ class Launch:
 
         arguments: tensors on it, None for one that is not there, and integers, in the order of the kernel's parameters.
         """
-        if self._compiled and device.index == torch._C._cuda_getDevice() and not _hooked(self.kernel):
+        forms = self._compiled  # another thread may take it away
+        if forms and device.index == torch._C._cuda_getDevice() and not _hooked(self.kernel):
             values = tuple([a if type(a) is int else -1 if a is None else a.data_ptr() for a in arguments])
             stream = torch._C._cuda_getCurrentRawStream(device.index)
-            for function, threads, shared, cooperative, codes, _ in self._compiled:
+            for function, threads, shared, cooperative, codes, _ in forms:
                 if library.extension.launch(function, *grid, threads, shared, cooperative, stream, codes, values):
                     return
         with on_device(device):
             compiled = self.kernel[grid](*arguments, **self.constants)
-        if INTERPRETED or self._compiled is None:
+        if INTERPRETED or forms is None:
             return
         record = None if driver_missing() else record_of(compiled, self.kernel.params, arguments)
         if record is None:
             self._compiled = None
-        elif len(self._compiled) < _MOST_FORMS:
-            self._compiled.append(record)
+        elif len(forms) < _MOST_FORMS:
+            forms.append(record)
 
 
 _kept: dict[tuple[Any, ...], Launch] = {}

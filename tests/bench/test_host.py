@@ -22,7 +22,7 @@ MOST = {
         "forward": (22, 2, 1),
         "forward + backward": (54, 18, 3),
         "tokens, forward + backward": (66, 23, 4),
-        "loss + backward": (186, 48, 4),
+        "loss + backward": (189, 48, 4),
     },
 }
 

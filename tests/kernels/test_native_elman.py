@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from charrnn_fast.kernels import native
+from charrnn_fast.reference.elman import ACTIVATIONS, walk
 
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=f"native: {native.available()}")
 
@@ -63,18 +64,19 @@ class Case:
         h0 = torch.zeros(len(weights), self.B, self.H, dtype=dtype) if h0 is None else h0
         leaves = [t.requires_grad_() for t in (x, h0, *weights)]
         pre = x if self.tokens is None else x[self.tokens]
-        sizes = [self.B] * self.T if self.batch_sizes is None else self.batch_sizes.tolist()
-        steps = pre.unbind(0) if self.batch_sizes is None else pre.split(sizes)
-        f = torch.tanh if self.options["nonlinearity"] == "tanh" else torch.relu
+        f = ACTIVATIONS[self.options["nonlinearity"]]
         outs, lasts = [], []
         for d, weight in enumerate(weights):
-            h, out = h0[d], [torch.empty(0)] * self.T
-            for t in reversed(range(self.T)) if self.options["reverse"][d] else range(self.T):
-                n = sizes[t]
-                out[t] = f(steps[t][:, d * self.H : (d + 1) * self.H] + h[:n] @ weight.T)
-                h = torch.cat([out[t], h[n:]])
-            outs.append(torch.stack(out) if self.batch_sizes is None else torch.cat(out))
-            lasts.append(h)
+            units = slice(d * self.H, (d + 1) * self.H)
+            out, last = walk(
+                pre[..., units],
+                h0[d],
+                lambda x, h, weight=weight: f(x + h @ weight.T),
+                reverse=self.options["reverse"][d],
+                batch_sizes=self.batch_sizes,
+            )
+            outs.append(out)
+            lasts.append(last)
         out, h_n = torch.cat(outs, -1), torch.stack(lasts)
         grads = torch.autograd.grad([out, h_n], leaves, [self.grad_out.to(dtype), self.grad_h_n.to(dtype)])
         names = ["grad_x", "grad_h0", *(f"grad_weight_{d}" for d in range(len(weights)))]

@@ -149,7 +149,8 @@ def test_limits():
     y = torch.randn(6, 4, device=DEVICE)
     assert clip_limits([x], [y.t().contiguous()]) is None
     assert clip_limits([x, x], [y.t().contiguous(), torch.randn_like(x)]) is None
-    for other in (y.t(), y, x.double(), x.to("meta")):
+    assert "dense" in clip_limits([x], [x.to("meta")])
+    for other in (y.t(), y, x.double()):
         assert "laid out" in clip_limits([x], [other])
 
 

@@ -1,16 +1,22 @@
 """clip_grad_norm_ against torch.nn.utils.clip_grad_norm_, clip_and_sgd_step_ against that and torch.optim.SGD."""
 
+import sys
+
 import pytest
 import torch
 from torch import nn
 
 from charrnn_fast import clip_grad_norm_
+from charrnn_fast.kernels import native
+from charrnn_fast.ops import backends
 from charrnn_fast.ops.clip_grad_norm import _backend, clip_and_sgd_step_
 
 
 @pytest.fixture(autouse=True)
 def asked_for(backend, monkeypatch):
     """Every test with every backend; what one cannot take it hands to torch."""
+    if backend == "triton" and torch.cuda.is_available():
+        pytest.skip("these gradients are on a CPU; tests/kernels and bench/gate.py have the GPU's")
     monkeypatch.setenv("CHARRNN_BACKEND", backend)
 
 
@@ -97,7 +103,7 @@ def test_gradients_that_share_memory_are_torchs(backend):
         return [parameter, parameter]
 
     if backend == "triton":
-        assert _backend([p.grad for p in make()]) == "torch"
+        assert _backend([p.grad for p in make()])[0] == "torch"
         _both(make, 0.5)
 
 
@@ -196,3 +202,83 @@ def test_the_norm_is_on_the_gradients_device_whatever_the_default():
     with torch.device("meta"):
         norm = clip_grad_norm_([parameter], 1.0)
     assert norm.device.type == "cpu" and norm == 2
+
+
+def _calls(run) -> int:
+    """Calls of functions, in Python and from Python, while run runs."""
+    count = 0
+
+    def profile(frame, event, argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(profile)
+    try:
+        run()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+class _Launch:
+    """Stands for a kernel: what it is given."""
+
+    def __init__(self):
+        self.arguments = []
+
+    def __getitem__(self, grid):
+        return lambda *arguments, **options: self.arguments.append(arguments)
+
+
+@pytest.mark.skipif(native.available() is not None, reason=f"native: {native.available()}")
+def test_python_calls_no_function_for_each_tensor(backend, monkeypatch):
+    """With 2,000 tensors as many calls as with 200; and the table of a GPU's kernels is kept while the tensors stay."""
+    if backend == "torch":
+        return
+    kernels = pytest.importorskip("charrnn_fast.kernels.triton.clip_grad_norm") if backend == "triton" else None
+    norm, scale = _Launch(), _Launch()
+    if kernels is not None:
+        monkeypatch.setattr(kernels, "norm_kernel", norm)
+        monkeypatch.setattr(kernels, "scale_kernel", scale)
+    counts = []
+    for number in (200, 2000):
+        parameters = _parameters([(3,)] * number)
+        clip_grad_norm_(parameters, 0.5)  # the first imports, compiles and makes tables
+        counts.append(_calls(lambda parameters=parameters: clip_grad_norm_(parameters, 0.5)))
+    assert counts[0] == counts[1] < 150, counts
+    if kernels is not None:
+        tables = [arguments[1] for arguments in norm.arguments]
+        assert tables[0] is tables[1] and tables[2] is tables[3] and len(tables[3]) == 2000
+        assert tables[3][:, 0].tolist() == [p.grad.data_ptr() for p in parameters]
+        parameters[5].grad = torch.ones(3)
+        clip_grad_norm_(parameters, 0.5)
+        assert norm.arguments[-1][1][:, 0].tolist() == [p.grad.data_ptr() for p in parameters]
+
+
+@pytest.mark.parametrize("dtypes", [[torch.bfloat16], [torch.float16], [torch.bfloat16, torch.float32, torch.float64]])
+def test_types_that_are_copied_to_a_wider_one(dtypes, backend):
+    def make():
+        return [p for dtype in dtypes for p in _parameters(SIZES, dtype)]
+
+    for max_norm in (0.5, 1e6):
+        _both(make, max_norm, rtol=5 * 2**-8)
+    if backend == "native":
+        assert _backend([p.grad for p in make()])[0] == "native"
+    parameters = make()
+    parameters[0].grad[0] = torch.nan
+    assert clip_grad_norm_(parameters, 1.0).isnan() and all(p.grad.isnan().all() for p in parameters)
+
+
+def test_a_backend_that_cannot_run_says_so(backend, monkeypatch):
+    if backend == "torch":
+        return
+    monkeypatch.setattr(backends, "triton_cannot_run_on", lambda device: "there is no such device here")
+    monkeypatch.setattr(native.library, "missing", "the C extension is not built")
+    parameters = _parameters(SIZES)
+    before = [p.grad.clone() for p in parameters]
+    with pytest.raises(RuntimeError, match=f"backend '{backend}' cannot clip gradients on cpu: the"):
+        clip_grad_norm_(parameters, 0.1)
+    assert all(torch.equal(p.grad, g) for p, g in zip(parameters, before, strict=True))
+    monkeypatch.setenv("CHARRNN_BACKEND", "auto")
+    clip_grad_norm_(parameters, 0.1)
+    assert not torch.equal(parameters[0].grad, before[0])

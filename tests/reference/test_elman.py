@@ -43,3 +43,27 @@ def test_no_steps_returns_the_state_it_was_given():
     outputs, last = elman(torch.empty(0, 2, 4), state, torch.randn(4, 3), torch.randn(3, 3), torch.randn(3))
     assert outputs.shape == (0, 2, 3)
     assert torch.equal(last, state)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("tokens", [False, True])
+def test_packed_rows_and_token_ids_either_way(reverse, tokens):
+    """Against torch.nn.RNN's two directions, and against each sequence walked alone."""
+    torch.manual_seed(3)
+    rnn = torch.nn.RNN(4, 5, bidirectional=True, dtype=torch.float64)
+    ids = [torch.randint(4, (n,)) for n in (6, 4, 4, 1)]
+    sequences = [torch.nn.functional.one_hot(i, 4).double() for i in ids]
+    packed = torch.nn.utils.rnn.pack_sequence(sequences)
+    h0 = torch.randn(2, 4, 5, dtype=torch.float64)
+    output, h_n = rnn(packed, h0)
+    suffix = "_l0_reverse" if reverse else "_l0"
+    weights = [getattr(rnn, f"weight_ih{suffix}").T, getattr(rnn, f"weight_hh{suffix}").T]
+    bias = getattr(rnn, f"bias_ih{suffix}") + getattr(rnn, f"bias_hh{suffix}")
+    given = torch.nn.utils.rnn.pack_sequence(ids) if tokens else packed
+    ours, last = elman(given.data, h0[int(reverse)], *weights, bias, reverse=reverse, batch_sizes=packed.batch_sizes)
+    torch.testing.assert_close(ours, output.data[:, 5 * reverse : 5 * reverse + 5])
+    torch.testing.assert_close(last, h_n[int(reverse)])
+    for row, sequence in enumerate(ids if tokens else sequences):
+        alone, end = elman(sequence[:, None], h0[int(reverse), row : row + 1], *weights, bias, reverse=reverse)
+        torch.testing.assert_close(end[0], last[row])
+        assert len(alone) == len(sequence)
