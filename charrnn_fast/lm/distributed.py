@@ -36,7 +36,7 @@ class Processes:
     prints and writes.
     """
 
-    def __init__(self, group: dist.ProcessGroup | None = None):
+    def __init__(self, group: "dist.ProcessGroup | None" = None):  # a build of torch may have none
         self.group = group
         self.rank, self.count = dist.get_rank(group), dist.get_world_size(group)
         self.first = self.rank == 0

@@ -37,7 +37,7 @@ def run(name, finish):
 def test_three_ways_to_the_same_curve(name, patched):
     package = NEEDS.get(name)
     if package is not None and importlib.util.find_spec(package) is None:
-        pytest.skip(f"{package} is not installed")
+        pytest.skip(f"{package} is not installed (the extra clients)")
     made = []
 
     def seen(model):
