@@ -44,7 +44,8 @@ def clip_grad_norm_(
     given, parameters = parameters, [parameters] if isinstance(parameters, Tensor) else list(parameters)
     if not parameters and isinstance(given, GeneratorType):
         parameters = given  # of which torch warns: it may have been used up before
-    grads = [grad for p in parameters if (grad := p.grad) is not None]
+    # Not by :=, which torch's compiler does not read in a comprehension.
+    grads = [grad for grad in [p.grad for p in parameters] if grad is not None]
     if grads and float(norm_type) == 2.0 and not error_if_nonfinite and foreach is None:
         backend, found = _backend(grads)
         if backend == "triton":
@@ -75,7 +76,7 @@ def clip_and_sgd_step_(parameters: Tensor | Iterable[Tensor], max_norm: float | 
     Returns: the norm of the gradients, a scalar tensor; zero without gradients. There is no host synchronisation.
     """
     parameters = [parameters] if isinstance(parameters, Tensor) else list(parameters)
-    pairs = [(p, grad) for p in parameters if (grad := p.grad) is not None]
+    pairs = [(p, grad) for p, grad in [(p, p.grad) for p in parameters] if grad is not None]
     if not pairs:
         return torch.tensor(0.0, dtype=torch.float32, device="cpu")
     params, grads = [p for p, _ in pairs], [g for _, g in pairs]
