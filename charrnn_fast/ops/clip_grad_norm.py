@@ -17,7 +17,7 @@ from charrnn_fast.kernels import native
 from charrnn_fast.kernels.tensors import Survey, survey
 
 from . import backends
-from .context import plain, registered_operators_only, tensor_operations_only
+from .context import plain, watched
 
 
 def clip_grad_norm_(
@@ -107,7 +107,7 @@ def _backend(grads: list[Tensor], params: list[Tensor] | None = None) -> tuple[s
     With it what a kernel has to know of them.
     """
     wanted, device = backends.requested("auto"), grads[0].device
-    if wanted == "torch" or tensor_operations_only() or registered_operators_only():
+    if wanted == "torch" or watched() is not None:
         return "torch", None
     found = survey(grads, params, plain)
     if found is None or not found.floats:

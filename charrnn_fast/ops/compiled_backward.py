@@ -1,8 +1,8 @@
 """Backward passes by torch's and the registered operators alone, for torch's compiled autograd.
 
 It reads the backward of an autograd.Function as a compiler reads code, so nothing there may take an address or look at
-a number, and a pass through autograd within it finds no graph. Each Function of this library asks `read`
-where its kernel may not run.
+a number, and a pass through autograd within it finds no graph. Each Function of this library asks `read` where
+its kernel may not run.
 """
 
 from collections.abc import Sequence
@@ -31,7 +31,7 @@ def elman_gradients(
     reverse: Sequence[bool],
     needs_grad: Sequence[bool],
 ) -> list[Tensor | None]:
-    """As layer_backward in elman_layer.py: the gradients of (input, h0, *weights), None where they are not needed."""
+    """As Layer.backward in elman_layer.py: the gradients of (input, h0, *weights), None where they are not needed."""
     operator: Any = torch.ops.charrnn_fast.elman_layer_backward
     options = (list(weights), backend, nonlinearity, list(reverse), list(needs_grad))
     found = operator(grad_out, grad_h_n, out, input, h0, batch_sizes, *options)

@@ -15,10 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from charrnn_fast.reference.elman import ACTIVATIONS
+
 from . import elman as _elman  # noqa: F401  (which registers its operators)
 from . import linear_cross_entropy as _linear_cross_entropy  # noqa: F401
-from .elman_torch import of_direction
-from .tokens import TOKEN_TYPES
+from .elman_torch import of_direction, projected
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -47,14 +48,11 @@ def _elman_layer(
 
     if batch_sizes is not None:
         raise RuntimeError("an Elman layer of packed input has no decomposition: export the model on padded input")
-    activation = torch.tanh if nonlinearity == "tanh" else torch.relu
+    activation = ACTIVATIONS[nonlinearity]
     outputs, states = [], []
     for direction, backwards in enumerate(reverse):
         weight_ih, weight_hh, bias = of_direction(weights, direction, len(reverse))
-        if input.dtype in TOKEN_TYPES:
-            x = F.embedding(input, weight_ih.t() if bias is None else weight_ih.t() + bias)
-        else:
-            x = F.linear(input, weight_ih, bias)
+        x = projected(input, weight_ih, bias)
         state = x.new_zeros(x.shape[1:]) if h0 is None else h0[direction].clone()
         transposed = weight_hh.t().contiguous()
 

@@ -82,12 +82,7 @@ def layer_by_tensor_operations(
     outputs, states = [], []
     for direction, backwards in enumerate(reverse):
         weight_ih, weight_hh, bias = of_direction(weights, direction, len(reverse))
-        if input.dtype in TOKEN_TYPES:
-            # A gather from a contiguous table is far cheaper than one from the transposed weight.
-            table = weight_ih.t().contiguous()
-            x = F.embedding(input, table if bias is None else table + bias)
-        else:
-            x = F.linear(input, weight_ih, bias)
+        x = projected(input, weight_ih, bias)
         if h0 is not None:
             start = h0[direction]
         else:
@@ -123,6 +118,15 @@ def layer_by_torch(
         h0 = input.new_zeros(len(reverse), batch, weights[1].shape[0])
     options: tuple[Any, ...] = (nonlinearity, each == 4, 1, 0.0, True, len(reverse) == 2)
     return torch_rnn(input, h0, list(weights), batch_sizes, *options)
+
+
+def projected(input: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:
+    """The input of one direction's recurrence, (T, B, H) or packed (N, H), of features or token ids."""
+    if input.dtype not in TOKEN_TYPES:
+        return F.linear(input, weight_ih, bias)
+    # A gather from a contiguous table is far cheaper than one from the transposed weight.
+    table = weight_ih.t().contiguous()
+    return F.embedding(input, table if bias is None else table + bias)
 
 
 def of_direction(weights: Sequence[Tensor], direction: int, directions: int) -> tuple[Tensor, Tensor, Tensor | None]:

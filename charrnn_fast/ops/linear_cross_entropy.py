@@ -20,7 +20,7 @@ from charrnn_fast.kernels import native
 
 from . import backends, compiled_backward
 from .autograd import HandedOutOnce, must_recompute, recomputed
-from .context import addressable, autocast, in_autocast, plain, registered_operators_only, tensor_operations_only
+from .context import OPERATORS, addressable, autocast, in_autocast, plain, registered_operators_only, watched
 
 REDUCTIONS = ("mean", "sum", "none")
 _16_BIT = (torch.bfloat16, torch.float16)
@@ -81,7 +81,8 @@ def _backend(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor)
     """The backend of this call: "torch" for shapes, types and kinds of tensors that the kernels do not take."""
     if not all(isinstance(t, Tensor) for t in (input, weight, target)):
         return "torch"  # which says so in its own words
-    if tensor_operations_only() or not plain(input, weight, bias, target):
+    onlooker = watched()
+    if onlooker is OPERATORS or not plain(input, weight, bias, target):
         return "torch"
     shapes = input.dim() == 2 and weight.dim() == 2 and input.shape[1] == weight.shape[1] and weight.numel() > 0
     if not (shapes and target.dtype == torch.int64 and target.shape == input.shape[:1] and len(target) > 0):
@@ -103,7 +104,7 @@ def _backend(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor)
     if not dtype.is_floating_point:
         return "torch"
     name = backends.choose_loss(device, dtype)
-    if name == "native" and (casts or registered_operators_only()):  # which need PyTorch's own operators
+    if name == "native" and (casts or onlooker is not None):  # which need PyTorch's own operators
         return "torch"
     return name
 

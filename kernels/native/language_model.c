@@ -27,6 +27,8 @@ const kernel language_model_kernels[ISA_COUNT][2] = KERNEL_TABLE(language_model)
 
 #include "outer.h"
 
+#include "ids.h"
+
 #ifndef CHARRNN_LANGUAGE_MODEL_ONCE
 #define CHARRNN_LANGUAGE_MODEL_ONCE
 enum {
@@ -395,36 +397,6 @@ static void NAME(step_chunk)(const NAME(step_job) *job, int64_t chunk, NAME(step
     job->losses[chunk] = m->loss;
 }
 
-/* Whether an id that is not `ignored` lies outside 0..V-1; adds how many there are to *counted. */
-INLINE int NAME(step_bad)(const int64_t *id, int64_t count, const int64_t stride, int64_t V, int64_t ignored,
-                          int64_t *counted) {
-    int64_t bits = 0, left_out = 0;
-    for (int64_t i = 0; i < count; i++) {
-        int64_t skip = -(int64_t)(id[i * stride] == ignored);
-        left_out -= skip;
-        bits |= (id[i * stride] | (int64_t)((uint64_t)V - 1 - (uint64_t)id[i * stride])) & ~skip;
-    }
-    *counted += count - left_out;
-    return bits < 0;
-}
-
-/* Checks this thread's share of the ids (T, B), which reads along the shorter stride. */
-static int64_t NAME(step_check)(NAME(step_job) *job, const team *self, const int64_t *id, int64_t stride_t,
-                                int64_t stride_b, int64_t ignored) {
-    const language_model_args *p = job->p;
-    int along_t = stride_t < stride_b, bad = 0;
-    int64_t begin, end, counted = 0, count = along_t ? p->T : p->B, stride = along_t ? stride_t : stride_b;
-    team_share(self, along_t ? p->B : p->T, &begin, &end);
-    for (int64_t i = begin; i < end; i++) {
-        const int64_t *line = id + i * (along_t ? stride_b : stride_t);
-        bad |= stride == 1 ? NAME(step_bad)(line, count, 1, p->V, ignored, &counted)
-                           : NAME(step_bad)(line, count, stride, p->V, ignored, &counted);
-    }
-    if (bad)
-        job->bad = 1;
-    return counted;
-}
-
 static void NAME(step_pack)(const NAME(step_job) *job, const team *self) {
     const language_model_args *p = job->p;
     int64_t begin, end, H = p->H, V = p->V, columns = CEIL_DIV(H, LANES) * LANES;
@@ -445,8 +417,11 @@ static void NAME(step_team)(void *argument, team *self) {
     NAME(step_job) *job = argument;
     const language_model_args *p = job->p;
     int64_t unused;
-    NAME(step_check)(job, self, p->tokens, p->tokens_t, p->tokens_b, 0); /* 0 is in range anyway */
-    job->counted += NAME(step_check)(job, self, p->targets, p->targets_t, p->targets_b, p->ignore_index);
+    int64_t T = p->T, B = p->B, V = p->V, bad = 0;
+    NAME(ids_check)(self, p->tokens, T, B, p->tokens_t, p->tokens_b, V, 0, &bad); /* 0 is in range anyway */
+    job->counted += NAME(ids_check)(self, p->targets, T, B, p->targets_t, p->targets_b, V, p->ignore_index, &bad);
+    if (bad)
+        job->bad = 1;
     NAME(step_pack)(job, self);
     NAME(step_memory) memory = NAME(step_memory_of)(job, self->rank, &unused);
     team_barrier(self);

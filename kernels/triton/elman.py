@@ -91,11 +91,13 @@ def _forward_pass(
     tanh: bool,
     features: int,
     ids: torch.dtype | None,
-) -> _Pass:
-    """features: I where the kernel makes the input's product, else 0. ids: the type of token ids."""
+) -> _Pass | None:
+    """features: I where the kernel makes the input's product, else 0. ids: the type of token ids. None: no program can
+    hold this hidden size.
+    """
     tile = choose_tile(hidden_size, dtype, precision, device, rows)
     if tile is None:
-        raise RuntimeError(f"elman_forward: {elman_limits(hidden_size, dtype, precision, device)}")
+        return None
     ahead = tile.ahead_inputs if features else tile.ahead
     return _shared_pass(elman_forward_kernel, tile, hidden_size, dtype, device, ids, tanh, ahead, features)
 
@@ -103,10 +105,10 @@ def _forward_pass(
 @functools.lru_cache(4096)
 def _backward_pass(
     hidden_size: int, dtype: torch.dtype, precision: str, device: torch.device, rows: int, directions: int, tanh: bool
-) -> _Pass:
+) -> _Pass | None:
     tile = choose_tile(hidden_size, dtype, precision, device, rows)
     if tile is None:
-        raise RuntimeError(f"elman_backward: {elman_limits(hidden_size, dtype, precision, device)}")
+        return None
     options = (elman_backward_kernel, tile, hidden_size, dtype, device, None, tanh)
     found = _shared_pass(*options, tile.ahead)
     programs = directions * -(-(rows // directions) // tile.rows)
@@ -250,20 +252,21 @@ def elman_forward(
     rows = x if tokens is None else tokens
     T = rows.shape[0] if batch_sizes is None else len(batch_sizes)
     B = rows.shape[1] if batch_sizes is None else int(batch_sizes[0]) if T else 0
-    if out is None:
-        shape = (*(x.shape[:-1] if tokens is None else tokens.shape), D * H)
-        out = torch.empty(shape, dtype=dtype, device=device)
-    h_n = torch.empty((D, B, H), dtype=dtype, device=device)
-    if T == 0 or B == 0 or H == 0:
-        return out, h_n.zero_() if h0 is None else h_n.copy_(h0)
-
-    if choose_tile(H, dtype, precision, device, B * D) is None:
+    empty, features = T * B * H == 0, 0 if weight_ih is None else x.shape[-1]
+    ids = None if tokens is None else tokens.dtype
+    how = None if empty else _forward_pass(H, dtype, precision, device, B * D, nonlinearity == "tanh", features, ids)
+    if how is None and not empty:
         biases = {"bias_ih": bias_ih, "bias_hh": bias_hh}
         across = {"batch_sizes": batch_sizes, "nonlinearity": nonlinearity, "reverse": reverse, "precision": precision}
         return _grid().elman_grid_forward(x, weight_hh, h0, tokens=tokens, out=out, **biases, **across)
 
-    features, ids = 0 if weight_ih is None else x.shape[-1], None if tokens is None else tokens.dtype
-    how = _forward_pass(H, dtype, precision, device, B * D, nonlinearity == "tanh", features, ids)
+    if out is None:
+        shape = (*(x.shape[:-1] if tokens is None else tokens.shape), D * H)
+        out = torch.empty(shape, dtype=dtype, device=device)
+    h_n = torch.empty((D, B, H), dtype=dtype, device=device)
+    if how is None:
+        return out, h_n.zero_() if h0 is None else h_n.copy_(h0)
+
     if tokens is None:
         x_strides, reach = (x.stride(0), x.stride(-2), 1), x.stride(-2) * how.rows
     else:
@@ -331,19 +334,20 @@ def elman_backward(
     V = num_tokens or 0
     T = out.shape[0] if batch_sizes is None else len(batch_sizes)
     B = out.shape[1] if batch_sizes is None else int(batch_sizes[0]) if T else 0
+    empty = T * B * H == 0
+    how = None if empty else _backward_pass(H, dtype, precision, device, B * D, D, nonlinearity == "tanh")
+    if how is None and not empty:
+        needs = {"need_weight_grad": need_weight_grad, "need_bias_grad": need_bias_grad, "num_tokens": num_tokens}
+        across = {"batch_sizes": batch_sizes, "nonlinearity": nonlinearity, "reverse": reverse, "precision": precision}
+        return _grid().elman_grid_backward(grad_out, grad_h_n, out, weight_hh, h0, tokens=tokens, **needs, **across)
+
     grad_h0 = torch.empty((D, B, H), dtype=dtype, device=device)
-    if T == 0 or B == 0 or H == 0:
+    if how is None:
         grad_x = torch.zeros_like(out) if tokens is None else out.new_zeros((V, D * H))
         grad_weight = tuple(torch.zeros_like(w) for w in weight_hh) if need_weight_grad else None
         grad_bias = out.new_zeros(D * H) if need_bias_grad else None
         return grad_x, grad_weight, grad_h0.zero_() if grad_h_n is None else grad_h0.copy_(grad_h_n), grad_bias
 
-    if choose_tile(H, dtype, precision, device, B * D) is None:
-        needs = {"need_weight_grad": need_weight_grad, "need_bias_grad": need_bias_grad, "num_tokens": num_tokens}
-        across = {"batch_sizes": batch_sizes, "nonlinearity": nonlinearity, "reverse": reverse, "precision": precision}
-        return _grid().elman_grid_backward(grad_out, grad_h_n, out, weight_hh, h0, tokens=tokens, **needs, **across)
-
-    how = _backward_pass(H, dtype, precision, device, B * D, D, nonlinearity == "tanh")
     sum_weight = need_weight_grad and how.sum_steps >= T
     if sum_weight and how.sums is not None:
         how = how.sums
