@@ -115,9 +115,9 @@ def stubbed(backend: str, kernel: Callable[..., Any]) -> Iterator[None]:
             setattr(Launch, "__call__", lambda self, *arguments: kernel())  # noqa: B010 - no method's type to a checker
             undo.callback(setattr, backends, "triton_cannot_run_on", backends.triton_cannot_run_on)
             backends.triton_cannot_run_on = lambda device: None
-            for cache in (backends._choose, elman_layer._choose_layer):
-                cache.cache_clear()
-                undo.callback(cache.cache_clear)
+            for forget in (backends.forget, elman_layer.forget):
+                forget()
+                undo.callback(forget)
         yield
 
 

@@ -21,6 +21,7 @@ from charrnn_fast.kernels import native
 from . import backends, compiled_backward
 from .autograd import HandedOutOnce, must_recompute, recomputed
 from .context import OPERATORS, addressable, autocast, in_autocast, plain, registered_operators_only, watched
+from .precision import matmul_precision
 
 REDUCTIONS = ("mean", "sum", "none")
 _16_BIT = (torch.bfloat16, torch.float16)
@@ -103,7 +104,7 @@ def _backend(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor)
     dtype = dtypes.pop()
     if not dtype.is_floating_point:
         return "torch"
-    name = backends.choose_loss(device, dtype)
+    name = backends.choose("linear_cross_entropy", device, dtype)
     if name == "native" and (casts or onlooker is not None):  # which need PyTorch's own operators
         return "torch"
     return name
@@ -249,7 +250,7 @@ def _triton_forward(
     """loss, log-sum-exp of each row (N,) and the number of rows that count ()."""
     from charrnn_fast.kernels.triton import linear_cross_entropy as kernels
 
-    precision = backends.matmul_precision(input.device, input.dtype)
+    precision = matmul_precision(input.device, input.dtype)
     arguments = (input, weight, bias, target, ignore_index, reduction)
     return kernels.linear_cross_entropy_forward(*arguments, precision=precision, loss_dtype=loss_dtype)
 
@@ -272,7 +273,7 @@ def _triton_backward(
     gradients = kernels.linear_cross_entropy_backward(
         grad_loss,
         *(input, weight, bias, target, ignore_index, reduction, lse, count),
-        precision=backends.matmul_precision(input.device, input.dtype),
+        precision=matmul_precision(input.device, input.dtype),
         need_hidden=needs_grad[0],
         need_weight=any(needs_grad[1:3]),
     )
