@@ -110,7 +110,8 @@ def test_gradcheck_and_second_derivatives(backend, device, form):
     options = FORMS[form] | {"num_layers": 2 if "deep" in form else 1, "dropout": 0.0}
     rnn = FusedRNN(2, 3, backend=backend, device=device, dtype=torch.float64, checkpoint_steps=2, **options)
     x = torch.randn(3, 2, 2, dtype=torch.float64, device=device, requires_grad=True)
-    hx = torch.randn(4 if rnn.bidirectional else 1, 2, 3, dtype=torch.float64, device=device, requires_grad=True)
+    layers = rnn.num_layers * (2 if rnn.bidirectional else 1)
+    hx = torch.randn(layers, 2, 3, dtype=torch.float64, device=device, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, hx: rnn(x, hx), (x, hx), fast_mode=True)
     assert torch.autograd.gradgradcheck(lambda x, hx: rnn(x, hx), (x, hx), fast_mode=True)
 

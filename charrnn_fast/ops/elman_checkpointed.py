@@ -20,7 +20,7 @@ from torch import Tensor
 from . import compiled_backward
 from .autograd import apply_of, below_autograd_recording, must_recompute, recomputed, saved_tensors, unshared
 from .context import OPERATORS, autocast, exported, in_plain_memory, plain, registered_operators_only, watched
-from .elman_stack import alike, elman_stack, turned
+from .elman_stack import alike, as_batch_first, elman_stack
 from .parts import Parts
 from .tokens import TOKEN_TYPES
 
@@ -290,7 +290,7 @@ class _Checkpointed(torch.autograd.Function):
         ctx.stack, ctx.batch_first, ctx.num_masks = stack, batch_first, len(masks)
         ctx.save_for_backward(kept, batch_sizes, input, hx, *masks, *weights)
         ctx.set_materialize_grads(False)
-        return turned(output) if batch_first else output, h_n
+        return as_batch_first(output) if batch_first else output, h_n
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:

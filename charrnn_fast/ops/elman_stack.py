@@ -194,7 +194,7 @@ def _watched_layers(
             output, state = elman_layer(layer, output, h0, own, batch_sizes, turned)
         else:
             output, state = _watched_layer(rnn, backend, output, h0, own, batch_sizes, reverse)
-            output = turned(output) if turned else output
+            output = as_batch_first(output) if turned else output
         states.append(state)
     return output, states[0] if rnn.num_layers == 1 else torch.cat(states)
 
@@ -219,7 +219,7 @@ def _watched_layer(
     return layer_by_tensor_operations(input, h0, weights, batch_sizes, nonlinearity, reverse)
 
 
-def turned(output: Tensor) -> Tensor:
+def as_batch_first(output: Tensor) -> Tensor:
     """(T, B, C) as (B, T, C), the memory as it is; to autograd no view, where nobody watches."""
     return output.transpose_(0, 1) if addressable(output) else output.transpose(0, 1)
 
@@ -261,6 +261,6 @@ def _torch_layers_of_tokens(
     directions, each = len(reverse), len(reverse) * (4 if rnn.bias else 2)
     output, state = _watched_layer(rnn, "torch", tokens, hx[:directions], weights[:each], batch_sizes, reverse)
     if rnn.num_layers == 1:
-        return turned(output) if rnn.batch_first and batch_sizes is None else output, state
+        return as_batch_first(output) if rnn.batch_first and batch_sizes is None else output, state
     output, states = _torch_layers(rnn, _dropout(rnn, output), hx[directions:], weights[each:], batch_sizes)
     return output, torch.cat([state, states])
