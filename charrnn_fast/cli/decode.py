@@ -11,7 +11,7 @@ from charrnn_fast.cli.options import CHARACTERS, SEED, add_text, at_least, betwe
 from charrnn_fast.errors import InputError
 from charrnn_fast.lm import checkpoint, corpora, data
 from charrnn_fast.lm.evaluation import validate
-from charrnn_fast.lm.model import generate, stream
+from charrnn_fast.lm.generation import generate, stream
 from charrnn_fast.lm.texts import read_texts
 
 WHOLE = "FILE:"  # before a name: the whole content of that file

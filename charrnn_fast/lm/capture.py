@@ -18,9 +18,7 @@ import torch
 from torch import Tensor
 
 from charrnn_fast.errors import TrainingError
-from charrnn_fast.lm.as_built import why_called
-from charrnn_fast.lm.model import CharRNN
-from charrnn_fast.reference.language_model import RNNLM
+from charrnn_fast.lm.language_model import LanguageModel
 
 WARM_UP_STEPS = 3  # of a shape before it is recorded, as many as torch.cuda.make_graphed_callables makes
 MAX_SHAPES = 8  # recorded at most; the samplers make two or three
@@ -35,17 +33,14 @@ def why_not_on(device: torch.device) -> str | None:
     return None if device.type == "cuda" else "a CUDA graph needs a CUDA or ROCm device"
 
 
-def why_not(model: CharRNN | RNNLM, graph_batches: int = 1) -> str | None:
-    """None if a training step of the model can be captured, else one clause that says why not."""
-    if not isinstance(model, CharRNN):
-        return "the reference model is trained by its own loop"
+def why_not(model: LanguageModel, graph_batches: int = 1, asked: bool = True) -> str | None:
+    """None if a training step of the model can be captured, else one clause that says why not. asked: is it asked for,
+    rather than welcome?
+    """
+    if (why := model.why_not_captured(asked)) is not None:
+        return why
     if graph_batches > 1:
         return f"the graph is kept across {graph_batches} batches, and a captured step is one batch"
-    if (why := why_called(model)) is not None:
-        return f"a replay would not call its modules, and {why}"
-    for name, p in model.named_parameters():
-        if p._backward_hooks or p._post_accumulate_grad_hooks:
-            return f"a replay would not call the hook of {name}"
     return why_not_on(model.device)
 
 
@@ -59,7 +54,7 @@ def why_not_optimizer(optimizer: torch.optim.Optimizer) -> str | None:
     return f"{name} keeps its step count on the host: make it with capturable=True"
 
 
-def dependencies(model: CharRNN, optimizer: torch.optim.Optimizer) -> object:
+def dependencies(model: LanguageModel, optimizer: torch.optim.Optimizer) -> object:
     """What a recorded step holds fast beside its inputs; equal as long as a replay is what the step would be."""
 
     def fixed(value: object) -> object:

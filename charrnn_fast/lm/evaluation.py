@@ -6,10 +6,10 @@ import torch
 
 from charrnn_fast.lm.data import Batch
 from charrnn_fast.lm.distributed import Processes
-from charrnn_fast.lm.model import CharRNN, evaluating
+from charrnn_fast.lm.forms import of
+from charrnn_fast.lm.language_model import LanguageModel
 from charrnn_fast.lm.records import EpochRecord, perplexity
 from charrnn_fast.reference import training as reference
-from charrnn_fast.reference.language_model import RNNLM
 
 
 def epochs_since_best(history: Sequence[EpochRecord]) -> int:
@@ -23,7 +23,7 @@ class Stopped(Exception):
 
 
 def validate(
-    model: CharRNN | RNNLM,
+    model: LanguageModel,
     batches: Iterable[Batch],
     *,
     carry_state: bool = False,
@@ -49,7 +49,8 @@ def validate(
             if (processes is None or len(sizes) % 16 == 0) and stopped():
                 raise Stopped
 
-    with evaluating(model):
+    model = of(model)
+    with model.evaluating():
         measured = list(reference.evaluate_batches(model, mine(), carry_state=carry_state))
     if not sizes:
         return None

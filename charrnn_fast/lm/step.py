@@ -1,7 +1,7 @@
 """One training step: forward, loss, backward, clip, update; and the loop over the batches of an epoch.
 
-The loop of `train_batches` is the one of charrnn_fast.reference.training, which trains the reference model; the two
-take the same arguments and follow the same curve.
+`train_batches` is the loop of charrnn_fast.reference.training, by the same arguments; the tests hold the curves of the
+two together.
 """
 
 import math
@@ -15,8 +15,8 @@ from torch import Tensor
 from charrnn_fast.lm.capture import RecordedSteps, Step
 from charrnn_fast.lm.data import Batch
 from charrnn_fast.lm.distributed import Processes, SharedGradients
-from charrnn_fast.lm.model import CharRNN
-from charrnn_fast.ops.clip_grad_norm import clip_and_sgd_step_, steps_in_one_launch
+from charrnn_fast.lm.language_model import LanguageModel
+from charrnn_fast.lm.optimizers import held_by
 
 
 class TrainingStep:
@@ -43,8 +43,8 @@ class TrainingStep:
 
     def __init__(
         self,
-        model: CharRNN,
-        optimizer: torch.optim.Optimizer,
+        model: LanguageModel,
+        optimizer: Any,
         clip: float | None,
         graph_batches: int = 1,
         *,
@@ -55,7 +55,7 @@ class TrainingStep:
     ) -> None:
         self.model, self.optimizer, self.clip, self.graph_batches = model, optimizer, clip, graph_batches
         self.accumulate, self.bf16, self.guard = accumulate, bf16, guard
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.parameters = held_by(optimizer)
         self.norm: Tensor | None = None
         self.state: Any = None
         self.pending = self.refused = 0
@@ -111,8 +111,7 @@ class TrainingStep:
             self._detached.clear()
             self._counts.clear()
             self.pending = 0
-            self.optimizer.zero_grad(set_to_none=True)
-            self.model.zero_grad(set_to_none=True)  # of what the optimizer does not hold
+            self.model.zero_grad(set_to_none=True)
 
     def _add_gradients(self, loss: Tensor) -> None:
         """Backward of one of several batches: weighed as if all had the first one's number of characters."""
@@ -125,10 +124,11 @@ class TrainingStep:
     def _descend(self) -> None:
         """Clip the gradients and take the optimizer's step along them; plain SGD's on a GPU in the same launch."""
         lr = _plain_sgd_lr(self.optimizer)
-        fused = self.model.cell == "fused" and not self.guard and steps_in_one_launch(self.parameters)
-        if lr is not None and fused:
-            self._keep(clip_and_sgd_step_(self.parameters, self.clip, lr))
-            return
+        if lr is not None and not self.guard:
+            norm = self.model.sgd_step_(self.parameters, self.clip, lr)
+            if norm is not None:
+                self._keep(norm)
+                return
         # Without clipping the norm is measured all the same: no gradient is above infinity, and times 1 is exact.
         norm = self.model.clip_grad_norm_(self.parameters, math.inf if self.clip is None else self.clip)
         self._keep(norm)
@@ -154,10 +154,11 @@ def _cut_off(state: Any) -> Any:
     return state.detach() if isinstance(state, Tensor) else tuple(_cut_off(part) for part in state)
 
 
-def _plain_sgd_lr(optimizer: torch.optim.Optimizer) -> float | Tensor | None:
+def _plain_sgd_lr(optimizer: Any) -> float | Tensor | None:
     """The learning rate of an SGD that only subtracts lr * gradient and that nobody watches; None for all others."""
-    hooks = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
-    if type(optimizer) is not torch.optim.SGD or len(optimizer.param_groups) != 1 or any(hooks):
+    if type(optimizer) is not torch.optim.SGD or len(optimizer.param_groups) != 1:
+        return None
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         return None
     (group,) = optimizer.param_groups
     plain = not any(group[name] for name in ("momentum", "weight_decay", "maximize", "differentiable"))
@@ -165,9 +166,9 @@ def _plain_sgd_lr(optimizer: torch.optim.Optimizer) -> float | Tensor | None:
 
 
 def train_batches(
-    model: CharRNN,
+    model: LanguageModel,
     batches: Iterable[Batch],  # X (B, T) and Y (B, T), int64
-    optimizer: torch.optim.Optimizer,
+    optimizer: Any,
     clip: float | None,
     *,
     carry_state: bool = False,
@@ -191,15 +192,3 @@ def train_batches(
         step.state = state if carry_state else None
         yield loss
     step.update()
-
-
-class Updater:
-    """An optimizer of torch with the manners of the reference's: it leaves no gradients behind."""
-
-    def __init__(self, optimizer: torch.optim.Optimizer):
-        self.params = [p for group in optimizer.param_groups for p in group["params"]]
-        self._optimizer = optimizer
-
-    def step(self) -> None:
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)

@@ -14,12 +14,13 @@ from torch.fx.experimental.proxy_tensor import make_fx
 
 from charrnn_fast.errors import TrainingError
 from charrnn_fast.lm import capture, checkpoint, corpora, data, training
-from charrnn_fast.lm import step as step_module
+from charrnn_fast.lm import model as model_module
 from charrnn_fast.lm.capture import MAX_SHAPES, WARM_UP_STEPS, RecordedSteps, dependencies
 from charrnn_fast.lm.model import CharRNN
 from charrnn_fast.lm.recipes import RECIPES, build_model, build_sampler
 from charrnn_fast.lm.schedule import Schedule
 from charrnn_fast.lm.step import TrainingStep, train_batches
+from charrnn_fast.lm.torch_model import TorchCharRNN
 from charrnn_fast.lm.training import Trainer
 from charrnn_fast.reference import training as reference
 
@@ -242,8 +243,8 @@ def test_losses_stay_what_they_were():
 def test_triton_kernels_follow_the_reference(name, device, monkeypatch):
     """What a GPU runs (token recurrence, loss, clip, update; recorded), in fp64: interpreted where there is none."""
     monkeypatch.setenv("CHARRNN_BACKEND", "triton")
-    steps = Mock(wraps=step_module.clip_and_sgd_step_)
-    monkeypatch.setattr(step_module, "clip_and_sgd_step_", steps)
+    steps = Mock(wraps=model_module.clip_and_sgd_step_)
+    monkeypatch.setattr(model_module, "clip_and_sgd_step_", steps)
     sizes = {"batch_size": 1 if name == "santa" else 5, "num_steps": 4, "hidden_size": 6}
     recipe = replace(RECIPES[name], **sizes)
     text = TEXT[: {"scratch": 60, "ch8": 130, "santa": 30}[name]]
@@ -365,8 +366,8 @@ def test_failure_in_a_run_is_told_and_trained_through(recorders, monkeypatch):
 
 REASONS = {
     "a CUDA graph needs a CUDA or ROCm device": (lambda: CharRNN(28, 4), {}),
-    "PyTorch alone is trained as PyTorch does": (lambda: CharRNN(28, 4, cell="torch"), {}),
-    "the reference model is trained by its own loop": (lambda: CharRNN(28, 4).to_reference(), {}),
+    "PyTorch alone is trained as PyTorch does": (lambda: TorchCharRNN(28, 4), {}),
+    "the reference model is trained operation by operation": (lambda: CharRNN(28, 4).to_reference(), {}),
     "the graph is kept across 3 batches": (lambda: CharRNN(28, 4), {"graph_batches": 3}),
 }
 
