@@ -20,12 +20,14 @@ State: TypeAlias = Any  # (L, B, H), or what a model whose rnn was replaced carr
 class LanguageModel(Protocol):
     """Logits o_t = h_t W_hq + b_q over V token ids, from the states h_t of L stacked cells of H units.
 
-    Attributes: form, one of forms.FORMS; dropout, the probability in training; own_optimizers, makers of optimizers by
-    name (parameters, lr) that the form is trained with, empty where torch's are.
+    Attributes: form, one of forms.FORMS; vocab_size, V; dropout, the probability in training; own_optimizers, makers of
+    optimizers by name (parameters, lr) that the form is trained with, empty where torch's are.
     """
 
     @property
     def form(self) -> str: ...
+    @property
+    def vocab_size(self) -> int: ...
     @property
     def dropout(self) -> float: ...
     @property

@@ -5,18 +5,19 @@ two together.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from charrnn_fast.lm.capture import RecordedSteps, Step
-from charrnn_fast.lm.data import Batch
+from charrnn_fast.lm.batches import Batch, Pair, as_batch
+from charrnn_fast.lm.capture import RecordedSteps
 from charrnn_fast.lm.distributed import Processes, SharedGradients
-from charrnn_fast.lm.language_model import LanguageModel
+from charrnn_fast.lm.language_model import LanguageModel, State
 from charrnn_fast.lm.optimizers import held_by
+from charrnn_fast.ops.tokens import ids_known_below
 
 
 class TrainingStep:
@@ -35,8 +36,8 @@ class TrainingStep:
             losses are then those of all rows from the update on; until then a loss is this process's.
 
     Attributes:
-        norm: the gradients' norm at the last update, before clipping: a scalar on the model's device, on a GPU always
-            the same tensor; None before the first update.
+        norm: the gradients' norm at the last update, before clipping: a scalar on the model's device that no later step
+            changes; None before the first update.
         pending: batches that wait for an update. refused: updates that `guard` has not made.
         state: (L, B, H) or None, where `train_batches` keeps the state that the next batch starts from.
     """
@@ -57,23 +58,23 @@ class TrainingStep:
         self.accumulate, self.bf16, self.guard = accumulate, bf16, guard
         self.parameters = held_by(optimizer)
         self.norm: Tensor | None = None
-        self.state: Any = None
+        self.state: State = None
         self.pending = self.refused = 0
         self.shared = None if processes is None else SharedGradients(processes, self.parameters)
         self._losses: list[Tensor] = []  # of the batches that wait for a backward pass
         self._detached: list[Tensor] = []  # of the batches that wait for an update
         self._counts: list[int] = []  # their characters
 
-    def __call__(self, X: Tensor, Y: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """X, Y (B, T) int64 and the state (L, B, H), None for zeros -> the loss, detached, and the next state, detached
-        if there was an update.
+    def __call__(self, batch: Batch | Pair, state: State = None, into: Tensor | None = None) -> tuple[Tensor, State]:
+        """A batch and the state (L, B, H), None for zeros -> the loss, detached, and the next state, detached if there
+        was an update; if there is a tensor `into`, (L, B, H), which may be `state`, it is put there.
         """
-        count = Y.numel()
+        batch = as_batch(batch)
+        count = batch.count
         if has_rows := count > 0 or self.shared is None:
-            with torch.autocast(X.device.type, torch.bfloat16) if self.bf16 else nullcontext():
-                loss, state = self.model.loss(X, Y, state)
+            loss, state = loss_of(self.model, batch, state, self.bf16)
         else:  # fewer rows than processes, and none for this one
-            loss = torch.zeros((), dtype=self.parameters[0].dtype, device=X.device)
+            loss = torch.zeros((), dtype=self.parameters[0].dtype, device=self.parameters[0].device)
         # Of several processes it becomes the loss of all rows, in place.
         detached = loss.detach() if self.shared is None else loss.detach().clone()
         self._detached.append(detached)
@@ -89,7 +90,7 @@ class TrainingStep:
         if self.pending == max(self.graph_batches, self.accumulate):
             self.update()
             state = _cut_off(state)
-        return detached, state
+        return detached, put(state, into)
 
     def update(self) -> None:
         """Bring the parameters up to date with the batches so far, if there are any. No gradients are left behind."""
@@ -127,27 +128,55 @@ class TrainingStep:
         if lr is not None and not self.guard:
             norm = self.model.sgd_step_(self.parameters, self.clip, lr)
             if norm is not None:
-                self._keep(norm)
+                self.norm = norm
                 return
         # Without clipping the norm is measured all the same: no gradient is above infinity, and times 1 is exact.
         norm = self.model.clip_grad_norm_(self.parameters, math.inf if self.clip is None else self.clip)
-        self._keep(norm)
+        self.norm = norm.detach()
         if self.guard and not (math.isfinite(float(norm)) and math.isfinite(float(self._detached[-1]))):
             self.refused += 1
             return
         self.optimizer.step()
 
-    def _keep(self, norm: Tensor) -> None:
-        """The norm, on a GPU in a buffer whose address a captured step can hold."""
-        if norm.device.type == "cpu":
-            self.norm = norm.detach()
-            return
-        if self.norm is None or self.norm.device != norm.device or self.norm.dtype != norm.dtype:
-            self.norm = torch.empty_like(norm)
-        self.norm.copy_(norm.detach())
+
+class Evaluation:
+    """The loss of a batch under a model in evaluation mode, with the arguments and results of a training step.
+
+    Attributes: norm, None.
+    """
+
+    def __init__(self, model: LanguageModel):
+        self.model = model
+        self.norm: Tensor | None = None
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch | Pair, state: State = None, into: Tensor | None = None) -> tuple[Tensor, State]:
+        """A batch and the state -> its mean loss, a scalar, and the next state, put `into` a tensor if there is one."""
+        loss, state = loss_of(self.model, as_batch(batch), state)
+        return loss, put(state, into)
 
 
-def _cut_off(state: Any) -> Any:
+def loss_of(model: LanguageModel, batch: Batch, state: State, bf16: bool = False) -> tuple[Tensor, State]:
+    """The model's loss of a batch and the next state; with bf16 under autocast to it. Ids that are known to be the
+    model's are not looked at.
+    """
+    X, Y = batch.windows()
+    below = batch.ids_below
+    with torch.autocast(X.device.type, torch.bfloat16) if bf16 else nullcontext():
+        if below is None or below > model.vocab_size:
+            return model.loss(X, Y, state)
+        with ids_known_below(model.vocab_size):
+            return model.loss(X, Y, state)
+
+
+def put(state: State, into: Tensor | None) -> State:
+    """The state, in another tensor's memory if there is one."""
+    if into is None or state is None or state is into:
+        return state
+    return into.copy_(state)
+
+
+def _cut_off(state: State) -> State:
     """The state without its graph: a tensor, or a tuple of them as an LSTM has it; None without rows."""
     if state is None:
         return None
@@ -167,7 +196,7 @@ def _plain_sgd_lr(optimizer: Any) -> float | Tensor | None:
 
 def train_batches(
     model: LanguageModel,
-    batches: Iterable[Batch],  # X (B, T) and Y (B, T), int64
+    batches: Iterable[Batch | Pair],
     optimizer: Any,
     clip: float | None,
     *,
@@ -186,9 +215,9 @@ def train_batches(
     """
     if step is None:
         step = TrainingStep(model, optimizer, clip, graph_batches)
-    run: Step = step if recorded is None else recorded
-    for X, Y in batches:
-        loss, state = run(X, Y, step.state if carry_state else None)
+    run: Callable[[Batch | Pair, State], tuple[Tensor, State]] = step if recorded is None else recorded
+    for batch in batches:
+        loss, state = run(batch, step.state if carry_state else None)
         step.state = state if carry_state else None
         yield loss
     step.update()

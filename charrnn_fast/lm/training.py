@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 
 from charrnn_fast.errors import TrainingError
+from charrnn_fast.lm.batches import Batch, as_batch
 from charrnn_fast.lm.callbacks import Callback
-from charrnn_fast.lm.capture import CudaGraphRecorder, RecordedSteps, dependencies, why_not, why_not_optimizer
-from charrnn_fast.lm.data import Batch, Sampler
+from charrnn_fast.lm.capture import RecordedSteps, why_not, why_not_optimizer
+from charrnn_fast.lm.data import Sampler
 from charrnn_fast.lm.distributed import Processes, ProcessLost
 from charrnn_fast.lm.evaluation import Stopped, epochs_since_best, validate
 from charrnn_fast.lm.forms import of
@@ -30,9 +31,10 @@ from charrnn_fast.lm.optimizers import (
     set_learning_rates,
 )
 from charrnn_fast.lm.random_state import random_state, set_random_state
+from charrnn_fast.lm.recordings import Recordings
 from charrnn_fast.lm.records import WHAT_TO_TRY, EpochRecord, EpochSoFar, StepRecord, moved, parts_of, perplexity
 from charrnn_fast.lm.schedule import Schedule
-from charrnn_fast.lm.step import TrainingStep, train_batches
+from charrnn_fast.lm.step import Evaluation, TrainingStep, train_batches
 from charrnn_fast.lm.training_options import check_options
 
 MAX_RESTORES = 8  # of one run, each halving the learning rate
@@ -121,15 +123,13 @@ class Trainer:
         self._good: dict[str, Any] | None = None  # what "restore" goes back to
         self._callbacks: Sequence[Callback] = ()
         self._data: Sampler | None = None
-        self._recorded: RecordedSteps | None = None
-        self._recorded_for: tuple = ()  # whether the state is carried, the optimizer and the clip
+        self._recordings = Recordings(model, required=capture is True)
         self._require_capture()
 
     @property
     def capture_reason(self) -> str | None:
         """Why training steps are not captured as a CUDA graph: one clause, or None where they are."""
-        failure = None if self._recorded is None else self._recorded.reason
-        return failure or self._why_not_model() or why_not_optimizer(self.optimizer)
+        return self._recordings.reason or self._why_not_model() or why_not_optimizer(self.optimizer)
 
     def _why_not_model(self) -> str | None:
         if self.capture is False:
@@ -213,6 +213,7 @@ class Trainer:
         check_optimizer(self.model, self.optimizer)
         self._require_capture()
         data.to(self.model.device)
+        data.look_at_ids()
         self.model.train()
         self.stopped = self._wish = None
         self._callbacks, self._data, self._lr = tuple(callbacks), data, learning_rates(self.optimizer)[0]
@@ -263,8 +264,8 @@ class Trainer:
                 self.check_finite()
                 return None
         self.check_finite()
+        # Losses and norms come from the device here, all at once: its work is known to be done.
         mean = so_far.mean_loss()
-        # The only transfer from the device in an epoch, and the point where its work is known to be done.
         so_far.seconds = before + time.perf_counter() - start
         try:
             val = validate(
@@ -273,6 +274,7 @@ class Trainer:
                 carry_state=data.carry_state,
                 stopped=self._agree,
                 processes=self.processes,
+                step=self._evaluation(data.carry_state),
             )
         except Stopped:
             return None
@@ -300,14 +302,14 @@ class Trainer:
         """The epoch's updates from where it is, one by one, each seen to its end."""
 
         def counted() -> Iterator[Batch]:
-            for X, Y in itertools.islice(data.train(), so_far.batches, None):
+            for batch in map(as_batch, itertools.islice(data.train(), so_far.batches, None)):
                 self._set_lr()
-                so_far.counts.append(Y.numel())
-                so_far.tokens += Y.numel()
+                so_far.counts.append(batch.count)
+                so_far.tokens += batch.count
                 if plain.shared is not None:
-                    X, Y = plain.shared.processes.share(X), plain.shared.processes.share(Y)
+                    batch = batch.share(plain.shared.processes)
                     plain.shared.wish.fill_(self._wish is not None)
-                yield X, Y
+                yield batch
 
         plain = self._plain_step(data, so_far.state if resumed else None)
         for loss in self._losses(counted(), data, plain):
@@ -331,7 +333,7 @@ class Trainer:
         assert plain.norm is not None
         so_far.updates += 1
         self.step += 1
-        so_far.norms.append(plain.norm if plain.norm.device.type == "cpu" else plain.norm.clone())
+        so_far.norms.append(plain.norm)
         so_far.state = plain.state
         self._look(so_far, plain)
         wishes = None if plain.shared is None else plain.shared.wishes
@@ -394,25 +396,15 @@ class Trainer:
 
     def _recorded_steps(self, carry_state: bool, plain: TrainingStep) -> RecordedSteps | None:
         """What records the steps of an epoch, and has recorded those of earlier ones; None if nothing does."""
-        model = self.model
         if self.capture_reason is not None:
             return None
-        optimizer = self.optimizer
-        if self.schedule.changes:  # a number would be part of the recording
-            for group in optimizer.param_groups:
-                if not isinstance(group["lr"], Tensor):
-                    group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=model.device)
-        if self._recorded is None or self._recorded_for != (carry_state, plain):
-            self._recorded_for = (carry_state, plain)
-            self._recorded = RecordedSteps(
-                plain,
-                CudaGraphRecorder(model.device),
-                lambda: dependencies(model, optimizer),
-                model.zero_state if carry_state else None,
-                required=self.capture is True,
-            )
-        self._recorded.refresh()
-        return self._recorded
+        return self._recordings.training(plain, carry_state, changing_lr=self.schedule.changes)
+
+    def _evaluation(self, carry_state: bool) -> Evaluation | RecordedSteps:
+        """What computes the losses of a validation, recorded where that can be."""
+        if self.capture is False or why_not(self.model, 1, self.capture is True) is not None:
+            return Evaluation(self.model)
+        return self._recordings.evaluation(carry_state)
 
     def _set_lr(self) -> None:
         """The learning rates of the next update. One that never changes is left to whoever made the optimizer."""

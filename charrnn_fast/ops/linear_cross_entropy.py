@@ -21,6 +21,7 @@ from charrnn_fast.kernels import native
 from . import backends, compiled_backward
 from .autograd import HandedOutOnce, must_recompute, recomputed
 from .context import OPERATORS, addressable, autocast, in_autocast, plain, registered_operators_only, watched
+from .tokens import ids_are_known
 
 REDUCTIONS = ("mean", "sum", "none")
 _16_BIT = (torch.bfloat16, torch.float16)
@@ -231,7 +232,7 @@ def _by_triton(
 
 def _check_target(target: Tensor, classes: int, ignore_index: int) -> None:
     """IndexError for a target that is no class, in torch's words, on a CPU; on a GPU the kernels assert it."""
-    if target.device.type == "cpu" and addressable(target):
+    if target.device.type == "cpu" and not ids_are_known(classes) and addressable(target):
         outside = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
         if len(outside):
             raise IndexError(f"Target {int(outside[0])} is out of bounds.")
