@@ -10,10 +10,10 @@ from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from charrnn_fast.lm.distributed import Processes
+from charrnn_fast.ops.windows import windows
 
 Pair = tuple[Tensor, Tensor]
 
@@ -114,10 +114,8 @@ class Positions(Batch):
 
     def windows(self) -> Pair:
         """X and Y, two views of one gather."""
-        window = self.corpus.unfold(0, self.num_steps + 1, 1).index_select(0, self.starts)  # (B, T + 1)
-        if window.dtype != torch.int64:
-            window = window.long()
-        return window[:, :-1], window[:, 1:]
+        tokens, targets = windows(self.corpus, self.starts, self.num_steps)
+        return tokens.t(), targets.t()
 
     def inputs(self) -> tuple[Tensor, ...]:
         return (self.starts,)

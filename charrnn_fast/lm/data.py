@@ -20,7 +20,6 @@ from charrnn_fast.errors import InputError
 from charrnn_fast.lm.batches import Batch, Positions
 
 UNKNOWN = "<unk>"
-_WIDENED = 2**24  # characters of a corpus up to which it is held as int64: 128 MiB, and no step casts ids
 _BLOCK = 1024  # batches whose places cross to the device at a time
 
 
@@ -174,11 +173,9 @@ class Sampler(ABC):
             yield from self._windows(starts, self.batch_size, steps, tokens)
 
     def to(self, device: torch.device | str) -> "Sampler":
-        """Move the corpus, and what is held out, to a device, where they are int64 unless they are long; returns
-        self.
-        """
-        self.tokens = _held(self.tokens, device)
-        self.held_out = None if self.held_out is None else _held(self.held_out, device)
+        """Move the corpus, and what is held out, to a device; returns self."""
+        self.tokens = self.tokens.to(device)
+        self.held_out = None if self.held_out is None else self.held_out.to(device)
         return self
 
     def look_at_ids(self) -> None:
@@ -212,11 +209,6 @@ class Sampler(ABC):
         width = (len(tokens) - offset - 1) // batch_size
         begins = offset + width * torch.arange(batch_size, dtype=torch.int64, device="cpu")
         return _walked(tokens, begins, width, self.num_steps, rest, self._ids_below(tokens))
-
-
-def _held(tokens: Tensor, device: torch.device | str) -> Tensor:
-    """The ids where and as batches are gathered from them."""
-    return tokens.to(device, torch.int64 if len(tokens) <= _WIDENED else tokens.dtype)
 
 
 def _moved(starts: Tensor, device: torch.device) -> Tensor:

@@ -64,6 +64,7 @@ class TrainingStep:
         self._losses: list[Tensor] = []  # of the batches that wait for a backward pass
         self._detached: list[Tensor] = []  # of the batches that wait for an update
         self._counts: list[int] = []  # their characters
+        self._constants: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
 
     def __call__(self, batch: Batch | Pair, state: State = None, into: Tensor | None = None) -> tuple[Tensor, State]:
         """A batch and the state (L, B, H), None for zeros -> the loss, detached, and the next state, detached if there
@@ -98,8 +99,8 @@ class TrainingStep:
             return
         try:
             if self._losses:
-                loss = self._losses[0] if len(self._losses) == 1 else torch.stack(self._losses).mean()
-                loss.backward()
+                share = self._constant(1 / len(self._losses), self._losses[0])
+                torch.autograd.backward(self._losses, [share] * len(self._losses))
             elif any(self._counts) and (scale := self._added_up() / sum(self._counts)) != 1:
                 for p in self.parameters:
                     if p.grad is not None:
@@ -116,7 +117,14 @@ class TrainingStep:
 
     def _add_gradients(self, loss: Tensor) -> None:
         """Backward of one of several batches: weighed as if all had the first one's number of characters."""
-        (loss * (self._counts[-1] / self._added_up())).backward()
+        loss.backward(self._constant(self._counts[-1] / self._added_up(), loss))
+
+    def _constant(self, value: float, like: Tensor) -> Tensor:
+        """A scalar of a loss's kind, the same tensor whenever it is wanted again: autograd would fill one each time."""
+        kind = (value, like.dtype, like.device)
+        if kind not in self._constants:
+            self._constants[kind] = torch.full((), value, dtype=like.dtype, device=like.device)
+        return self._constants[kind]
 
     def _added_up(self) -> int:
         """The characters of `accumulate` batches, were they all as the first that has any."""
