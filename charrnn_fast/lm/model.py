@@ -9,11 +9,15 @@ from torch import Tensor
 
 from charrnn_fast.lm.as_built import why_called
 from charrnn_fast.lm.recurrent import RecurrentLM
+from charrnn_fast.ops import backends
 from charrnn_fast.ops import generate as decoder
 from charrnn_fast.ops import language_model_loss as one_call
 from charrnn_fast.ops.clip_grad_norm import clip_and_sgd_step_, clip_grad_norm_, steps_in_one_launch
+from charrnn_fast.ops.context import addressable, in_autocast
+from charrnn_fast.ops.elman import elman
 from charrnn_fast.ops.embedding import embedding
 from charrnn_fast.ops.linear_cross_entropy import linear_cross_entropy
+from charrnn_fast.ops.tokens import TOKEN_TYPES
 from charrnn_fast.rnn import FusedRNN
 
 
@@ -70,13 +74,46 @@ class CharRNN(RecurrentLM, form="fused"):
         """The last layer's states (B, T, H) and the final states (L, B, H), from token ids (B, T) and h_0 (L, B, H) or
         None.
         """
-        if self.embed is not None:
-            as_built = why_called(self, ("embed",)) is None
-            return self._call_rnn(embedding(self.embed, tokens) if as_built else self.embed(tokens), state)
-        rnn = self.rnn
-        if isinstance(rnn, FusedRNN) and why_called(self, ("rnn",)) is None:
+        rnn, embed = self.rnn, self.embed
+        if not isinstance(rnn, FusedRNN) or why_called(self, ("rnn",)) is not None:
+            return super().hidden(tokens, state)
+        if embed is None:
             return rnn.forward_tokens(tokens, state)
-        return self._call_rnn(self._one_hot(tokens), state)
+        if why_called(self, ("embed",)) is not None:
+            return super().hidden(tokens, state)
+        if self._reads_a_table(tokens, state):
+            own: Any = rnn._parameters
+            weights = [own[f"{name}_l0"] for name in ("weight_hh", "bias_ih", "bias_hh")]
+            h0 = None if state is None else state[0]
+            options: dict[str, Any] = {"nonlinearity": self.nonlinearity, "backend": rnn.backend}
+            outputs, h_n = elman(tokens.t(), h0, self._weight_of_ids(), *weights, **options)
+            return outputs.transpose(0, 1), h_n.unsqueeze(0)
+        return self._call_rnn(embedding(embed, tokens), state)
+
+    def _weight_of_ids(self) -> Tensor:
+        """(H, V): what each token feeds into the first cell, bias apart. A learned embedding's W_ih E^T is a product of
+        V columns, where reading the embedding row by row would be one of B*T and its gradient a sum over as many.
+        """
+        weight_ih: Tensor = self._cell_parameter("weight_ih", 0)
+        return weight_ih if self.embed is None else weight_ih @ self.embed.weight.t()
+
+    def _reads_a_table(self, tokens: Tensor, state: Tensor | None) -> bool:
+        """Whether one layer on a learned embedding, both as they were built, is the recurrence on `_weight_of_ids`."""
+        embed, rnn = self.embed, self.rnn
+        if self.num_layers > 1 or tokens.dim() != 2 or not 0 < self.vocab_size <= tokens.numel():
+            return False
+        if embed is None or embed.padding_idx is not None or embed.scale_grad_by_freq or embed.sparse:
+            return False
+        if tokens.dtype not in TOKEN_TYPES or (state is not None and state.shape != (1, len(tokens), self.hidden_size)):
+            return False
+        weight, device = embed.weight, embed.weight.device
+        if weight.dtype not in (torch.float32, torch.float64) or in_autocast(device.type):
+            return False
+        if not addressable(tokens, state, weight, *rnn.parameters()):
+            return False
+        backend = getattr(rnn, "backend", "auto")
+        sizes = {"hidden_size": self.hidden_size, "batch_size": len(tokens), "backend": backend}
+        return backends.choose("elman", device, weight.dtype, **sizes) != "torch"
 
     def clip_grad_norm_(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
         """Scale the parameters' gradients in place so that their norm together is at most max_norm, by this library's
@@ -95,7 +132,7 @@ class CharRNN(RecurrentLM, form="fused"):
 
     def _loss_in_one_call(self, tokens: Tensor, targets: Tensor, state: Tensor | None) -> tuple[Tensor, Tensor] | None:
         rnn, head = self._modules["rnn"], self._modules["head"]
-        if not isinstance(rnn, FusedRNN) or self.embed is not None or self.num_layers > 1:
+        if not isinstance(rnn, FusedRNN) or self.num_layers > 1:
             return None
         if self.dropout > 0 and self.training:
             return None
@@ -105,8 +142,14 @@ class CharRNN(RecurrentLM, form="fused"):
             return None
         own, of_head = rnn._parameters, head._parameters
         bias_hh = own["bias_hh_l0"]
-        names = ("weight_ih_l0", "weight_hh_l0", "bias_ih_l0")
-        weights: Any = (*[own[name] for name in names], of_head["weight"], of_head["bias"])
+        if self.embed is not None:  # whose table is not made in vain
+            sizes = {"hidden_size": self.hidden_size, "batch_size": len(tokens), "num_classes": self.vocab_size}
+            weight = self.embed.weight
+            name = backends.choose("language_model_loss", weight.device, weight.dtype, **sizes, backend=rnn.backend)
+            if name == "torch" or not torch.is_grad_enabled() or not self._reads_a_table(tokens, state):
+                return None
+        of_cell = (self._weight_of_ids(), own["weight_hh_l0"], own["bias_ih_l0"])
+        weights: Any = (*of_cell, of_head["weight"], of_head["bias"])
         ids, h0 = (tokens.T, targets.T), None if state is None else state[0]
         if one_call.why_not(*ids, h0, (*weights, bias_hh), rnn.backend) is not None:
             return None
@@ -137,9 +180,7 @@ class CharRNN(RecurrentLM, form="fused"):
             return super().generate_ids(prompt, num_tokens, state=state, **sampling)
         layers = []
         for layer in range(self.num_layers):
-            weight_ih: Tensor = self._cell_parameter("weight_ih", layer)
-            if layer == 0 and self.embed is not None:
-                weight_ih = weight_ih @ self.embed.weight.T  # (H, V): what each token feeds into the cell
+            weight_ih: Tensor = self._cell_parameter("weight_ih", layer) if layer else self._weight_of_ids()
             bias = self._cell_parameter("bias_ih", layer) + self._cell_parameter("bias_hh", layer)
             layers.append((weight_ih, self._cell_parameter("weight_hh", layer), bias))
         return decoder.generate(
