@@ -251,6 +251,8 @@ def _print_header(
         print(f"run     {count} processes, which share batches of {recipe.batch_size:,} sequences")
     reason = trainer.capture_reason
     print("steps   " + ("captured as CUDA graphs" if reason is None else f"not captured: {reason}"))
+    reason = trainer.at_once_reason
+    print("step    " + ("at once, without autograd" if reason is None else f"of separate operations: {reason}"))
     if recipe.split is not None:
         parts = zip(("train", "validate", "test"), split_by_place(recipe, tokens), strict=True)
         print("split   " + ", ".join(f"{len(part):,} {name}" for name, part in parts if part is not None))

@@ -14,6 +14,8 @@ from typing import Any, Protocol, TypeAlias
 import torch
 from torch import Tensor
 
+from charrnn_fast.lm.at_once import Look, StepAtOnce
+
 State: TypeAlias = Any  # (L, B, H), or what a model whose rnn was replaced carries: an LSTM a tuple; None for zeros
 
 
@@ -64,6 +66,16 @@ class LanguageModel(Protocol):
     def clip_grad_norm_(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
         """Scale the parameters' gradients in place so that their norm together is at most max_norm; returns the norm
         before, a scalar.
+        """
+        ...
+
+    def why_not_at_once(self, optimizer: Any, looks: bool) -> str | None:
+        """None where a whole training step is taken at once, else one clause. looks: see `step_at_once`."""
+        ...
+
+    def step_at_once(self, optimizer: Any, clip: float | None, look: Look | None) -> StepAtOnce:
+        """A whole training step, where `why_not_at_once` has nothing against it. clip: the largest global norm of the
+        gradients of all that the optimizer holds, None for none. look: asked with loss and norm before an update.
         """
         ...
 

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from charrnn_fast.lm import at_once
 from charrnn_fast.lm.as_built import why_called
 from charrnn_fast.lm.recurrent import RecurrentLM
 from charrnn_fast.ops import backends
@@ -121,6 +122,21 @@ class CharRNN(RecurrentLM, form="fused"):
         """
         return clip_grad_norm_(parameters, max_norm)
 
+    def why_not_at_once(self, optimizer: Any, looks: bool) -> str | None:
+        """None where a whole training step is taken at once, else one clause that says why not. looks: are loss and
+        norm looked at before an update?
+        """
+        return at_once.why_not(self, optimizer, looks)
+
+    def step_at_once(self, optimizer: Any, clip: float | None, look: at_once.Look | None) -> at_once.StepAtOnce:
+        """A whole training step, where `why_not_at_once` has nothing against it; see at_once.py."""
+        return at_once.at_once(self, optimizer, clip, look)
+
+    def is_the_forms_own(self) -> bool:
+        """Whether what a training step asks of the model is what this file says, nowhere replaced."""
+        mine = all(getattr(type(self), name) is method for name, method in _METHODS.items())
+        return mine and not self._is_watched() and not any(name in self.__dict__ for name in _METHODS)
+
     def sgd_step_(self, parameters: list[Tensor], max_norm: float | None, lr: float | Tensor) -> Tensor | None:
         """Clip and a step of plain SGD in one launch, with gradients left as they were; returns the norm before. None,
         and nothing has happened, where no kernel takes these parameters and their gradients.
@@ -194,3 +210,7 @@ class CharRNN(RecurrentLM, form="fused"):
             backend=self.rnn.backend,
             **sampling,
         )
+
+
+# Of a training step, as they are here: a step at once calls none of them.
+_METHODS = {name: getattr(CharRNN, name) for name in ("forward", "hidden", "loss", "clip_grad_norm_", "sgd_step_")}

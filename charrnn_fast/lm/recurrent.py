@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from charrnn_fast.lm.as_built import PARTS, why_called, why_changed
+from charrnn_fast.lm.at_once import Look, StepAtOnce
 from charrnn_fast.lm.reference_model import ReferenceCharRNN
 from charrnn_fast.ops.context import plain
 from charrnn_fast.ops.tokens import TOKEN_TYPES, check_tokens, one_hot_rows
@@ -131,6 +132,14 @@ class RecurrentLM(nn.Module):
         Returns the norm before, a scalar tensor.
         """
         return nn.utils.clip_grad_norm_(parameters, max_norm)
+
+    def why_not_at_once(self, optimizer: Any, looks: bool) -> str | None:
+        """One clause: PyTorch's operators are one step after the other."""
+        return "PyTorch alone is trained as PyTorch does"
+
+    def step_at_once(self, optimizer: Any, clip: float | None, look: Look | None) -> StepAtOnce:
+        """There is none."""
+        raise RuntimeError(self.why_not_at_once(optimizer, look is not None))
 
     def sgd_step_(self, parameters: list[Tensor], max_norm: float | None, lr: float | Tensor) -> Tensor | None:
         """None: PyTorch clips, and its SGD takes the step."""

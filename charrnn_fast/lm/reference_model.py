@@ -7,10 +7,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from charrnn_fast.lm.at_once import Look, StepAtOnce
 from charrnn_fast.reference import generate as reference_generate
 from charrnn_fast.reference.clip_grad_norm import clip_grad_norm
 from charrnn_fast.reference.language_model import RNNLM
 from charrnn_fast.reference.training import SGD, Adam
+
+_PLAIN = "the reference model is trained operation by operation"
 
 
 class ReferenceCharRNN(RNNLM):
@@ -43,6 +46,14 @@ class ReferenceCharRNN(RNNLM):
         before, a scalar tensor.
         """
         return clip_grad_norm(parameters, max_norm)
+
+    def why_not_at_once(self, optimizer: Any, looks: bool) -> str | None:
+        """One clause: it is there to be compared with."""
+        return _PLAIN
+
+    def step_at_once(self, optimizer: Any, clip: float | None, look: Look | None) -> StepAtOnce:
+        """There is none."""
+        raise RuntimeError(_PLAIN)
 
     def sgd_step_(self, parameters: list[Tensor], max_norm: float | None, lr: float | Tensor) -> Tensor | None:
         """None: the clip is the clip, and the optimizer takes the step."""
@@ -135,4 +146,4 @@ class ReferenceCharRNN(RNNLM):
 
     def why_not_captured(self, asked: bool) -> str | None:
         """One clause: it is there to be compared with, and runs operation by operation."""
-        return "the reference model is trained operation by operation"
+        return _PLAIN

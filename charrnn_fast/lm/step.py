@@ -1,5 +1,7 @@
 """One training step: forward, loss, backward, clip, update; and the loop over the batches of an epoch.
 
+A step is taken at once where the model has a way to (at_once.py), else by its loss, autograd, a clip and the optimizer.
+
 `train_batches` is the loop of charrnn_fast.reference.training, by the same arguments; the tests hold the curves of the
 two together.
 """
@@ -12,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from charrnn_fast.lm.at_once import StepAtOnce
 from charrnn_fast.lm.batches import Batch, Pair, as_batch
 from charrnn_fast.lm.capture import RecordedSteps
 from charrnn_fast.lm.distributed import Processes, SharedGradients
@@ -64,13 +67,35 @@ class TrainingStep:
         self._losses: list[Tensor] = []  # of the batches that wait for a backward pass
         self._detached: list[Tensor] = []  # of the batches that wait for an update
         self._counts: list[int] = []  # their characters
+        self._at_once: StepAtOnce | None = None
         self._constants: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
+
+    @property
+    def why_not_at_once(self) -> str | None:
+        """None where a step is taken at once, else one clause that says why not."""
+        if self.graph_batches > 1 or self.accumulate > 1:
+            return f"an update is made for {max(self.graph_batches, self.accumulate)} batches"
+        if self.bf16:
+            return "forward and loss are under autocast"
+        if self.shared is not None:
+            return "gradients are shared with other processes"
+        return self.model.why_not_at_once(self.optimizer, self.guard)
+
+    def prepare(self) -> None:
+        """Find out how steps are taken from now on: to be called before an epoch."""
+        self._at_once = None
+        if self.why_not_at_once is None:
+            look = self._may_update if self.guard else None
+            self._at_once = self.model.step_at_once(self.optimizer, self.clip, look)
 
     def __call__(self, batch: Batch | Pair, state: State = None, into: Tensor | None = None) -> tuple[Tensor, State]:
         """A batch and the state (L, B, H), None for zeros -> the loss, detached, and the next state, detached if there
         was an update; if there is a tensor `into`, (L, B, H), which may be `state`, it is put there.
         """
         batch = as_batch(batch)
+        if self._at_once is not None and not self.pending and (found := self._at_once(batch, state, into)) is not None:
+            self.norm = self._at_once.norm
+            return found
         count = batch.count
         if has_rows := count > 0 or self.shared is None:
             loss, state = loss_of(self.model, batch, state, self.bf16)
@@ -141,10 +166,14 @@ class TrainingStep:
         # Without clipping the norm is measured all the same: no gradient is above infinity, and times 1 is exact.
         norm = self.model.clip_grad_norm_(self.parameters, math.inf if self.clip is None else self.clip)
         self.norm = norm.detach()
-        if self.guard and not (math.isfinite(float(norm)) and math.isfinite(float(self._detached[-1]))):
-            self.refused += 1
-            return
-        self.optimizer.step()
+        if not self.guard or self._may_update(self._detached[-1], norm):
+            self.optimizer.step()
+
+    def _may_update(self, loss: Tensor, norm: Tensor) -> bool:
+        """Whether both are finite; counted where they are not."""
+        finite = math.isfinite(float(norm)) and math.isfinite(float(loss))
+        self.refused += not finite
+        return finite
 
 
 class Evaluation:
@@ -223,6 +252,7 @@ def train_batches(
     """
     if step is None:
         step = TrainingStep(model, optimizer, clip, graph_batches)
+    step.prepare()
     run: Callable[[Batch | Pair, State], tuple[Tensor, State]] = step if recorded is None else recorded
     for batch in batches:
         loss, state = run(batch, step.state if carry_state else None)

@@ -70,7 +70,8 @@ class Trainer:
             own.
 
     Attributes: history, a list of EpochRecord; step, the updates made so far; stopped, why the run was ended before its
-    last epoch, or None; capture_reason, why steps are not captured, or None.
+    last epoch, or None; capture_reason, why steps are not captured, and at_once_reason, why a step is made of separate
+    operations, or None.
     """
 
     def __init__(
@@ -130,6 +131,11 @@ class Trainer:
     def capture_reason(self) -> str | None:
         """Why training steps are not captured as a CUDA graph: one clause, or None where they are."""
         return self._recordings.reason or self._why_not_model() or why_not_optimizer(self.optimizer)
+
+    @property
+    def at_once_reason(self) -> str | None:
+        """Why a training step is made of separate operations and not taken at once: one clause, or None."""
+        return self._new_step(self.graph_batches).why_not_at_once
 
     def _why_not_model(self) -> str | None:
         if self.capture is False:
@@ -370,25 +376,27 @@ class Trainer:
     def _plain_step(self, data: Sampler, state: Any) -> TrainingStep:
         """The step of this epoch, to start from a state."""
         graph_batches = self.graph_batches if data.carry_state else 1
-        guard = self.on_nan != "stop" or self.model.device.type == "cpu"
         plain = self._plain
         now = (self.optimizer, self.clip, graph_batches)
         if plain is None or (plain.optimizer, plain.clip, plain.graph_batches) != now:
             if plain is not None and plain.optimizer is not self.optimizer:
                 self._lrs, self._lr = learning_rates(self.optimizer), learning_rates(self.optimizer)[0]
-            plain = self._plain = TrainingStep(
-                self.model,
-                self.optimizer,
-                self.clip,
-                graph_batches,
-                accumulate=self.accumulate,
-                bf16=self.precision == "bf16",
-                guard=guard,
-                processes=self.processes,
-            )
+            plain = self._plain = self._new_step(graph_batches)
         plain.state, plain.pending = state, 0
         plain.refused = 0 if self._so_far is None else self._so_far.skipped
         return plain
+
+    def _new_step(self, graph_batches: int) -> TrainingStep:
+        return TrainingStep(
+            self.model,
+            self.optimizer,
+            self.clip,
+            graph_batches,
+            accumulate=self.accumulate,
+            bf16=self.precision == "bf16",
+            guard=self.on_nan != "stop" or self.model.device.type == "cpu",
+            processes=self.processes,
+        )
 
     def _losses(self, batches: Iterator[Batch], data: Sampler, plain: TrainingStep) -> Iterator[Tensor]:
         options: dict[str, Any] = {"step": plain, "recorded": self._recorded_steps(data.carry_state, plain)}
