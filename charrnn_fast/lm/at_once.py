@@ -28,10 +28,15 @@ Look = Callable[[Tensor, Tensor], bool]  # loss and norm, scalars -> whether to 
 class StepAtOnce(Protocol):
     """A whole step.
 
-    Attributes: norm, the gradients' norm before clipping at the last step, a scalar that the next may overwrite.
+    Attributes: norm, the gradients' norm before clipping at the last step, a scalar; reuses_norm, whether the next one
+    overwrites it.
     """
 
     norm: Tensor | None
+    reuses_norm: bool
+
+    def is_of(self, model: Any) -> bool:
+        """Whether it still updates this model: the tensors that it was made with are the model's."""
 
     def __call__(self, batch: Batch, state: Tensor | None, into: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
         """The loss, a scalar, and the next state (L, B, H), put `into` a tensor if there is one; None, and nothing has
@@ -42,10 +47,15 @@ class StepAtOnce(Protocol):
 class OneCall:
     """OneCallStep on the batches of a Trainer."""
 
+    reuses_norm = False
+
     def __init__(self, model: "CharRNN", optimizer: torch.optim.Optimizer, clip: float | None, look: Look | None):
         options = {"nonlinearity": model.nonlinearity, "backend": getattr(model.rnn, "backend", "auto")}
         self._step = OneCallStep(_weights_of(model), optimizer, clip, look, **options)
         self.norm: Tensor | None = None
+
+    def is_of(self, model: Any) -> bool:
+        return all(a is b for a, b in zip(_weights_of(model), self._step.weights, strict=True))
 
     def __call__(self, batch: Batch, state: Tensor | None, into: Tensor | None = None) -> tuple[Tensor, Tensor] | None:
         if state is not None and (state.dim() != 3 or len(state) != 1):

@@ -42,6 +42,9 @@ class Step(Protocol):
         tensor, if there is one; both detached.
         """
 
+    def run(self, batch: Batch | Pair, state: State = None, into: Tensor | None = None) -> tuple[Tensor, State]:
+        """The same, and the next call may overwrite norm."""
+
 
 def why_not_on(device: torch.device) -> str | None:
     """None if steps can be captured on this device, else one clause that says why not."""
@@ -221,7 +224,7 @@ class RecordedSteps:
 
     def _run(self, slot: _Slot) -> tuple[Tensor, ...]:
         """The plain step on a slot's buffers."""
-        loss, _ = self._step(slot.batch, slot.state, slot.state)
+        loss, _ = self._step.run(slot.batch, slot.state, slot.state)
         return (loss,) if self._step.norm is None else (loss, self._step.norm)
 
     def _record(self, slot: _Slot) -> None:

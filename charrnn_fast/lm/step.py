@@ -68,6 +68,7 @@ class TrainingStep:
         self._detached: list[Tensor] = []  # of the batches that wait for an update
         self._counts: list[int] = []  # their characters
         self._at_once: StepAtOnce | None = None
+        self._made: list[StepAtOnce] = []  # kept for good: what was recorded of one reads and writes its memory
         self._constants: dict[tuple[float, torch.dtype, torch.device], Tensor] = {}
 
     @property
@@ -84,14 +85,24 @@ class TrainingStep:
     def prepare(self) -> None:
         """Find out how steps are taken from now on: to be called before an epoch."""
         self._at_once = None
-        if self.why_not_at_once is None:
+        if self.why_not_at_once is not None:
+            return
+        if not self._made or not self._made[-1].is_of(self.model):
             look = self._may_update if self.guard else None
-            self._at_once = self.model.step_at_once(self.optimizer, self.clip, look)
+            self._made.append(self.model.step_at_once(self.optimizer, self.clip, look))
+        self._at_once = self._made[-1]
 
     def __call__(self, batch: Batch | Pair, state: State = None, into: Tensor | None = None) -> tuple[Tensor, State]:
         """A batch and the state (L, B, H), None for zeros -> the loss, detached, and the next state, detached if there
         was an update; if there is a tensor `into`, (L, B, H), which may be `state`, it is put there.
         """
+        found = self.run(batch, state, into)
+        if self.norm is not None and self._at_once is not None and self._at_once.reuses_norm:
+            self.norm = self.norm.clone()
+        return found
+
+    def run(self, batch: Batch | Pair, state: State = None, into: Tensor | None = None) -> tuple[Tensor, State]:
+        """The same, and the next step may overwrite norm."""
         batch = as_batch(batch)
         if self._at_once is not None and not self.pending and (found := self._at_once(batch, state, into)) is not None:
             self.norm = self._at_once.norm
@@ -191,6 +202,8 @@ class Evaluation:
         """A batch and the state -> its mean loss, a scalar, and the next state, put `into` a tensor if there is one."""
         loss, state = loss_of(self.model, as_batch(batch), state)
         return loss, put(state, into)
+
+    run = __call__
 
 
 def loss_of(model: LanguageModel, batch: Batch, state: State, bf16: bool = False) -> tuple[Tensor, State]:

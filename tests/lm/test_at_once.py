@@ -30,7 +30,7 @@ class Counted:
     """A step at once that counts what it takes."""
 
     def __init__(self, step):
-        self.step, self.taken = step, 0
+        self.step, self.taken, self.reuses_norm = step, 0, step.reuses_norm
 
     @property
     def norm(self):
@@ -147,8 +147,12 @@ def test_what_has_changed_since_is_found_before_an_epoch(monkeypatch):
     step.prepare()
     assert step._at_once is None
     handle.remove()
+    made = step._made[0]
     step.prepare()
-    assert step._at_once is not None
+    assert step._at_once is made, "what was recorded of it may be replayed again"
+    model.head.bias = nn.Parameter(model.head.bias.detach().clone())
+    step.prepare()
+    assert step._at_once is not made and step._made[0] is made
     monkeypatch.setattr(CharRNN, "loss", lambda *_: None)
     step.prepare()
     assert step._at_once is None, "the class's own method was replaced"
