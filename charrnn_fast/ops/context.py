@@ -130,7 +130,7 @@ def _has_autocast(device_type: str) -> bool:
 
 def in_autocast(device_type: str) -> bool:
     """Is there an autocast region for devices of this type around the call?"""
-    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
+    return (device_type in ("cpu", "cuda") or _has_autocast(device_type)) and torch.is_autocast_enabled(device_type)
 
 
 def autocast(device_type: str, operands: list[Any]) -> list[Any]:

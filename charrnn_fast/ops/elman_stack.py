@@ -148,8 +148,9 @@ def _layerwise_backend(
     if onlooker is OPERATORS:
         return "torch" if transforms_active() else None  # torch's own RNN has no rule for vmap
     weight = operands[-1]
-    name = backends.choose(rnn.backend, weight.device, weight.dtype, rnn.hidden_size)
-    most = backends.most_rows(rnn.backend, name, weight.device, weight.dtype, rnn.hidden_size)
+    device, dtype, hidden_size = weight.device, weight.dtype, rnn.hidden_size
+    name = backends.choose("elman", device, dtype, hidden_size=hidden_size, backend=rnn.backend)
+    most = backends.most_rows(rnn.backend, name, device, dtype, hidden_size)
     if most < float("inf") and _batch(operands[0], batch_sizes) * (2 if rnn.bidirectional else 1) > most:
         name = "torch"
     if name == "torch":  # one operator a layer to a compiler, which would unroll torch's own RNN, a step at a time
