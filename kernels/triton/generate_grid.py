@@ -19,6 +19,8 @@ def generate_grid_limits(
     hidden_size: int, vocab: int, num_layers: int, batch: int, dtype: torch.dtype, device: torch.device
 ) -> str | None:
     """None if the decoder goes across the chip, else one clause that says why not."""
+    if device.type not in ("cpu", "cuda"):
+        return f"no grid of programs on device type {device.type}"
     if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 12:
         return "the tiles of a grid have not been compiled for consumer Blackwell"
     sizes = (hidden_size, vocab, num_layers, batch, dtype.itemsize)
