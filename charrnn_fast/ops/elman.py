@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import backends, compiled_backward
-from .autograd import apply_of, below_autograd_recording, must_recompute, recomputed, saved_tensors
+from .autograd import apply_of, below_autograd_recording, must_recompute, recomputed, saved_tensors, unshared
 from .context import OPERATORS, REGISTERED, autocast, in_plain_memory, plain, registered_operators_only, watched
 from .elman_layer import Layer, layer_of
 from .elman_torch import layer_by_tensor_operations, layer_by_torch
@@ -268,15 +268,7 @@ def _elman_layer_backward_op(
     else:
         layer = _layer_like(backend, weights[1], nonlinearity, reverse)
         grads = layer.backward(grad_out, grad_h_n, out, input, h0, weights, batch_sizes, needs_grad)
-    # An operator's results may share no memory, as gradients that are slices of one tensor do.
-    results: list[Tensor] = []
-    memory: set[int] = set()
-    for grad in grads:
-        if grad is not None:
-            shared = grad.untyped_storage().data_ptr() in memory
-            results.append(grad.clone(memory_format=torch.contiguous_format) if shared else grad.contiguous())
-            memory.add(results[-1].untyped_storage().data_ptr())
-    return results
+    return unshared(grads)
 
 
 def _recomputed_in_operator(
