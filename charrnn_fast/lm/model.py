@@ -164,7 +164,8 @@ class CharRNN(RecurrentLM, form="fused"):
             name = backends.choose("language_model_loss", weight.device, weight.dtype, **sizes, backend=rnn.backend)
             if name == "torch" or not torch.is_grad_enabled() or not self._reads_a_table(tokens, state):
                 return None
-        of_cell = (self._weight_of_ids(), own["weight_hh_l0"], own["bias_ih_l0"])
+        weight_ih = own["weight_ih_l0"] if self.embed is None else self._weight_of_ids()
+        of_cell = (weight_ih, own["weight_hh_l0"], own["bias_ih_l0"])
         weights: Any = (*of_cell, of_head["weight"], of_head["bias"])
         ids, h0 = (tokens.T, targets.T), None if state is None else state[0]
         if one_call.why_not(*ids, h0, (*weights, bias_hh), rnn.backend) is not None:
