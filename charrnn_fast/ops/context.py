@@ -107,6 +107,11 @@ def exported_to_onnx() -> bool:
     return torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
 
 
+def exported() -> bool:
+    """Is torch.export reading this call, for ONNX too?"""
+    return torch.compiler.is_compiling() and torch.compiler.is_exporting()
+
+
 def transforms_active() -> bool:
     """Is the caller inside torch.func (vmap, grad, jvp, ...) or computing forward-mode derivatives?"""
     if torch.compiler.is_compiling():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import backends, compiled_backward
-from .autograd import apply_of, below_autograd_recording, must_recompute, recomputed, saved_tensors
+from .autograd import apply_of, below_autograd_recording, must_recompute, recomputed, saved_tensors, unshared
 from .context import OPERATORS, REGISTERED, autocast, in_plain_memory, plain, registered_operators_only, watched
 from .elman_layer import Layer, layer_of
 from .elman_torch import layer_by_tensor_operations, layer_by_torch
@@ -62,19 +62,32 @@ def elman(
     _check_arguments(input, h0, weight_ih, weight_hh, bias_ih, bias_hh, nonlinearity, batch_sizes)
     weights = [w for w in (weight_ih, weight_hh, bias_ih, bias_hh) if w is not None]
     state, ways = None if h0 is None else h0[None], (bool(reverse),)
-    hidden_size = weight_hh.shape[0]
-    name = backends.choose("elman", weight_ih.device, weight_ih.dtype, hidden_size=hidden_size, backend=backend)
+    device, dtype, hidden_size = weight_ih.device, weight_ih.dtype, weight_hh.shape[0]
+    name = backends.choose("elman", device, dtype, hidden_size=hidden_size, backend=backend)
     onlooker = watched()
     if name == "torch" or onlooker is OPERATORS or not plain(input, state, batch_sizes, *weights):
         if is_tokens(input) and input.device.type == "cpu":
             check_tokens(input, weight_ih.shape[1])
         output, h_n = layer_by_tensor_operations(input, state, weights, batch_sizes, nonlinearity, ways)
+    elif _rows(input, batch_sizes) > backends.most_rows(backend, name, device, dtype, hidden_size):
+        # Torch's own RNN is faster. Recorded it is an operator of ours, which can be differentiated twice.
+        if onlooker is REGISTERED or torch.is_grad_enabled():
+            output, h_n = registered_layer(input, state, batch_sizes, weights, "torch", nonlinearity, ways)
+        else:
+            output, h_n = layer_by_torch(input, state, weights, batch_sizes, nonlinearity, ways)
     elif onlooker is REGISTERED:
         output, h_n = registered_layer(input, state, batch_sizes, weights, name, nonlinearity, ways)
     else:
         layer = _layer_like(name, weight_hh, nonlinearity, ways)
         output, h_n = elman_layer(layer, input, state, weights, batch_sizes)
     return output, h_n[0]
+
+
+def _rows(input: Tensor, batch_sizes: Tensor | None) -> int:
+    """B of time-major or packed input; 0 without a step."""
+    if batch_sizes is None:
+        return input.shape[1] if input.shape[0] else 0
+    return int(batch_sizes[0]) if len(batch_sizes) else 0
 
 
 def elman_layer(
@@ -255,15 +268,7 @@ def _elman_layer_backward_op(
     else:
         layer = _layer_like(backend, weights[1], nonlinearity, reverse)
         grads = layer.backward(grad_out, grad_h_n, out, input, h0, weights, batch_sizes, needs_grad)
-    # An operator's results may share no memory, as gradients that are slices of one tensor do.
-    results: list[Tensor] = []
-    memory: set[int] = set()
-    for grad in grads:
-        if grad is not None:
-            shared = grad.untyped_storage().data_ptr() in memory
-            results.append(grad.clone(memory_format=torch.contiguous_format) if shared else grad.contiguous())
-            memory.add(results[-1].untyped_storage().data_ptr())
-    return results
+    return unshared(grads)
 
 
 def _recomputed_in_operator(

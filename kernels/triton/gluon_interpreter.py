@@ -23,7 +23,7 @@ from .numerics import INTERPRETED, dot
 if TYPE_CHECKING:
     import numpy as np  # which need not be there where kernels are compiled
 
-__all__ = ["barrier", "device_function", "gl", "jit", "mma_v2"]
+__all__ = ["HAS_REINTERPRET", "barrier", "device_function", "gl", "jit", "mma_v2"]
 
 
 class SharedMemory:
@@ -45,6 +45,11 @@ class SharedMemory:
         from triton.runtime.interpreter import TensorHandle
 
         return tl.tensor(TensorHandle(self.array.copy(), self.dtype), tl.block_type(self.dtype, self.shape))
+
+    def reinterpret(self, dtype: tl.dtype, shape: list[int], layout=None) -> SharedMemory:
+        if dtype != self.dtype:
+            raise ValueError(f"{self.dtype} reinterpreted as {dtype}")
+        return SharedMemory(self.array.reshape([int(size) for size in shape]), dtype)
 
     def index(self, index: int) -> SharedMemory:
         return SharedMemory(self.array[int(index)], self.dtype)
@@ -78,6 +83,7 @@ def _reduced(operation: str) -> Callable[[tl.tensor, int], tl.tensor]:
         from triton.runtime.interpreter import TensorHandle
 
         found = np.atleast_1d(getattr(value.handle.data, operation)(axis=axis))
+        found = found.astype(value.handle.data.dtype, copy=False)  # numpy widens sums of integers
         rank = len(value.shape)
         kind = tl.block_type(value.dtype, list(found.shape)) if rank > 1 else value.dtype
         return tl.tensor(TensorHandle(found, value.dtype), kind)
@@ -120,8 +126,10 @@ if not INTERPRETED:
 
     device_function = jit
     barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name before 3.7
+    HAS_REINTERPRET = tl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))  # else under another name
 else:
     gl, jit, mma_v2, device_function = _stand_in(), triton.jit, _mma_v2, numerics.device_function
+    HAS_REINTERPRET = tl.constexpr(True)
 
     def barrier() -> None:
         """Nothing to wait for: a program is one thread."""
