@@ -1,7 +1,7 @@
 """The recurrence of every backend that has kernels against an fp64 oracle written with plain torch operations.
 
-Without a GPU the Triton kernels are interpreted (tests/conftest.py), with one they run on it; C runs by each instruction
-set. What one backend alone has is in test_triton_elman.py and test_native_elman.py.
+Without a GPU the Triton kernels are interpreted (tests/conftest.py), with one they run on it; C runs by each
+instruction set. What one backend alone has is in test_triton_elman.py and test_native_elman.py.
 """
 
 from collections.abc import Iterator
