@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from charrnn_fast import CharRNN, FusedRNN, clip_grad_norm_
 from charrnn_fast.bench.measure import Job
 from charrnn_fast.bench.problems import ClipProblem, Problem
+from charrnn_fast.lm.torch_model import TorchCharRNN
 from charrnn_fast.reference import generate as reference_generate
 from charrnn_fast.reference.clip_grad_norm import clip_grad_norm
 from charrnn_fast.reference.elman import elman
@@ -177,7 +178,7 @@ class TorchRNN(_Module):
 
     def generation(self, problem: Problem) -> Job:
         torch.manual_seed(0)
-        model = CharRNN(problem.config.I, problem.config.H, cell="torch").to(problem.device, problem.dtype)
+        model = TorchCharRNN(problem.config.I, problem.config.H).to(problem.device, problem.dtype)
         prompt = prompts(problem)
         return lambda: reference_generate.generate(model, prompt, problem.config.T)[0]
 

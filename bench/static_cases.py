@@ -322,6 +322,16 @@ def sum_cases(target: str) -> list[Case]:
     return cases
 
 
+def windows_cases(target: str) -> list[Case]:
+    """The gather of a batch, from a corpus of bytes."""
+    kernel = load("windows_kernels")
+    constants = {"BLOCK_T": kernel.BLOCK_T, "BLOCK_B": kernel.BLOCK_B}
+    types: dict[str, str | tuple[str, ...]] = {"corpus_ptr": "*u8", "starts_ptr": "*i64", "window_ptr": "*i64"}
+    options = load("targets").launch_options(kernel.WARPS, target)
+    of = ("windows_kernels", "windows_kernel", types, constants, False, options, False, 48 * 1024)
+    return [Case("windows of bytes", target, *of)]
+
+
 def clip_cases(target: str) -> list[Case]:
     """The clipping kernels: one launch and two, with pointer arguments and with a table of every dtype."""
     kernels = load("clip_grad_norm_kernels")
@@ -450,5 +460,5 @@ def all_cases(target: str) -> list[Case]:
     makers: list[Callable[[str], list[Case]]] = [elman_cases, elman_sum_cases]
     if target not in TILES_OF:
         makers += [elman_grid_cases, linear_cross_entropy_cases, sum_cases, clip_cases, generate_cases]
-        makers += [generate_grid_cases]
+        makers += [generate_grid_cases, windows_cases]
     return [case for cases in makers for case in cases(target)]

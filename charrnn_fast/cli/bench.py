@@ -52,9 +52,12 @@ def _bench(options: argparse.Namespace) -> int:
         print(step_profile.table(step_profile.profile_step(device)))
         return 0
     if options.host:
-        from charrnn_fast.bench import host
+        from charrnn_fast.bench import host, host_steps
 
         print(host.table(host.sides()))
+        if host_steps.why_not() is None:
+            print()
+            print(host_steps.table(host_steps.steps()))
         return 0
     if options.out.exists() and not options.out.is_dir():
         raise InputError(f"--out {options.out} is a file: expected a folder")

@@ -332,6 +332,7 @@ TABLE: dict[str, tuple[Backend, ...]] = {
         Backend("native", _native_limits),
         _TORCH,
     ),
+    "windows": (Backend("triton", _triton_limits, _triton_slower), _TORCH),
     "clip_and_sgd_step_": (Backend("triton", _triton_limits, _triton_slower), _TORCH),
     "generate": (
         Backend("triton", _triton_generate_limits, _triton_generate_slower, _triton_generate_how),

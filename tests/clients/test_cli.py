@@ -12,7 +12,7 @@ import torch
 
 from charrnn_fast.cli import main
 from charrnn_fast.kernels import native
-from charrnn_fast.lm import capture, checkpoint, training
+from charrnn_fast.lm import capture, checkpoint, recordings
 
 TEXT = (
     "It was the best of times, it was the worst of times; it was the age of wisdom, it was the age of foolishness. "
@@ -86,7 +86,7 @@ def test_capture(book, capsys, monkeypatch):
     if not torch.cuda.is_available():
         _fails(capsys, [*train, "--capture", "on"], "cannot be captured: a CUDA graph needs a CUDA or ROCm device")
     monkeypatch.setattr(capture, "why_not_on", lambda device: None)
-    monkeypatch.setattr(training, "CudaGraphRecorder", _NothingIsRecorded)
+    monkeypatch.setattr(recordings, "CudaGraphRecorder", _NothingIsRecorded)
     assert main(train) == 0
     out, err = capsys.readouterr()
     assert "steps   captured as CUDA graphs" in out
