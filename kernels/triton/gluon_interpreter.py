@@ -23,7 +23,7 @@ from .numerics import INTERPRETED, dot
 if TYPE_CHECKING:
     import numpy as np  # which need not be there where kernels are compiled
 
-__all__ = ["barrier", "device_function", "gl", "jit", "mma_v2"]
+__all__ = ["barrier", "device_function", "gl", "jit", "mma_v2", "row_by_row"]
 
 
 class SharedMemory:
@@ -93,7 +93,7 @@ def _stand_in() -> types.SimpleNamespace:
     layouts = ("BlockedLayout", "SliceLayout", "DotOperandLayout", "NVMMADistributedLayout", "SwizzledSharedLayout")
     same = ("constexpr", "float16", "bfloat16", "float32", "float64", "int1", "int32", "int64")
     # The interpreter replaces these while a kernel runs, so they are looked up at each call.
-    called = "load store where program_id num_programs expand_dims exp exp2 abs fma minimum maximum atomic_add permute"
+    called = "load store where program_id num_programs expand_dims exp exp2 log abs fma minimum maximum atomic_add permute cast"
 
     def late(name):
         return lambda *arguments, **options: getattr(tl, name)(*arguments, **options)
@@ -120,8 +120,27 @@ if not INTERPRETED:
 
     device_function = jit
     barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name before 3.7
+
+    if hasattr(gl.shared_memory_descriptor, "reinterpret"):  # before 3.9 its name has an underscore
+
+        @jit
+        def row_by_row(buffer):
+            """The same shared memory as an array of tiles of one row, which `index` takes."""
+            return buffer.reinterpret(buffer.dtype, [buffer.shape[0], 1, buffer.shape[1]], buffer.layout)
+
+    else:
+
+        @jit
+        def row_by_row(buffer):
+            """The same shared memory as an array of tiles of one row, which `index` takes."""
+            return buffer._reinterpret(buffer.dtype, [buffer.shape[0], 1, buffer.shape[1]], buffer.layout)
+
 else:
     gl, jit, mma_v2, device_function = _stand_in(), triton.jit, _mma_v2, numerics.device_function
 
     def barrier() -> None:
         """Nothing to wait for: a program is one thread."""
+
+    def row_by_row(buffer: SharedMemory) -> SharedMemory:
+        """The same shared memory as an array of tiles of one row, which `index` takes."""
+        return SharedMemory(buffer.array[:, None], buffer.dtype)

@@ -1,0 +1,120 @@
+"""How a program of the language model kernel lays out its head, and its tiles by size. Imports Triton alone.
+
+A row of the batch is walked in the FMA form of elman_forms.py with one row. The head is in that form too, with `rows`
+steps of time as its rows and the classes as its units.
+"""
+
+from dataclasses import dataclass
+
+import triton.language as tl
+
+from .elman_forms import Form
+from .gluon_interpreter import gl
+from .targets import AMD, NVIDIA, launch_options
+
+HEAD_ROWS = 8
+
+
+@dataclass(frozen=True)
+class HeadForm(Form):
+    """The head's: `hidden` are its V classes, `inputs` the H units."""
+
+    def __repr__(self) -> str:
+        return f"HeadForm({super().__repr__()}, {self.whole_rows}, {self.whole_states})"
+
+    @property
+    def whole_rows(self):
+        """Layout of a tile of logits, each row in one warp."""
+        return self._rows_in_warps(self.width)
+
+    @property
+    def whole_states(self):
+        """Layout of a tile of states, as it is loaded."""
+        return self._rows_in_warps(self.input_shape[1])
+
+    @property
+    def table_shape(self) -> list[int]:
+        """Of a table of all classes' rows of units."""
+        return [self.width, self.input_shape[1]]
+
+    @property
+    def shared_kb(self) -> float:
+        """What a program has at once at most: the two tables, and two states."""
+        width = self.input_shape[1]
+        return (2 * self.width * width + 2 * width) * 4 / 1024
+
+    def _rows_in_warps(self, width: int):
+        lanes = self.lanes_n * self.lanes_k
+        return gl.BlockedLayout([1, max(1, width // lanes)], [1, lanes], [self.warps, 1], [1, 0])
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One program: a row of the batch at a time."""
+
+    width: int  # the most hidden units and classes that it is for
+    warps: int
+    targets: tuple[str, ...]
+    why: str
+    ahead: int = 4  # steps by which input is loaded before it is needed
+    lanes: int = 32  # of a warp
+
+    def launch_options(self, target: str) -> dict[str, object]:
+        return launch_options(self.warps, target)
+
+    @property
+    def programs_per_core(self) -> int:
+        """How many of them one multiprocessor holds, going by registers."""
+        return max(1, 8 // self.warps)
+
+    def form(self, hidden: int, classes: int, tanh: bool, one_piece: bool = False) -> Form:
+        """The walk's. one_piece: for the interpreter, which handles one operation on a tile in a time of its own."""
+        return self._form(Form, hidden, classes, 1, tanh, one_piece)
+
+    def head_form(self, hidden: int, classes: int, one_piece: bool = False) -> HeadForm:
+        return self._form(HeadForm, classes, hidden, HEAD_ROWS, True, one_piece)
+
+    def _form(self, kind, units: int, inputs: int, rows: int, tanh: bool, one_piece: bool):
+        width = padded(units)
+        lanes_n = max(1, min(self.lanes, width // self.warps))
+        lanes_k = self.lanes // lanes_n
+        if one_piece:
+            lanes_n, lanes_k = width, min(width, padded(inputs)) // 4
+        return kind(
+            hidden=units,
+            rows=rows,
+            lanes_n=lanes_n,
+            lanes_k=lanes_k,
+            warps=1 if one_piece else self.warps,
+            dtype=tl.float32,
+            inputs=inputs,
+            ahead=self.ahead,
+            tanh=tanh,
+        )
+
+
+def padded(size: int) -> int:
+    """Units or classes of a tile."""
+    return max(32, 1 << (size - 1).bit_length())
+
+
+TILES = (
+    Tile(32, 1, NVIDIA, "as the recurrence's of width 32: a warp holds all of each weight"),
+    Tile(64, 4, NVIDIA, "as the recurrence's of width 64"),
+    Tile(128, 8, NVIDIA, "as the recurrence's of width 128"),
+    Tile(32, 1, AMD, "derived from NVIDIA's tile, 64 lanes a warp", lanes=64),
+    Tile(64, 2, AMD, "derived from NVIDIA's tile, 64 lanes a warp", lanes=64),
+    Tile(128, 4, AMD, "derived from NVIDIA's tile, 64 lanes a warp", lanes=64),
+)
+
+
+def find_tile(hidden: int, classes: int, target: str) -> Tile | None:
+    """The entry for these sizes, or None if no program can hold them."""
+    width = max(padded(hidden), padded(classes))
+    return next((tile for tile in TILES if width <= tile.width and target in tile.targets), None)
+
+
+# Of the kernels that add up and update (language_model_update_kernels.py): partial sums and elements at a time, as of
+# the recurrence's own sums, and elements of a parameter.
+SUM_PROGRAMS, SUM_ELEMENTS, SUM_WARPS = 256, 32, 8
+UPDATE_ELEMENTS, UPDATE_WARPS = 1024, 4
