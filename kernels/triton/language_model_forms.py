@@ -23,6 +23,11 @@ class HeadForm(Form):
         return f"HeadForm({super().__repr__()}, {self.whole_rows}, {self.whole_states})"
 
     @property
+    def state_width(self) -> int:
+        """Of a tile of states: the walk's."""
+        return padded(self.inputs)
+
+    @property
     def whole_rows(self):
         """Layout of a tile of logits, each row in one warp."""
         return self._rows_in_warps(self.width)
@@ -30,18 +35,17 @@ class HeadForm(Form):
     @property
     def whole_states(self):
         """Layout of a tile of states, as it is loaded."""
-        return self._rows_in_warps(self.input_shape[1])
+        return self._rows_in_warps(self.state_width)
 
     @property
     def table_shape(self) -> list[int]:
         """Of a table of all classes' rows of units."""
-        return [self.width, self.input_shape[1]]
+        return [self.width, self.state_width]
 
     @property
     def shared_kb(self) -> float:
         """What a program has at once at most: the two tables, and two states."""
-        width = self.input_shape[1]
-        return (2 * self.width * width + 2 * width) * 4 / 1024
+        return (2 * self.width + 2) * self.state_width * 4 / 1024
 
     def _rows_in_warps(self, width: int):
         lanes = self.lanes_n * self.lanes_k
@@ -58,6 +62,7 @@ class Tile:
     why: str
     ahead: int = 4  # steps by which input is loaded before it is needed
     lanes: int = 32  # of a warp
+    most_hidden: int = 128
 
     def launch_options(self, target: str) -> dict[str, object]:
         return launch_options(self.warps, target)
@@ -100,18 +105,18 @@ def padded(size: int) -> int:
 
 TILES = (
     Tile(32, 1, NVIDIA, "as the recurrence's of width 32: a warp holds all of each weight"),
-    Tile(64, 4, NVIDIA, "as the recurrence's of width 64"),
-    Tile(128, 8, NVIDIA, "as the recurrence's of width 128"),
+    Tile(64, 4, NVIDIA, "as the recurrence's of width 64, whose walk back sums as this one does", ahead=2),
+    Tile(128, 8, NVIDIA, "for many classes: with more units than 64 it spills", ahead=2, most_hidden=64),
     Tile(32, 1, AMD, "derived from NVIDIA's tile, 64 lanes a warp", lanes=64),
-    Tile(64, 2, AMD, "derived from NVIDIA's tile, 64 lanes a warp", lanes=64),
-    Tile(128, 4, AMD, "derived from NVIDIA's tile, 64 lanes a warp", lanes=64),
+    Tile(64, 2, AMD, "derived from NVIDIA's tile, 64 lanes a warp", ahead=2, lanes=64),
 )
 
 
 def find_tile(hidden: int, classes: int, target: str) -> Tile | None:
     """The entry for these sizes, or None if no program can hold them."""
     width = max(padded(hidden), padded(classes))
-    return next((tile for tile in TILES if width <= tile.width and target in tile.targets), None)
+    fitting = (tile for tile in TILES if width <= tile.width and hidden <= tile.most_hidden)
+    return next((tile for tile in fitting if target in tile.targets), None)
 
 
 # Of the kernels that add up and update (language_model_update_kernels.py): partial sums and elements at a time, as of
