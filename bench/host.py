@@ -8,6 +8,7 @@ take CPU tensors then. Sizes are tiny, so that the matrix products that stay cos
 
 import contextlib
 import gc
+import os
 import statistics
 import sys
 import threading
@@ -105,6 +106,8 @@ class _Extension:
 def stubbed(backend: str, kernel: Callable[..., Any]) -> Iterator[None]:
     """Launches of a backend become ``kernel``; the triton backend takes CPU tensors."""
     with contextlib.ExitStack() as undo:
+        undo.callback(_set_default, os.environ.get("CHARRNN_BACKEND"))
+        _set_default(backend)  # of the operations that are not told theirs
         if backend == "native":
             undo.callback(setattr, library, "extension", library.extension)
             library.extension = _Extension(library.extension, kernel)
@@ -115,10 +118,17 @@ def stubbed(backend: str, kernel: Callable[..., Any]) -> Iterator[None]:
             setattr(Launch, "__call__", lambda self, *arguments: kernel())  # noqa: B010 - no method's type to a checker
             undo.callback(setattr, backends, "triton_cannot_run_on", backends.triton_cannot_run_on)
             backends.triton_cannot_run_on = lambda device: None
-            for cache in (backends._choose, elman_layer._choose_layer):
-                cache.cache_clear()
-                undo.callback(cache.cache_clear)
+            for forget in (backends.forget, elman_layer.forget):
+                forget()
+                undo.callback(forget)
         yield
+
+
+def _set_default(backend: str | None) -> None:
+    if backend is None:
+        os.environ.pop("CHARRNN_BACKEND", None)
+    else:
+        os.environ["CHARRNN_BACKEND"] = backend
 
 
 def frames_of(call: Callable[[], object]) -> int:

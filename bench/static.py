@@ -2,7 +2,8 @@
 
     python bench/static.py            compile every shipped tile for every target, print the table
     python bench/static.py --write    and record it in bench/results/static.json, under this Triton's version
-    python bench/static.py --check    and fail where a figure is worse than the record
+    python bench/static.py --check    and fail where one is worse than the record: a sixth of all (static_sample.py)
+    python bench/static.py --check --all    every tile; so does --only
 
 Needs Triton and numpy alone (torch is not imported). Recorded for each tile: registers a thread, stack in bytes
 (anything but 0 is a spill), shared memory in bytes, the matrix instructions, and inside the time loop, per warp and
@@ -41,10 +42,10 @@ TOLERANCE = {
 if str(ROOT) not in sys.path:  # this checkout's, also where charrnn_fast and so torch are missing
     sys.path.insert(0, str(ROOT))
 if TYPE_CHECKING:
-    from charrnn_fast.bench import static_cases, static_figures
+    from charrnn_fast.bench import static_cases, static_figures, static_sample
     from charrnn_fast.bench.static_cases import TARGETS, Case, all_cases, load
 else:
-    from bench import static_cases, static_figures
+    from bench import static_cases, static_figures, static_sample
     from bench.static_cases import TARGETS, Case, all_cases, load
 elman_cases, elman_grid_cases, case_name, clip_cases, generate_cases = (
     static_cases.elman_cases,
@@ -173,6 +174,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--write", action="store_true", help="record the figures under this Triton's version")
     parser.add_argument("--check", action="store_true", help="fail where a figure is worse than the record")
+    parser.add_argument("--all", action="store_true", help="with --check: every tile and not a sample of them")
     parser.add_argument("--target", action="append", choices=list(TARGETS), help="only this target (repeatable)")
     parser.add_argument(
         "--only", default="", metavar="PATTERN", help="tiles with this regular expression in their names"
@@ -186,10 +188,13 @@ def main() -> int:
     ours = record.setdefault(triton.__version__, {})
     if options.only and options.write:
         parser.error("--write records all tiles, so there is no --only with it")
-    cases = {
-        target: [case for case in all_cases(target) if re.search(options.only, case.name)]
-        for target in options.target or TARGETS
-    }
+    cases = {target: all_cases(target) for target in TARGETS}
+    if options.only:
+        cases = {target: [case for case in of if re.search(options.only, case.name)] for target, of in cases.items()}
+    elif options.check and not options.all:
+        few = static_sample.sample([case for of in cases.values() for case in of], ours)
+        cases = {target: [case for case in few if case.target == target] for target in TARGETS}
+    cases = {target: cases[target] for target in options.target or TARGETS}
     failed = 0
     with ProcessPoolExecutor(options.jobs) as pool:
         pending = {target: [pool.submit(figures, case) for case in cases[target]] for target in cases}

@@ -16,6 +16,7 @@ from .ops import backends
 from .ops.compiling import allow_in_graphs
 from .ops.context import OPERATORS, exported_to_onnx, plain, traced, watched
 from .ops.elman import wrong_batch_sizes
+from .ops.elman_checkpointed import check_steps, checkpointed_stack
 from .ops.elman_stack import elman_stack
 from .ops.elman_torch import TorchRNN, torch_rnn
 from .ops.resets import episodes
@@ -28,6 +29,8 @@ class FusedRNN(TorchRNN):
     Args:
         input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, dropout, bidirectional, device, dtype:
             as in torch.nn.RNN.
+        checkpoint_steps: for long sequences, k: for backward the states of every k-th step are kept and those between
+            are computed once more there, k steps at a time. None keeps all. See below.
         backend: "auto" (the environment's ``CHARRNN_BACKEND`` or else the first that runs), or a name from
             ``charrnn_fast.ops.backends``: one that cannot run is a RuntimeError at the call.
 
@@ -36,9 +39,20 @@ class FusedRNN(TorchRNN):
     place; where backward still reads it, that is an error then, as it is with cuDNN. Dropout draws torch.nn.RNN's
     random numbers on a CPU.
 
+    With ``checkpoint_steps`` a training step holds from forward to backward the input, which is the caller's (under
+    autocast the copy in its type), T/k states of each layer and direction, and with dropout a bit for each number that
+    it may drop. The output is the caller's: who goes on with h_n, or with few steps, and lets it go holds O(T/k). While
+    they run, forward has all steps of a layer in memory, and of the one below it; backward k steps of all layers, or
+    with two directions all steps of a layer and k of one. It costs one forward more, and for L layers with two
+    directions L(L-1)/2 layers' more. Outputs are the same numbers, gradients the same but for rounding. It is not in
+    the state_dict and may be set at any time. It does nothing where no gradient is recorded, inside torch.func's
+    transforms and in exported programs; the graph of second derivatives (create_graph) keeps all states.
+
     torch.jit.trace and torch.jit.script write down torch.nn.RNN's operators, both ONNX exporters ONNX's RNN, torch.fx
     one node, torch.compile and torch.export this library's operators (see ops/compiling.py).
     """
+
+    checkpoint_steps: int | None = None  # of modules that were saved before there was such an argument
 
     def __init__(
         self,
@@ -54,9 +68,11 @@ class FusedRNN(TorchRNN):
         dtype: Any = None,
         *,
         backend: str = "auto",
+        checkpoint_steps: int | None = None,
         **kwargs: Any,
     ) -> None:
         self.backend = backends.check_name(backend)
+        self.checkpoint_steps = check_steps(checkpoint_steps)
         super().__init__(
             input_size,
             hidden_size,
@@ -207,11 +223,13 @@ class FusedRNN(TorchRNN):
         return super()._call_impl(*args, **kwargs)
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.backend == "auto" else f", backend={self.backend}")
+        kept = "" if self.checkpoint_steps is None else f", checkpoint_steps={self.checkpoint_steps}"
+        return super().extra_repr() + ("" if self.backend == "auto" else f", backend={self.backend}") + kept
 
     def _run(self, input: Any, hx: Tensor | None, tokens: bool) -> Any:
         """The door: every form of input made (T, B, ...) or packed, checked as torch.nn.RNN does, and back again."""
         onlooker = watched()
+        stack = elman_stack if self.checkpoint_steps is None else checkpointed_stack
         packed = isinstance(input, PackedSequence)
         if onlooker is OPERATORS and traced():
             return super().forward(self._one_hot_input(input) if tokens else input, hx)
@@ -235,7 +253,7 @@ class FusedRNN(TorchRNN):
                 layers, weight = self.num_layers * (2 if self.bidirectional else 1), self._flat_weights[0]
                 hx = cast(Tensor, weight).new_zeros(layers, sorted_indices.size(0), self.hidden_size)
             self._check(data, hx, batch_sizes, tokens)
-            output, hidden = elman_stack(self, data, hx, batch_sizes, tokens, onlooker)
+            output, hidden = stack(self, data, hx, batch_sizes, tokens, onlooker)
             rows = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
             return rows, self.permute_hidden(hidden, unsorted_indices)
         dims = input.dim()
@@ -254,13 +272,13 @@ class FusedRNN(TorchRNN):
             layers = self.num_layers * (2 if self.bidirectional else 1)
             if not usual or (hx is not None and hx.shape != (layers, batch, self.hidden_size)):
                 self._check(input, hx, None, tokens)
-            return elman_stack(self, input, hx, None, tokens, onlooker)
+            return stack(self, input, hx, None, tokens, onlooker)
         unbatched = dims == 2 and not tokens and onlooker is None
         if unbatched and input.size(0) < backends.LEAST_CPU_STEPS and self._is_brief(input):
             return super().forward(input, hx)
         input, hx = self._batched(input, hx, tokens)
         self._check(input, hx, None, tokens)
-        output, hidden = elman_stack(self, input, hx, None, tokens, onlooker)
+        output, hidden = stack(self, input, hx, None, tokens, onlooker)
         return output.squeeze(0 if self.batch_first else 1), hidden.squeeze(1)
 
     def _is_brief(self, input: Tensor) -> bool:
@@ -357,7 +375,7 @@ def _fused_from(rnn: nn.Module) -> FusedRNN:
     for name in ("_parameters", "_buffers", "_modules", "_flat_weights", "_flat_weight_refs"):
         state[name] = state[name].copy()
     state.pop("_compiled_call_impl", None)
-    fused.__dict__.update(state, backend="auto")
+    fused.__dict__.update(state, backend="auto", checkpoint_steps=None)
     return fused
 
 

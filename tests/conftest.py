@@ -2,6 +2,7 @@
 
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ else:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
 
 from charrnn_fast.kernels import native  # imported after the variable is set
+from charrnn_fast.ops import backends, elman_layer
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -44,6 +46,16 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     """Where the Triton kernels run here, a GPU or else the CPU; for another ``backend`` the CPU."""
     plain = "backend" in request.fixturenames and request.getfixturevalue("backend") != "triton"
     return torch.device("cuda" if torch.cuda.is_available() and not plain else "cpu")
+
+
+@pytest.fixture
+def choices_anew() -> Iterator[None]:
+    """No choice of a backend is remembered from before, nor after, where a test changes the grounds of choosing."""
+    for forget in (backends.forget, elman_layer.forget):
+        forget()
+    yield
+    for forget in (backends.forget, elman_layer.forget):
+        forget()
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:

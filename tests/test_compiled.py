@@ -38,6 +38,11 @@ def _dense(device, backend):
     return rnn, lambda B, T: (torch.randn(B, T, F_IN, device=device),), list(rnn.parameters())
 
 
+def _checkpointed(device, backend):
+    rnn = FusedRNN(F_IN, H, 2, bidirectional=True, backend=backend, device=device, checkpoint_steps=3)
+    return rnn, lambda B, T: (torch.randn(T, B, F_IN, device=device),), list(rnn.parameters())
+
+
 def _tokens(device, backend):
     rnn = FusedRNN(F_IN, H, batch_first=True, backend=backend, device=device)
     return rnn.forward_tokens, lambda B, T: (torch.randint(F_IN, (B, T), device=device),), list(rnn.parameters())
@@ -70,7 +75,7 @@ def gradients(result, parameters):
     return torch.autograd.grad(sum(y.sin().sum() for y in result), parameters)
 
 
-@pytest.mark.parametrize("make", [_dense, _tokens, _forward, _loss, _head], ids=lambda f: f.__name__)
+@pytest.mark.parametrize("make", [_dense, _checkpointed, _tokens, _forward, _loss, _head], ids=lambda f: f.__name__)
 def test_one_graph_for_every_number_of_steps_and_sequences(device, make):
     """Forward and backward by the kernels, which are operators to the compiler."""
     f, given, parameters = make(device, "triton" if device.type == "cuda" else "native")
@@ -150,15 +155,16 @@ def test_packed_input_breaks_no_graph(state):
     assert all("pack_padded_sequence" in reason for reason in counters["graph_break"]), counters["graph_break"]
 
 
+@pytest.mark.parametrize("options", [{}, {"checkpoint_steps": 4}], ids=str)
 @pytest.mark.parametrize("packed", [False, True])
-def test_compiled_autograd(packed):
+def test_compiled_autograd(packed, options):
     """The backward pass read by the compiler: torch.nn.RNN's gradients, and no more graphs than of its pass."""
     torch.manual_seed(0)
     x, lengths = torch.randn(6, 3, F_IN), torch.tensor([6, 3, 2])
     found = []
-    for kind in (FusedRNN, nn.RNN):
+    for kind, own in ((FusedRNN, options), (nn.RNN, {})):
         torch.manual_seed(1)
-        rnn = kind(F_IN, H)
+        rnn = kind(F_IN, H, **own)
         torch._dynamo.reset()
         counters.clear()
         with compiled_autograd._enable(torch.compile(backend="aot_eager", fullgraph=False)):

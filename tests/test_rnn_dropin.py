@@ -242,7 +242,7 @@ def test_a_backend_that_cannot_run_is_an_error_at_the_call():
     with pytest.raises(ValueError, match="Unknown backend 'cuda'"):
         FusedRNN(3, 4, backend="cuda")
     rnn = FusedRNN(3, 3000, backend="triton")
-    with pytest.raises(RuntimeError, match="backend 'triton' cannot run hidden_size=3000"):
+    with pytest.raises(RuntimeError, match="backend 'triton' cannot run elman with hidden_size=3000"):
         rnn(torch.zeros(1, 1, 3))
 
 

@@ -49,6 +49,7 @@ def _doctor(options: argparse.Namespace) -> int:
         why_not = capture.why_not_on(device)
         print("  training steps: " + ("captured as CUDA graphs" if why_not is None else f"not captured: {why_not}"))
         _print_choices(options.hidden_size, dtype, device)
+        _print_other_choices(dtype, device)
         run, _ = selftest.backends_that_run(device, dtype)
         outcomes = selftest.run(device, dtype, run)
         _print_outcomes(outcomes, dtype)
@@ -74,6 +75,22 @@ def _print_choices(sizes: list[int], dtype: torch.dtype, device: torch.device) -
         answers.setdefault((explanation.backend, explanation.how, *explanation.why_not.items()), []).append(size)
     for (backend, how, *others), of in answers.items():
         print(f"  hidden size {', '.join(map(str, of))}: {backend}" + (f", {how}" if how else ""))
+        for other, why in others:
+            print(f"    not {other}: {why}")
+
+
+def _print_other_choices(dtype: torch.dtype, device: torch.device) -> None:
+    """What runs the other operations for a model of the self-test's size: those of one answer in one line."""
+    answers: dict[tuple, list[str]] = {}
+    for operation in backends.TABLE:
+        if operation == "elman":
+            continue
+        explanation = backends.explain(
+            selftest.H, dtype, device, operation=operation, batch_size=selftest.B, num_classes=selftest.V
+        )
+        answers.setdefault((explanation.backend, *explanation.why_not.items()), []).append(operation)
+    for (backend, *others), of in answers.items():
+        print(f"  {', '.join(of)}: {backend}")
         for other, why in others:
             print(f"    not {other}: {why}")
 

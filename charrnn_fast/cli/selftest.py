@@ -213,9 +213,10 @@ def backends_that_run(device: torch.device, dtype: torch.dtype) -> tuple[list[st
     explanation = backends.explain(H, dtype, device)
     others = dict(explanation.why_not)
     names = [explanation.backend]
-    for row in backends.BACKENDS:
-        can = row.name in others and row.cannot(device, dtype, H) is None
-        if can and row.should_not(device, dtype, H) is None:
+    sizes = backends.Sizes(hidden_size=H)
+    for row in backends.TABLE["elman"]:
+        can = row.name in others and row.limits(device, dtype, sizes) is None
+        if can and row.slower(device, dtype, sizes) is None:
             names.append(row.name)
             del others[row.name]
     return names, others

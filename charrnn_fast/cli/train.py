@@ -210,7 +210,8 @@ def _backend(settings: Settings, device: torch.device) -> str:
     if settings.model != "fused":
         return settings.model
     try:
-        return backends.choose(settings.backend, device, torch.get_default_dtype(), settings.recipe.hidden_size)
+        hidden_size, dtype = settings.recipe.hidden_size, torch.get_default_dtype()
+        return backends.choose("elman", device, dtype, hidden_size=hidden_size, backend=settings.backend)
     except (ValueError, RuntimeError) as error:
         raise InputError(str(error)) from None
 

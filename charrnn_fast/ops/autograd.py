@@ -82,6 +82,20 @@ def recomputed(
     return [next(found) if needs and x is not None else None for needs, x in zip(needs_grad, inputs, strict=True)]
 
 
+def unshared(grads: Sequence[Tensor | None]) -> list[Tensor]:
+    """Those that are there, contiguous and each with memory of its own, as an operator's results must be and gradients
+    that are slices of one tensor are not.
+    """
+    results: list[Tensor] = []
+    memory: set[int] = set()
+    for grad in grads:
+        if grad is not None:
+            shared = grad.untyped_storage().data_ptr() in memory
+            results.append(grad.clone(memory_format=torch.contiguous_format) if shared else grad.contiguous())
+            memory.add(results[-1].untyped_storage().data_ptr())
+    return results
+
+
 class HandedOutOnce(Generic[T]):
     """Something that whoever asks first gets for good: nothing keeps it, so its new owner may change it."""
 

@@ -106,28 +106,20 @@ def _backend(grads: list[Tensor], params: list[Tensor] | None = None) -> tuple[s
 
     With it what a kernel has to know of them.
     """
-    wanted, device = backends.requested("auto"), grads[0].device
+    wanted = backends.requested()
     if wanted == "torch" or watched() is not None:
         return "torch", None
     found = survey(grads, params, plain)
     if found is None or not found.floats:
         return "torch", None
-    by_name = wanted != "auto"
-    if wanted == "triton" or (wanted == "auto" and device.type == "cuda"):
-        why = backends.triton_cannot_run_on(device)
-        if why is not None and by_name:
-            raise RuntimeError(f"backend 'triton' cannot clip gradients on {device}: {why}")
-        if why is None:
-            from charrnn_fast.kernels.triton import clip_grad_norm as kernels
+    operation = "clip_grad_norm_" if params is None else "clip_and_sgd_step_"
+    chosen = backends.choose(operation, grads[0].device, grads[0].dtype)
+    if chosen == "triton":
+        from charrnn_fast.kernels.triton import clip_grad_norm as kernels
 
-            if kernels.clip_limits(grads, params, found) is None:
-                return "triton", found
-    if wanted in ("auto", "native") and params is None:
-        why = native.available() or (None if device.type == "cpu" else "it runs on a CPU")
-        if why is not None and by_name:
-            raise RuntimeError(f"backend 'native' cannot clip gradients on {device}: {why}")
-        # Torch scales a gradient that it is given twice once for each, and 16-bit ones without a copy.
-        usual = found.apart and (by_name or native.clips_in_place(found))
-        if why is None and usual and native.clip_limits(grads, found) is None:
-            return "native", found
+        if kernels.clip_limits(grads, params, found) is None:
+            return chosen, found
+    # Torch scales a gradient that it is given twice once for each, and 16-bit ones without a copy.
+    if chosen == "native" and found.apart and (wanted == chosen or native.clips_in_place(found)):
+        return (chosen, found) if native.clip_limits(grads, found) is None else ("torch", None)
     return "torch", None

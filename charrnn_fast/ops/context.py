@@ -107,6 +107,11 @@ def exported_to_onnx() -> bool:
     return torch.compiler.is_compiling() and torch.onnx.is_in_onnx_export()
 
 
+def exported() -> bool:
+    """Is torch.export reading this call, for ONNX too?"""
+    return torch.compiler.is_compiling() and torch.compiler.is_exporting()
+
+
 def transforms_active() -> bool:
     """Is the caller inside torch.func (vmap, grad, jvp, ...) or computing forward-mode derivatives?"""
     if torch.compiler.is_compiling():
@@ -130,7 +135,7 @@ def _has_autocast(device_type: str) -> bool:
 
 def in_autocast(device_type: str) -> bool:
     """Is there an autocast region for devices of this type around the call?"""
-    return _has_autocast(device_type) and torch.is_autocast_enabled(device_type)
+    return (device_type in ("cpu", "cuda") or _has_autocast(device_type)) and torch.is_autocast_enabled(device_type)
 
 
 def autocast(device_type: str, operands: list[Any]) -> list[Any]:

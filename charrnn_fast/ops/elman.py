@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from . import backends, compiled_backward
-from .autograd import apply_of, below_autograd_recording, must_recompute, recomputed, saved_tensors
+from .autograd import apply_of, below_autograd_recording, must_recompute, recomputed, saved_tensors, unshared
 from .context import OPERATORS, REGISTERED, autocast, in_plain_memory, plain, registered_operators_only, watched
 from .elman_layer import Layer, layer_of
 from .elman_torch import layer_by_tensor_operations, layer_by_torch
+from .precision import tf32_for_rnns
 from .tokens import TOKEN_TYPES, check_tokens
 
 
@@ -45,7 +46,7 @@ def elman(
         nonlinearity: "tanh" or "relu".
         reverse: walk time backwards; the outputs stay in the input's order.
         batch_sizes: (T,) int64 on the CPU, the rows active at each step, as in ``PackedSequence.batch_sizes``.
-        backend: "auto" or a name from ``backends.BACKENDS``.
+        backend: one of ``backends.NAMES``.
 
     Returns:
         output (T, B, H), packed (N, H), and h_n (B, H), each sequence's state after its own last step
@@ -61,7 +62,8 @@ def elman(
     _check_arguments(input, h0, weight_ih, weight_hh, bias_ih, bias_hh, nonlinearity, batch_sizes)
     weights = [w for w in (weight_ih, weight_hh, bias_ih, bias_hh) if w is not None]
     state, ways = None if h0 is None else h0[None], (bool(reverse),)
-    name = backends.choose(backend, weight_ih.device, weight_ih.dtype, weight_hh.shape[0])
+    hidden_size = weight_hh.shape[0]
+    name = backends.choose("elman", weight_ih.device, weight_ih.dtype, hidden_size=hidden_size, backend=backend)
     onlooker = watched()
     if name == "torch" or onlooker is OPERATORS or not plain(input, state, batch_sizes, *weights):
         if is_tokens(input) and input.device.type == "cpu":
@@ -207,7 +209,7 @@ def _elman_layer_op(
 
 def _layer_like(backend: str, weight_hh: Tensor, nonlinearity: str, reverse: Sequence[bool]) -> Layer:
     device = weight_hh.device
-    options = (nonlinearity, tuple(reverse), backends.tf32_for_rnns(device))
+    options = (nonlinearity, tuple(reverse), tf32_for_rnns(device))
     return layer_of(backend, device, weight_hh.dtype, weight_hh.shape[0], *options)
 
 
@@ -253,15 +255,7 @@ def _elman_layer_backward_op(
     else:
         layer = _layer_like(backend, weights[1], nonlinearity, reverse)
         grads = layer.backward(grad_out, grad_h_n, out, input, h0, weights, batch_sizes, needs_grad)
-    # An operator's results may share no memory, as gradients that are slices of one tensor do.
-    results: list[Tensor] = []
-    memory: set[int] = set()
-    for grad in grads:
-        if grad is not None:
-            shared = grad.untyped_storage().data_ptr() in memory
-            results.append(grad.clone(memory_format=torch.contiguous_format) if shared else grad.contiguous())
-            memory.add(results[-1].untyped_storage().data_ptr())
-    return results
+    return unshared(grads)
 
 
 def _recomputed_in_operator(

@@ -6,16 +6,52 @@ autograd here and no checks: elman.py has both.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from charrnn_fast.kernels import native
+
 from . import backends
 from .elman_torch import of_direction
+from .precision import rnn_precision, tf32_for_rnns
 from .tokens import TOKEN_TYPES, check_tokens
 
 _ROWS_IN_PLACE = 1024  # rows of a gradient that are replaced at a time: enough for a matrix product at full speed
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """A backend's two passes of the recurrence for one device, type and width."""
+
+    forward: Callable[..., Any]  # elman_forward of kernels/native/elman.py, which is that of kernels/triton/elman.py
+    backward: Callable[..., Any]  # elman_backward
+    adds_bias: bool = False  # they add the biases, sum their gradient and take a table of any strides
+    projects: Callable[[int, int], int] | None = None
+    # for features and rows (batch times directions): the most steps for which forward makes the product with W_ih
+    most_rows: float = float("inf")  # batch times directions up to which "auto" prefers them to torch's own RNN
+
+
+def kernels_of(backend: str, device: torch.device, dtype: torch.dtype, hidden_size: int) -> Kernels:
+    """Those of a backend that has kernels, with torch's float32 precision switch applied."""
+    if backend == "native":
+        return Kernels(native.elman_forward, native.elman_backward)
+    if backend != "triton":
+        raise ValueError(f"backend '{backend}' has no kernels")
+    from charrnn_fast.kernels.triton import elman as kernels
+
+    precision = rnn_precision(device, dtype)
+
+    @functools.lru_cache(4096)
+    def projects(features: int, rows: int) -> int:
+        return kernels.projected_steps(features, hidden_size, dtype, precision, device, rows)
+
+    forward = functools.partial(kernels.elman_forward, precision=precision)
+    backward = functools.partial(kernels.elman_backward, precision=precision)
+    return Kernels(forward, backward, True, projects, kernels.most_rows(hidden_size, dtype, precision, device))
 
 
 class Layer:
@@ -24,7 +60,7 @@ class Layer:
     Weights are flat: for each direction W_ih (H, I), W_hh (H, H) and no bias, one, or b_ih and b_hh, each (H,).
 
     Attributes:
-        backend: the name of a row of backends.BACKENDS that has kernels. nonlinearity: "tanh" or "relu".
+        backend: "triton" or "native". nonlinearity: "tanh" or "relu".
         reverse: for each direction, does it walk time backwards.
     """
 
@@ -41,7 +77,7 @@ class Layer:
     ):
         self.backend, self.hidden_size, self.nonlinearity, self.reverse = backend, hidden_size, nonlinearity, reverse
         self.directions = len(reverse)
-        self._kernels = backends.kernels_of(backend, device, dtype, hidden_size)
+        self._kernels = kernels_of(backend, device, dtype, hidden_size)
         self.most_rows = self._kernels.most_rows
 
     def forward(
@@ -232,7 +268,7 @@ def layer_of(
     reverse: tuple[bool, ...],
     tf32: bool,
 ) -> Layer:
-    """The one Layer of these options. backend: one that has kernels and can run them; tf32: backends.tf32_for_rnns."""
+    """The one Layer of these options. backend: one that has kernels and can run them; tf32: as tf32_for_rnns says."""
     return Layer(backend, device, dtype, hidden_size, nonlinearity, reverse)
 
 
@@ -246,7 +282,7 @@ def choose_layer(
 ) -> Layer | None:
     """The layer by the backend that runs it here, as backends.choose says; None for torch's own operators."""
     name = backends.requested(backend)
-    tf32 = device.type == "cuda" and backends.tf32_for_rnns(device)
+    tf32 = device.type == "cuda" and tf32_for_rnns(device)
     return _choose_layer(name, device, dtype, hidden_size, nonlinearity, reverse, tf32)
 
 
@@ -260,8 +296,14 @@ def _choose_layer(
     reverse: tuple[bool, ...],
     tf32: bool,
 ) -> Layer | None:
-    chosen = backends.choose(name, device, dtype, hidden_size)
+    chosen = backends.choose("elman", device, dtype, hidden_size=hidden_size, backend=name)
     return None if chosen == "torch" else layer_of(chosen, device, dtype, hidden_size, nonlinearity, reverse, tf32)
+
+
+def forget() -> None:
+    """Choose anew: see backends.forget."""
+    _choose_layer.cache_clear()
+    layer_of.cache_clear()
 
 
 def token_table(weights: Sequence[Tensor], directions: int) -> Tensor:

@@ -129,7 +129,7 @@ def _watched_stack(
     if tokens and input.size(0) == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
     if tokens and input.device.type == "cpu":
-        if _alike(operands, tokens) and plain(*operands):
+        if alike(operands, tokens) and plain(*operands):
             return _torch_layers_of_tokens(rnn, input, hx, weights, batch_sizes)
         check_tokens(input, rnn.input_size)
     if tokens:  # cuDNN walks one-hot rows faster than a loop of launches walks a table
@@ -141,15 +141,16 @@ def _layerwise_backend(
     rnn: Any, operands: list[Any], batch_sizes: Tensor | None, tokens: bool, onlooker: str | None
 ) -> str | None:
     """The backend that takes layer after layer; None for torch's own RNN, which also refuses malformed calls."""
-    if operands[0].size(0) == 0 or not _alike(operands, tokens):
+    if operands[0].size(0) == 0 or not alike(operands, tokens):
         return None
     if exported_to_onnx():
         return "onnx" if operands[0].dim() == 3 else None
     if onlooker is OPERATORS:
         return "torch" if transforms_active() else None  # torch's own RNN has no rule for vmap
     weight = operands[-1]
-    name = backends.choose(rnn.backend, weight.device, weight.dtype, rnn.hidden_size)
-    most = backends.most_rows(rnn.backend, name, weight.device, weight.dtype, rnn.hidden_size)
+    device, dtype, hidden_size = weight.device, weight.dtype, rnn.hidden_size
+    name = backends.choose("elman", device, dtype, hidden_size=hidden_size, backend=rnn.backend)
+    most = backends.most_rows(rnn.backend, name, device, dtype, hidden_size)
     if most < float("inf") and _batch(operands[0], batch_sizes) * (2 if rnn.bidirectional else 1) > most:
         name = "torch"
     if name == "torch":  # one operator a layer to a compiler, which would unroll torch's own RNN, a step at a time
@@ -157,7 +158,7 @@ def _layerwise_backend(
     return name if plain(*operands) else None
 
 
-def _alike(operands: list[Any], tokens: bool) -> bool:
+def alike(operands: list[Any], tokens: bool) -> bool:
     """Are input, hx (or None) and all weights there, of one type (ids aside) on one device? If not, torch runs them or
     refuses them in its own words.
     """
@@ -193,7 +194,7 @@ def _watched_layers(
             output, state = elman_layer(layer, output, h0, own, batch_sizes, turned)
         else:
             output, state = _watched_layer(rnn, backend, output, h0, own, batch_sizes, reverse)
-            output = _turned(output) if turned else output
+            output = as_batch_first(output) if turned else output
         states.append(state)
     return output, states[0] if rnn.num_layers == 1 else torch.cat(states)
 
@@ -218,7 +219,7 @@ def _watched_layer(
     return layer_by_tensor_operations(input, h0, weights, batch_sizes, nonlinearity, reverse)
 
 
-def _turned(output: Tensor) -> Tensor:
+def as_batch_first(output: Tensor) -> Tensor:
     """(T, B, C) as (B, T, C), the memory as it is; to autograd no view, where nobody watches."""
     return output.transpose_(0, 1) if addressable(output) else output.transpose(0, 1)
 
@@ -260,6 +261,6 @@ def _torch_layers_of_tokens(
     directions, each = len(reverse), len(reverse) * (4 if rnn.bias else 2)
     output, state = _watched_layer(rnn, "torch", tokens, hx[:directions], weights[:each], batch_sizes, reverse)
     if rnn.num_layers == 1:
-        return _turned(output) if rnn.batch_first and batch_sizes is None else output, state
+        return as_batch_first(output) if rnn.batch_first and batch_sizes is None else output, state
     output, states = _torch_layers(rnn, _dropout(rnn, output), hx[directions:], weights[each:], batch_sizes)
     return output, torch.cat([state, states])

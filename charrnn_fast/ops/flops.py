@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from . import elman as _elman  # noqa: F401  (which registers its operators)
+from . import elman_checkpointed as _elman_checkpointed  # noqa: F401
 from . import linear_cross_entropy as _linear_cross_entropy  # noqa: F401
 
 
@@ -63,6 +64,53 @@ def elman_layer_backward_flops(
         products += rows * hidden * hidden * bool(needs_hh)
         products += (rows - (0 if needs_grad[1] else first)) * hidden * hidden
     return 2 * products
+
+
+@register_flop_formula(torch.ops.charrnn_fast.elman_checkpointed, get_raw=True)
+def elman_checkpointed_flops(
+    input: Tensor,
+    hx: Tensor | None,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Tensor],
+    *options: Any,
+    out_val: Any = None,
+    **kwargs: Any,
+) -> int:
+    """As elman_layer's, of all layers."""
+    matrices = (w for w in weights if w.dim() == 2)
+    return sum(2 * _rows(input, batch_sizes) * matrix.numel() for matrix in matrices)
+
+
+@register_flop_formula(torch.ops.charrnn_fast.elman_checkpointed_backward, get_raw=True)
+def elman_checkpointed_backward_flops(
+    grad_out: Tensor | None,
+    grad_h_n: Tensor | None,
+    kept: Tensor,
+    input: Tensor,
+    hx: Tensor | None,
+    batch_sizes: Tensor | None,
+    weights: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    backend: str,
+    nonlinearity: str,
+    num_layers: int,
+    directions: int,
+    dropout: float,
+    steps: int,
+    needs_grad: Sequence[bool],
+    out_val: Any = None,
+    **kwargs: Any,
+) -> int:
+    """As elman_layer_backward's, of all layers: what it computes once more is not counted."""
+    needs_input, needs_hx, *needs_weights = needs_grad
+    each = len(weights) // num_layers
+    found = 0
+    for i in range(num_layers):
+        own = slice(i * each, (i + 1) * each)
+        needs = [needs_input or i > 0, needs_hx, *needs_weights[own]]
+        layer = (input, hx, batch_sizes, weights[own], backend, nonlinearity, [False] * directions, needs)
+        found += elman_layer_backward_flops(grad_out, grad_h_n, kept, *layer)
+    return found
 
 
 @register_flop_formula(torch.ops.charrnn_fast.linear_cross_entropy, get_raw=True)

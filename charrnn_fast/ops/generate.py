@@ -144,12 +144,6 @@ def _check(
             raise ValueError(f"{name}: expected {dtype}, as the head's weight has, got {tensor.dtype}")
 
 
-# A program reads its weights once for each id: beyond this many bytes, at the 100 GB/s or so that one multiprocessor
-# takes in, or beyond that many for all sequences, at some 5 TB/s of a whole GPU, that is longer than the launches of a
-# step-by-step decoder take. An estimate from an H100's data, not a measurement.
-MAX_BYTES, MAX_BYTES_OF_ALL = 8 * 2**20, 512 * 2**20
-
-
 def _kernel(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
     if backend == "native":
         return native.generate
@@ -158,32 +152,9 @@ def _kernel(backend: str) -> Callable[..., tuple[Tensor, Tensor]]:
     return kernel
 
 
-def _triton_cannot(weight: Tensor, vocab: int) -> str | None:
-    if (why := backends.triton_cannot_run_on(weight.device)) is not None:
-        return why
-    from charrnn_fast.kernels.triton.generate import generate_limits
-
-    return generate_limits(vocab, weight.dtype)
-
-
-def _triton_should_not(batch: int, layers: Sequence[Layer], head_weight: Tensor) -> str | None:
-    if head_weight.device.type == "cpu":
-        return "on a CPU it is interpreted, thousands of times slower"
-    read = sum(layer[1].nbytes * (2 if index else 1) for index, layer in enumerate(layers)) + head_weight.nbytes
-    if read > MAX_BYTES or batch * read > MAX_BYTES_OF_ALL:
-        return f"{read} bytes of weights for each of {batch} sequences and ids are better read by matrix products"
-    return None
-
-
 def _backend(backend: str, batch: int, layers: Sequence[Layer], head_weight: Tensor, num_tokens: int) -> str:
     """Which of triton, native and torch runs. The state of an empty continuation is the one that was given."""
-    weight = layers[0][1]
-    name = backends.requested(backend)
-    if name in ("auto", "triton"):
-        why = _triton_cannot(weight, head_weight.shape[0])
-        if name == "triton" and why is not None:
-            raise RuntimeError(f"backend 'triton' cannot decode with {weight.dtype} on {weight.device}: {why}")
-        if why is None and (name == "triton" or _triton_should_not(batch, layers, head_weight) is None):
-            return "triton" if num_tokens > 0 else "torch"
-    chosen = backends.choose(name, weight.device, weight.dtype, weight.shape[0])
-    return "native" if chosen == "native" and num_tokens > 0 else "torch"
+    (vocab, hidden), device, dtype = head_weight.shape, head_weight.device, head_weight.dtype
+    sizes = {"hidden_size": hidden, "batch_size": batch, "num_classes": vocab, "num_layers": len(layers)}
+    chosen = backends.choose("generate", device, dtype, **sizes, backend=backend)
+    return chosen if num_tokens > 0 else "torch"

@@ -54,9 +54,11 @@ def why_not(
     if h0 is not None and (h0.requires_grad or h0.dtype != dtype or h0.shape != (tokens.shape[1], weight_ih.shape[0])):
         return "the state is not a constant (B, H) of the weights' dtype"
     hidden, vocab = weight_ih.shape
-    if backends.choose(backend, weight_ih.device, dtype, hidden) != "native":
-        return "another backend was asked for"
-    return native.language_model_limits(tokens.shape[1], hidden, vocab, dtype)
+    sizes = {"hidden_size": hidden, "batch_size": tokens.shape[1], "num_classes": vocab}
+    name, device = "language_model_loss", weight_ih.device
+    if backends.choose(name, device, dtype, **sizes, backend=backend) == "native":
+        return None
+    return backends.explain(dtype=dtype, device=device, operation=name, **sizes, backend=backend).why_not["native"]
 
 
 def language_model_loss(

@@ -19,8 +19,19 @@ from torch import Tensor
 from charrnn_fast.kernels import native
 
 from . import backends, compiled_backward
-from .autograd import HandedOutOnce, must_recompute, recomputed
-from .context import OPERATORS, addressable, autocast, in_autocast, plain, registered_operators_only, watched
+from .autograd import HandedOutOnce, apply_of, must_recompute, recomputed
+from .context import (
+    OPERATORS,
+    REGISTERED,
+    addressable,
+    autocast,
+    in_autocast,
+    in_plain_memory,
+    plain,
+    registered_operators_only,
+    watched,
+)
+from .precision import matmul_precision
 
 REDUCTIONS = ("mean", "sum", "none")
 _16_BIT = (torch.bfloat16, torch.float16)
@@ -63,47 +74,46 @@ def linear_cross_entropy(
     ignore_index = -100 if ignore_index is None else ignore_index
     # What is no reduction and no index torch refuses in its turn, after shapes and types.
     known = reduction in REDUCTIONS and isinstance(ignore_index, int) and -(2**63) <= ignore_index < 2**63
-    plain = weight is None and label_smoothing == 0.0 and known
-    backend = _backend(input, linear_weight, linear_bias, target) if plain else "torch"
+    onlooker = watched()
+    backend = "torch"
+    if known and weight is None and label_smoothing == 0.0 and onlooker is not OPERATORS:
+        backend = _backend(input, linear_weight, linear_bias, target, onlooker)
     if backend == "triton":
-        return _by_triton(input, linear_weight, linear_bias, target, reduction, ignore_index)
+        return _by_triton(input, linear_weight, linear_bias, target, reduction, ignore_index, onlooker)
     if backend == "torch":
         return _by_tensor_operations(
             input, linear_weight, linear_bias, target, reduction, ignore_index, weight, label_smoothing
         )
-    operands = (input, linear_weight, linear_bias)
-    if not (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)):
-        return native.linear_cross_entropy(*operands, target, ignore_index, reduction, need_grad=False)[0]
-    return _NativeLinearCrossEntropy.apply(*operands, target, reduction, ignore_index)
-
-
-def _backend(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor) -> str:
-    """The backend of this call: "torch" for shapes, types and kinds of tensors that the kernels do not take."""
-    if not all(isinstance(t, Tensor) for t in (input, weight, target)):
-        return "torch"  # which says so in its own words
-    onlooker = watched()
-    if onlooker is OPERATORS or not plain(input, weight, bias, target):
-        return "torch"
-    shapes = input.dim() == 2 and weight.dim() == 2 and input.shape[1] == weight.shape[1] and weight.numel() > 0
-    if not (shapes and target.dtype == torch.int64 and target.shape == input.shape[:1] and len(target) > 0):
-        return "torch"
-    device = input.device
-    if (bias is not None and bias.shape != weight.shape[:1]) or any(
-        t is not None and t.device != device for t in (weight, bias, target)
+    if torch.is_grad_enabled() and (
+        input.requires_grad or linear_weight.requires_grad or (linear_bias is not None and linear_bias.requires_grad)
     ):
+        return _apply_native(input, linear_weight, linear_bias, target, reduction, ignore_index)
+    operands = (input, linear_weight, linear_bias, target)
+    return native.linear_cross_entropy(*operands, ignore_index, reduction, need_grad=False)[0]
+
+
+def _backend(input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, onlooker: str | None) -> str:
+    """The backend of this call: "torch" for shapes, types and kinds of tensors that the kernels do not take."""
+    if not (isinstance(input, Tensor) and isinstance(weight, Tensor) and isinstance(target, Tensor)):
+        return "torch"  # which says so in its own words
+    operands = (input, weight, bias, target)
+    if not (in_plain_memory(operands) if onlooker is None else plain(*operands)):
         return "torch"
-    casts = in_autocast(device.type)
-    dtypes = {
-        torch.get_autocast_dtype(device.type) if casts and t.dtype in (torch.float32, *_16_BIT) else t.dtype
-        for t in (input, weight, bias)
-        if t is not None
-    }
-    if len(dtypes) > 1:
+    shape, of_weight, device = input.shape, weight.shape, input.device
+    if len(shape) != 2 or len(of_weight) != 2 or shape[1] != of_weight[1] or weight.numel() == 0 or shape[0] == 0:
         return "torch"
-    dtype = dtypes.pop()
-    if not dtype.is_floating_point:
+    if target.dtype != torch.int64 or target.shape != shape[:1] or device != weight.device or device != target.device:
         return "torch"
-    name = backends.choose_loss(device, dtype)
+    if bias is not None and (bias.shape != of_weight[:1] or bias.device != device):
+        return "torch"
+    casts, dtypes = in_autocast(device.type), [input.dtype, weight.dtype, weight.dtype if bias is None else bias.dtype]
+    if casts:
+        cast = torch.get_autocast_dtype(device.type)
+        dtypes = [cast if dtype in (torch.float32, *_16_BIT) else dtype for dtype in dtypes]
+    dtype = dtypes[0]
+    if dtypes[1] != dtype or dtypes[2] != dtype or not dtype.is_floating_point:
+        return "torch"
+    name = backends.choose("linear_cross_entropy", device, dtype)
     if name == "native" and (casts or onlooker is not None):  # which need PyTorch's own operators
         return "torch"
     return name
@@ -183,6 +193,9 @@ class _NativeLinearCrossEntropy(torch.autograd.Function):
         return (*wanted, None, None, None)
 
 
+_apply_native = apply_of(_NativeLinearCrossEntropy)
+
+
 def _read_backward(
     ctx: Any, grad_loss: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
 ) -> tuple[Tensor | None, ...]:
@@ -214,19 +227,25 @@ def _recomputed(
 
 
 def _by_triton(
-    input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, reduction: str, ignore_index: int
+    input: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    target: Tensor,
+    reduction: str,
+    ignore_index: int,
+    onlooker: str | None,
 ) -> Tensor:
     loss_dtype = input.dtype
     if in_autocast(input.device.type):
         input, weight, bias = autocast(input.device.type, [input, weight, bias])
         loss_dtype = torch.promote_types(input.dtype, torch.float32)
     arguments = (input, weight, bias, target, reduction, ignore_index, loss_dtype)
-    if registered_operators_only():
+    if onlooker is REGISTERED:
         return _loss_op(*arguments)[0]
     _check_target(target, weight.shape[0], ignore_index)
     if not torch.is_grad_enabled():
         return _triton_forward(*arguments)[0]
-    return _TritonLinearCrossEntropy.apply(*arguments)
+    return _apply_triton(*arguments)
 
 
 def _check_target(target: Tensor, classes: int, ignore_index: int) -> None:
@@ -249,7 +268,7 @@ def _triton_forward(
     """loss, log-sum-exp of each row (N,) and the number of rows that count ()."""
     from charrnn_fast.kernels.triton import linear_cross_entropy as kernels
 
-    precision = backends.matmul_precision(input.device, input.dtype)
+    precision = matmul_precision(input.device, input.dtype)
     arguments = (input, weight, bias, target, ignore_index, reduction)
     return kernels.linear_cross_entropy_forward(*arguments, precision=precision, loss_dtype=loss_dtype)
 
@@ -272,7 +291,7 @@ def _triton_backward(
     gradients = kernels.linear_cross_entropy_backward(
         grad_loss,
         *(input, weight, bias, target, ignore_index, reduction, lse, count),
-        precision=backends.matmul_precision(input.device, input.dtype),
+        precision=matmul_precision(input.device, input.dtype),
         need_hidden=needs_grad[0],
         need_weight=any(needs_grad[1:3]),
     )
@@ -310,6 +329,9 @@ class _TritonLinearCrossEntropy(torch.autograd.Function):
         else:
             gradients = _triton_backward(grad_loss, input, weight, bias, target, lse, count, *options)
         return (*gradients, None, None, None, None)
+
+
+_apply_triton = apply_of(_TritonLinearCrossEntropy)
 
 
 @torch.library.custom_op("charrnn_fast::linear_cross_entropy", mutates_args=())

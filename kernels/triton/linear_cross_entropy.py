@@ -11,12 +11,11 @@ sums across programs are made by a second reduction, never by atomics.
 """
 
 import functools
-from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-import triton
 
-from .launch import KINDS, precision_of, start, target_of
+from .launch import KINDS, Launch, precision_of, target_of
 from .linear_cross_entropy_grad_kernels import (
     grad_by_classes_kernel,
     grad_by_rows_kernel,
@@ -32,6 +31,7 @@ MIN_ROWS = 512
 MAX_LOGITS = 1 << 22
 # Classes of one row block are split over programs in parts of at least so many tiles.
 MIN_TILES_PER_SPLIT = 4
+MAX_STRIDE = 1 << 23  # of rows, so that those of a tile are within int32 of each other
 # Device assertions are compiled on request alone, and with them, unless refused, checks of every integer sum.
 ASSERTIONS = {"debug": True, "sanitize_overflow": False}
 
@@ -98,64 +98,31 @@ def linear_cross_entropy_forward(
     also fails a device assertion, as torch's own does. Raises ValueError for another reduction, RuntimeError past
     linear_cross_entropy_limits.
     """
-    problem = _Problem(hidden, weight, bias, target, ignore_index, reduction, precision)
-    tile = problem.tile("loss")
-    blocks, rows = triton.cdiv(problem.N, tile.block_n), reduction == "none"
-    splits, tiles_per_split = problem.splits(tile)
-    totals, lse, count = problem.empty(3, blocks), problem.empty(problem.N), problem.empty()
-    partial_lse, chosen = (problem.empty(splits, problem.N) for _ in range(2)) if splits > 1 else (lse, None)
-    loss = torch.empty((problem.N,) if rows else (), dtype=loss_dtype or hidden.dtype, device=hidden.device)
-    start(
-        loss_kernel,
+    plan, hidden, weight, bias = _prepared(hidden, weight, bias, reduction, precision)
+    tile, N, rows, device = plan.loss, hidden.shape[0], reduction == "none", plan.device
+    blocks = -(-N // tile.block_n)
+    splits, tiles_per_split = plan.splits(tile, blocks)
+    loss_dtype = loss_dtype or plan.dtype
+    of_tiles, of_splits, of_all = _loss_launches(plan, splits > 1, rows, loss_dtype)
+    of_sums: Any = {"dtype": plan.accumulator, "device": device}
+    totals, lse, count = torch.empty((3, blocks), **of_sums), torch.empty(N, **of_sums), torch.empty((), **of_sums)
+    loss = torch.empty((N,) if rows else (), dtype=loss_dtype, device=device)
+    partial_lse, chosen, of_rows = lse, None, loss if rows else None
+    if of_splits is not None:
+        partial_lse, chosen = torch.empty((splits, N), **of_sums), torch.empty((splits, N), **of_sums)
+    of_tiles(
         (blocks, splits, 1),
-        hidden.device,
-        *problem.tensors,
-        partial_lse,
-        chosen,
-        loss if rows else None,
-        totals,
-        problem.N,
-        ignore_index,
-        tiles_per_split,
-        *problem.strides,
-        SPLIT=splits > 1,
-        LOSS_ROWS=rows,
-        **problem.constants(tile),
+        device,
+        *(hidden, weight, bias, target, partial_lse, chosen, of_rows, totals, N, ignore_index, tiles_per_split),
+        *(hidden.stride(0), weight.stride(0), target.stride(0)),
     )
-    if splits > 1:
-        start(
-            loss_of_splits_kernel,
+    if of_splits is not None:
+        of_splits(
             (blocks, 1, 1),
-            hidden.device,
-            partial_lse,
-            chosen,
-            problem.target,
-            lse,
-            loss if rows else None,
-            totals,
-            problem.N,
-            problem.V,
-            ignore_index,
-            splits,
-            problem.target.stride(0),
-            BLOCK_N=tile.block_n,
-            LOSS_ROWS=rows,
-            **launch_options(4, problem.target_name, all_registers=False),
+            device,
+            *(partial_lse, chosen, target, lse, of_rows, totals, N, plan.V, ignore_index, splits, target.stride(0)),
         )
-    start(
-        total_kernel,
-        (1, 1, 1),
-        hidden.device,
-        totals,
-        None if rows else loss,
-        count,
-        blocks,
-        BLOCK=1024,
-        LOSS=not rows,
-        MEAN=problem.mean,
-        **launch_options(4, problem.target_name, all_registers=False),
-        **ASSERTIONS if problem.target_name not in AMD else {},
-    )
+    of_all((1, 1, 1), device, totals, None if rows else loss, count, blocks)
     return loss, lse, count
 
 
@@ -179,102 +146,141 @@ def linear_cross_entropy_backward(
     grad_loss: () or for "none" (N,), any stride. lse, count: from `linear_cross_entropy_forward`; the others, and what
     is raised, as there.
     """
-    problem = _Problem(hidden, weight, bias, target, ignore_index, reduction, precision)
-    upstream = _Upstream(lse, grad_loss.expand(problem.N), count)
-    if problem.find_tile("rows") is None or problem.find_tile("classes") is None:
-        return _grad_by_gemm(problem, upstream, need_hidden, need_weight)
+    plan, hidden, weight, bias = _prepared(hidden, weight, bias, reduction, precision)
+    rows = _Rows(hidden, weight, bias, target, lse, grad_loss.expand(hidden.shape[0]), count, ignore_index)
+    if plan.rows is None or plan.classes is None:
+        return _grad_by_gemm(plan, rows, need_hidden, need_weight)
     grad_hidden, grad_weight, grad_bias = None, None, None
     if need_weight:
-        grad_hidden, grad_weight, grad_bias = _grad_by_classes(problem, upstream, need_hidden)
+        grad_hidden, grad_weight, grad_bias = _grad_by_classes(plan, rows, need_hidden)
     if need_hidden and grad_hidden is None:
-        grad_hidden = _grad_by_rows(problem, upstream)
+        grad_hidden = _grad_by_rows(plan, rows)
     return grad_hidden, grad_weight, grad_bias
 
 
-class _Problem:
-    """Arguments of one call as the kernels take them, and what the launches derive from their sizes."""
+class _Plan:
+    """What is known before a call, of its sizes without the number of rows: the tiles, and constants of the kernels."""
+
+    __slots__ = (
+        *("H", "V", "accumulator", "classes", "constants", "cores", "device", "dtype", "has_bias", "logits", "loss"),
+        *("mean", "rows", "target"),
+    )
 
     def __init__(
-        self,
-        hidden: torch.Tensor,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        target: torch.Tensor,
-        ignore_index: int,
-        reduction: str,
-        precision: str,
+        self, dtype: torch.dtype, device: torch.device, precision: str, H: int, V: int, has_bias: bool, mean: bool
     ):
-        if reduction not in ("mean", "sum", "none"):
-            raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
-        why = linear_cross_entropy_limits(hidden.dtype, hidden.device)
-        if why is not None:
+        if (why := linear_cross_entropy_limits(dtype, device)) is not None:
             raise RuntimeError(f"linear_cross_entropy: {why}")
-        self.hidden, self.weight, self.target = _within_reach(hidden), _within_reach(weight), target
-        self.bias = None if bias is None else bias.contiguous()
-        self.ignore_index, self.mean = ignore_index, reduction == "mean"
-        (self.N, self.H), self.V = hidden.shape, weight.shape[0]
-        self.dtype, self.device = hidden.dtype, hidden.device
-        self.accumulator = torch.float64 if self.dtype == torch.float64 else torch.float32
-        self.precision = precision_of(self.dtype, precision, self.device)
-        self.target_name, _ = target_of(self.device)
-
-    @property
-    def tensors(self) -> tuple[torch.Tensor | None, ...]:
-        return self.hidden, self.weight, self.bias, self.target
-
-    @property
-    def strides(self) -> tuple[int, int, int]:
-        return self.hidden.stride(0), self.weight.stride(0), self.target.stride(0)
-
-    def empty(self, *shape: int) -> torch.Tensor:
-        """A tensor of the accumulator's dtype."""
-        return torch.empty(shape, dtype=self.accumulator, device=self.device)
-
-    def find_tile(self, step: str) -> Tile | None:
-        kind = KINDS.get(self.dtype, self.precision)
-        return find_tile(step, kind, self.H, self.V, self.target_name)
-
-    def tile(self, step: str) -> Tile:
-        tile = self.find_tile(step)
-        if tile is None:
-            raise RuntimeError(f"linear_cross_entropy: no tile for {step}, {self.dtype}, {self.precision}")
-        return tile
-
-    def constants(self, tile: Tile) -> dict[str, object]:
-        """Meta-parameters that all kernels over tiles of logits have, and compiler options."""
-        return {
-            "H": self.H,
-            "V": self.V,
-            "BLOCK_N": tile.block_n,
-            "BLOCK_V": tile.block_v,
-            "BLOCK_H": tile.block_h,
-            "HAS_BIAS": self.bias is not None,
-            "PRECISION": self.precision,
-            **tile.launch_options(self.target_name),
+        self.dtype, self.device, self.H, self.V, self.has_bias, self.mean = dtype, device, H, V, has_bias, mean
+        self.accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+        self.target, self.cores = target_of(device)[0], _cores(device)
+        precision = precision_of(dtype, precision, device)
+        kind = KINDS.get(dtype, precision)
+        steps = ("loss", "classes", "rows", "logits")
+        tiles = {step: find_tile(step, kind, H, V, self.target) for step in steps}
+        loss, self.classes, self.rows, logits = tiles.values()
+        if loss is None or logits is None:
+            raise RuntimeError(f"linear_cross_entropy: no tile for {dtype}, {precision}")
+        self.loss, self.logits = loss, logits
+        shared = {"H": H, "V": V}, {"HAS_BIAS": has_bias, "PRECISION": precision}
+        self.constants: dict[str, dict[str, object]] = {
+            step: {
+                **shared[0],
+                "BLOCK_N": tile.block_n,
+                "BLOCK_V": tile.block_v,
+                "BLOCK_H": tile.block_h,
+                **shared[1],
+                **tile.launch_options(self.target),
+            }
+            for step, tile in tiles.items()
+            if tile is not None
         }
 
-    def splits(self, tile: Tile) -> tuple[int, int]:
+    def splits(self, tile: Tile, blocks: int) -> tuple[int, int]:
         """Programs over which the classes of a block of rows are split, to fill the device, and tiles of each."""
-        tiles = triton.cdiv(self.V, tile.block_v)
-        programs = _cores(self.device) * tile.programs_per_core
-        splits = min(programs // triton.cdiv(self.N, tile.block_n), tiles // MIN_TILES_PER_SPLIT)
-        tiles_per_split = triton.cdiv(tiles, max(1, splits))
-        return triton.cdiv(tiles, tiles_per_split), tiles_per_split
+        tiles = -(-self.V // tile.block_v)
+        splits = min(self.cores * tile.programs_per_core // blocks, tiles // MIN_TILES_PER_SPLIT)
+        tiles_per_split = -(-tiles // max(1, splits))
+        return -(-tiles // tiles_per_split), tiles_per_split
 
 
-@dataclass(frozen=True)
-class _Upstream:
-    """What each row's gradient is made from beside its logits: lse (N,), grad_loss (N,), count ()."""
+_plan = functools.lru_cache(4096)(_Plan)
 
-    lse: torch.Tensor
-    grad_loss: torch.Tensor
-    count: torch.Tensor
+
+def _prepared(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, reduction: str, precision: str
+) -> tuple[_Plan, torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """The plan for these arguments, and they as the kernels take them."""
+    if reduction not in ("mean", "sum", "none"):
+        raise ValueError(f"reduction: expected 'mean', 'sum' or 'none', got {reduction!r}")
+    (V, H), mean = weight.shape, reduction == "mean"
+    plan = _plan(hidden.dtype, hidden.device, precision, H, V, bias is not None, mean)
+    if not (hidden.is_contiguous() and weight.is_contiguous() and H < MAX_STRIDE):
+        hidden, weight = _within_reach(hidden), _within_reach(weight)
+    return plan, hidden, weight, None if bias is None else bias.contiguous()
+
+
+# Launches are kept for each kind of arguments: see launch.Launch.
+@functools.lru_cache(4096)
+def _loss_launches(
+    plan: _Plan, split: bool, rows: bool, loss_dtype: torch.dtype
+) -> tuple[Launch, Launch | None, Launch]:
+    """Over tiles of logits; over the parts of the classes, if they are split; over all programs' sums."""
+    few = launch_options(4, plan.target, all_registers=False)
+    assertions = {} if plan.target in AMD else ASSERTIONS
+    return (
+        Launch(loss_kernel, SPLIT=split, LOSS_ROWS=rows, **plan.constants["loss"]),
+        Launch(loss_of_splits_kernel, BLOCK_N=plan.loss.block_n, LOSS_ROWS=rows, **few) if split else None,
+        Launch(total_kernel, BLOCK=1024, LOSS=not rows, MEAN=plan.mean, **few, **assertions),
+    )
+
+
+@functools.lru_cache(4096)
+def _classes_launches(
+    plan: _Plan, has_hidden: bool, partial: bool, grad_dtype: torch.dtype
+) -> tuple[Launch, Launch | None]:
+    """Over the tiles of classes, and over the partial sums, if there are any."""
+    assert plan.classes is not None
+    flags = {"MEAN": plan.mean, "GRAD_HIDDEN": has_hidden, "PARTIAL": partial, "HALVES": plan.classes.halves}
+    of_tiles = Launch(grad_by_classes_kernel, **flags, **plan.constants["classes"])
+    if not partial:
+        return of_tiles, None
+    blocks = {"H": plan.H, "V": plan.V, "BLOCK_P": SUM_PROGRAMS, "BLOCK": SUM_COLUMNS, "HAS_BIAS": plan.has_bias}
+    options = launch_options(SUM_WARPS, plan.target, all_registers=False)
+    return of_tiles, Launch(sum_partials_kernel, **blocks, **options)
+
+
+@functools.lru_cache(4096)
+def _rows_launch(plan: _Plan, split: bool, grad_dtype: torch.dtype) -> Launch:
+    return Launch(grad_by_rows_kernel, MEAN=plan.mean, SPLIT=split, **plan.constants["rows"])
+
+
+@functools.lru_cache(4096)
+def _logits_launch(plan: _Plan, grad_dtype: torch.dtype) -> Launch:
+    return Launch(grad_logits_kernel, MEAN=plan.mean, **plan.constants["logits"])
+
+
+class _Rows(NamedTuple):
+    """What the gradients are made from."""
+
+    hidden: torch.Tensor  # (N, H)
+    weight: torch.Tensor  # (V, H)
+    bias: torch.Tensor | None
+    target: torch.Tensor  # (N,)
+    lse: torch.Tensor  # (N,)
+    grad_loss: torch.Tensor  # (N,)
+    counted: torch.Tensor  # (): rows that count
+    ignore_index: int
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        return self.hidden.stride(0), self.weight.stride(0), self.target.stride(0), self.grad_loss.stride(0)
 
 
 def _within_reach(matrix: torch.Tensor) -> torch.Tensor:
     """The matrix itself if its last stride is 1 and the rows of a tile are within int32 of each other, else a copy."""
     unit = matrix.shape[1] == 1 or matrix.stride(1) == 1
-    return matrix if unit and abs(matrix.stride(0)) < 1 << 23 else matrix.contiguous()
+    return matrix if unit and abs(matrix.stride(0)) < MAX_STRIDE else matrix.contiguous()
 
 
 @functools.cache
@@ -284,118 +290,73 @@ def _cores(device: torch.device) -> int:
 
 
 def _grad_by_classes(
-    p: _Problem, upstream: _Upstream, need_hidden: bool
+    p: _Plan, rows: _Rows, need_hidden: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor | None]:
     """Gradients of weight and bias and, if need_hidden and one tile has all classes, of hidden."""
-    tile = p.tile("classes")
-    tiles, blocks = triton.cdiv(p.V, tile.block_v), triton.cdiv(p.N, tile.block_n)
-    groups = max(1, min(blocks, _cores(p.device) * tile.programs_per_core // tiles, SUM_PROGRAMS))
+    tile, N = p.classes, rows.hidden.shape[0]
+    assert tile is not None
+    tiles, blocks = -(-p.V // tile.block_v), -(-N // tile.block_n)
+    groups = max(1, min(blocks, p.cores * tile.programs_per_core // tiles, SUM_PROGRAMS))
     has_hidden = need_hidden and tiles == 1
-    grad_hidden = torch.empty((p.N, p.H), dtype=p.dtype, device=p.device) if has_hidden else None
+    grad_hidden = torch.empty((N, p.H), dtype=p.dtype, device=p.device) if has_hidden else None
     grad_weight = torch.empty((p.V, p.H), dtype=p.dtype, device=p.device)
-    grad_bias = None if p.bias is None else torch.empty_like(p.bias)
-    partial = p.empty(groups, p.V * p.H + p.V) if groups > 1 else None
-    start(
-        grad_by_classes_kernel,
+    grad_bias = None if rows.bias is None else torch.empty_like(rows.bias)
+    of_tiles, of_partials = _classes_launches(p, has_hidden, groups > 1, rows.grad_loss.dtype)
+    partial = None
+    if of_partials is not None:
+        partial = torch.empty((groups, p.V * p.H + p.V), dtype=p.accumulator, device=p.device)
+    of_tiles(
         (tiles, groups, 1),
         p.device,
-        *p.tensors,
-        upstream.lse,
-        upstream.grad_loss,
-        upstream.count,
-        grad_hidden,
-        grad_weight if partial is None else partial,
-        grad_bias,
-        p.N,
-        p.ignore_index,
-        *p.strides,
-        upstream.grad_loss.stride(0),
-        MEAN=p.mean,
-        GRAD_HIDDEN=has_hidden,
-        PARTIAL=groups > 1,
-        HALVES=tile.halves,
-        **p.constants(tile),
+        *rows[:-1],
+        *(grad_hidden, grad_weight if partial is None else partial, grad_bias, N, rows.ignore_index, *rows.strides),
     )
-    if partial is not None:
-        start(
-            sum_partials_kernel,
-            (-(-partial.shape[1] // SUM_COLUMNS), 1, 1),
-            p.device,
-            partial,
-            grad_weight,
-            grad_bias,
-            groups,
-            H=p.H,
-            V=p.V,
-            BLOCK_P=SUM_PROGRAMS,
-            BLOCK=SUM_COLUMNS,
-            HAS_BIAS=p.bias is not None,
-            **launch_options(SUM_WARPS, p.target_name, all_registers=False),
-        )
+    if of_partials is not None and partial is not None:
+        programs = -(-partial.shape[1] // SUM_COLUMNS)
+        of_partials((programs, 1, 1), p.device, partial, grad_weight, grad_bias, groups)
     return grad_hidden, grad_weight, grad_bias
 
 
-def _grad_by_rows(p: _Problem, upstream: _Upstream) -> torch.Tensor:
+def _grad_by_rows(p: _Plan, rows: _Rows) -> torch.Tensor:
     """Gradient of hidden."""
-    tile = p.tile("rows")
-    splits, tiles_per_split = p.splits(tile)
-    grad_hidden = torch.empty((p.N, p.H), dtype=p.dtype, device=p.device)
-    partial = p.empty(splits, p.N, p.H) if splits > 1 else None
-    start(
-        grad_by_rows_kernel,
-        (-(-p.N // tile.block_n), splits, 1),
+    tile, N = p.rows, rows.hidden.shape[0]
+    assert tile is not None
+    blocks = -(-N // tile.block_n)
+    splits, tiles_per_split = p.splits(tile, blocks)
+    grad_hidden = torch.empty((N, p.H), dtype=p.dtype, device=p.device)
+    partial = torch.empty((splits, N, p.H), dtype=p.accumulator, device=p.device) if splits > 1 else None
+    _rows_launch(p, splits > 1, rows.grad_loss.dtype)(
+        (blocks, splits, 1),
         p.device,
-        *p.tensors,
-        upstream.lse,
-        upstream.grad_loss,
-        upstream.count,
-        grad_hidden if partial is None else partial,
-        p.N,
-        p.ignore_index,
-        tiles_per_split,
-        *p.strides,
-        upstream.grad_loss.stride(0),
-        MEAN=p.mean,
-        SPLIT=splits > 1,
-        **p.constants(tile),
+        *rows[:-1],
+        *(grad_hidden if partial is None else partial, N, rows.ignore_index, tiles_per_split, *rows.strides),
     )
     return grad_hidden if partial is None else partial.sum(0).to(p.dtype)
 
 
 def _grad_by_gemm(
-    p: _Problem, upstream: _Upstream, need_hidden: bool, need_weight: bool
+    p: _Plan, rows: _Rows, need_hidden: bool, need_weight: bool
 ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
     """Gradients of hidden, weight and bias, from the gradients of some rows' logits at a time."""
-    tile = p.tile("logits")
-    rows = min(p.N, max(MIN_ROWS, MAX_LOGITS // p.V))
-    memory = torch.empty((rows, p.V), dtype=p.dtype, device=p.device)
-    grad_hidden = torch.empty((p.N, p.H), dtype=p.dtype, device=p.device) if need_hidden else None
+    tile, N, strides = p.logits, rows.hidden.shape[0], rows.strides
+    launch = _logits_launch(p, rows.grad_loss.dtype)
+    at_once = min(N, max(MIN_ROWS, MAX_LOGITS // p.V))
+    memory = torch.empty((at_once, p.V), dtype=p.dtype, device=p.device)
+    grad_hidden = torch.empty((N, p.H), dtype=p.dtype, device=p.device) if need_hidden else None
     grad_weight = torch.zeros((p.V, p.H), dtype=p.accumulator, device=p.device) if need_weight else None
-    grad_bias = p.empty(p.V).zero_() if need_weight and p.bias is not None else None
-    for first in range(0, p.N, rows):
-        chunk = slice(first, min(first + rows, p.N))
-        hidden, grads = p.hidden[chunk], memory[: chunk.stop - first]
-        start(
-            grad_logits_kernel,
+    has_bias = need_weight and rows.bias is not None
+    grad_bias = torch.zeros(p.V, dtype=p.accumulator, device=p.device) if has_bias else None
+    for first in range(0, N, at_once):
+        chunk = slice(first, min(first + at_once, N))
+        hidden, grads = rows.hidden[chunk], memory[: chunk.stop - first]
+        launch(
             (-(-len(grads) // tile.block_n), -(-p.V // tile.block_v), 1),
             p.device,
-            hidden,
-            p.weight,
-            p.bias,
-            p.target[chunk],
-            upstream.lse[chunk],
-            upstream.grad_loss[chunk],
-            upstream.count,
-            grads,
-            len(grads),
-            p.ignore_index,
-            *p.strides,
-            upstream.grad_loss.stride(0),
-            MEAN=p.mean,
-            **p.constants(tile),
+            *(hidden, rows.weight, rows.bias, rows.target[chunk], rows.lse[chunk], rows.grad_loss[chunk], rows.counted),
+            *(grads, len(grads), rows.ignore_index, *strides),
         )
         if grad_hidden is not None:
-            torch.mm(grads, p.weight, out=grad_hidden[chunk])
+            torch.mm(grads, rows.weight, out=grad_hidden[chunk])
         if grad_weight is not None:
             if p.dtype == p.accumulator:
                 grad_weight.addmm_(grads.t(), hidden)

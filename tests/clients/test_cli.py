@@ -283,7 +283,8 @@ def test_doctor_says_what_runs_and_why_the_others_do_not(capsys, monkeypatch):
     assert f"torch {torch.__version__}" in out
     assert out.count("  training steps: not captured: a CUDA graph needs a CUDA or ROCm device\n") == 1
     assert f"  hidden size 32: {chosen}" in out and f"  hidden size 100000: {chosen}" in out
-    assert out.count("    not triton: ") == 2
+    assert out.count("    not triton: ") == 4  # of two hidden sizes, and of two kinds of other operations
+    assert f"  linear_cross_entropy, clip_grad_norm_, generate: {chosen}\n" in out
     monkeypatch.setenv("CHARRNN_BACKEND", "magic")
     _fails(capsys, ["doctor"], "CHARRNN_BACKEND is 'magic'")
     _fails(capsys, ["doctor", "--device", "abacus"], "--device abacus cannot be used here")

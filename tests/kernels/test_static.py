@@ -212,15 +212,15 @@ def check(*arguments: str) -> None:
 
 
 @needs_record
-def test_no_figure_of_the_small_tiles_got_worse_on_sm_90():
-    check("--target", "sm_90", "--only", r" H32 |clip_small|sum partials")
+def test_no_figure_of_a_sample_got_worse():
+    check()
 
 
 @needs_record
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "sm_100", "sm_120", "gfx942"])
 def test_no_figure_got_worse(target):
-    check("--target", target)
+    check("--all", "--target", target)
 
 
 def run_script(script: str, file: Path | None = None) -> None:
@@ -258,6 +258,23 @@ def test_record_holds_every_shipped_tile_and_no_other(static):
     for targets in RECORD.values():
         for target, tiles in targets.items():
             assert tiles.keys() == {case.name for case in static.all_cases(target)}
+
+
+def test_a_sample_has_every_kind_of_tile_and_the_largest_of_each_kernel(static):
+    cases = [case for target in static.TARGETS for case in static.all_cases(target)]
+    sizes, kinds = ("H192", "H256", "H384", "H512", "H768", "H1024", "H1536", "H2048"), ("fp32", "bf16", "fp64", "mma3")
+    for record in RECORD.values():
+        taken = static.static_sample.sample(cases, record)
+        assert len(taken) <= len(cases) / 6  # of a run that has to come back
+        names = [case.name for case in taken]
+        for step in ("forward", "backward"):
+            for word in sizes + kinds:
+                assert any(name.startswith(f"elman grid {step} ") and f" {word} " in name for name in names), word
+        chosen = {(case.target, case.name) for case in taken}
+        for kernel, target in {(case.kernel, case.target) for case in cases}:
+            of_kernel = [case.name for case in cases if (case.kernel, case.target) == (kernel, target)]
+            most = max(record[target][name]["registers"] for name in of_kernel)
+            assert any((target, name) in chosen and record[target][name]["registers"] == most for name in of_kernel)
 
 
 def test_a_step_of_the_recurrence_has_one_barrier_and_no_more_instructions_than_its_prototypes(static):

@@ -159,8 +159,10 @@ def test_a_thousand_classes(H, dtype):
 def test_work_for_few_and_for_many_programs(monkeypatch, N, H, V, cores):
     """One program sums a gradient alone, or many do for the next kernel; the classes of a row are split or are not."""
     monkeypatch.setattr(kernels, "_cores", lambda device: cores)
+    kernels._plan.cache_clear()
     for reduction in REDUCTIONS:
         check(make_problem(N, H, V, reduction=reduction))
+    kernels._plan.cache_clear()
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

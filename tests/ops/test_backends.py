@@ -1,13 +1,12 @@
 """The backend table: what is chosen, what is refused and in which words."""
 
-from dataclasses import replace
-
 import pytest
 import torch
 
 from charrnn_fast import FusedRNN
 from charrnn_fast.kernels import native
 from charrnn_fast.ops import backends, elman_layer
+from charrnn_fast.ops.precision import rnn_precision
 
 CPU = torch.device("cpu")
 ON_CPU = "native" if native.available() is None else "torch"  # what auto chooses, with and without the C extension
@@ -15,12 +14,12 @@ interpreted = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels 
 
 
 @pytest.fixture(autouse=True)
-def no_default(monkeypatch):
-    """No default from outside, and no choice remembered that a test changes the grounds of."""
+def no_default(monkeypatch, choices_anew):
     monkeypatch.delenv("CHARRNN_BACKEND", raising=False)
-    backends._choose.cache_clear()
-    yield
-    backends._choose.cache_clear()
+
+
+def choose(device, dtype, hidden_size, backend):
+    return backends.choose("elman", device, dtype, hidden_size=hidden_size, backend=backend)
 
 
 @interpreted
@@ -36,14 +35,16 @@ def test_without_the_c_extension_torch_serves(monkeypatch):
     explanation = backends.explain(32)
     assert explanation.backend == "torch"
     assert explanation.why_not["native"] == "the C extension is not built (for this test)"
-    with pytest.raises(RuntimeError, match=r"'native' cannot run hidden_size=32, .* the C extension is not built"):
-        backends.choose("native", CPU, torch.float32, 32)
+    with pytest.raises(
+        RuntimeError, match=r"'native' cannot run elman with hidden_size=32 in .* the C extension is not built"
+    ):
+        choose(CPU, torch.float32, 32, "native")
 
 
 @interpreted
 def test_a_backend_asked_for_by_name():
-    assert backends.choose("triton", CPU, torch.float32, 32) == "triton"
-    assert backends.choose("torch", CPU, torch.float32, 32) == "torch"
+    assert choose(CPU, torch.float32, 32, "triton") == "triton"
+    assert choose(CPU, torch.float32, 32, "torch") == "torch"
     why_not = backends.explain(32, backend="triton").why_not
     assert why_not.keys() == {"native", "torch"} and why_not["torch"] == "'triton' was asked for"
 
@@ -51,18 +52,18 @@ def test_a_backend_asked_for_by_name():
 @interpreted
 def test_the_environment_sets_the_default_alone(monkeypatch):
     monkeypatch.setenv("CHARRNN_BACKEND", "triton")
-    assert backends.choose("auto", CPU, torch.float32, 32) == "triton"
-    assert backends.choose("torch", CPU, torch.float32, 32) == "torch"
+    assert choose(CPU, torch.float32, 32, "auto") == "triton"
+    assert choose(CPU, torch.float32, 32, "torch") == "torch"
     monkeypatch.setenv("CHARRNN_BACKEND", "")
-    assert backends.choose("auto", CPU, torch.float32, 32) == ON_CPU
+    assert choose(CPU, torch.float32, 32, "auto") == ON_CPU
 
 
 def test_unknown_names_list_the_known(monkeypatch):
     with pytest.raises(ValueError, match=r"Unknown backend 'cuda'\. Select from 'auto', 'triton', .*'torch'\."):
-        backends.choose("cuda", CPU, torch.float32, 32)
+        choose(CPU, torch.float32, 32, "cuda")
     monkeypatch.setenv("CHARRNN_BACKEND", "fastest")
     with pytest.raises(ValueError, match=r"CHARRNN_BACKEND is 'fastest'\. Select from 'auto', 'triton', "):
-        backends.choose("auto", CPU, torch.float32, 32)
+        choose(CPU, torch.float32, 32, "auto")
 
 
 @interpreted
@@ -70,8 +71,10 @@ def test_unknown_names_list_the_known(monkeypatch):
 def test_a_backend_asked_for_that_cannot_run_says_why(monkeypatch, by_environment):
     if by_environment:
         monkeypatch.setenv("CHARRNN_BACKEND", "triton")
-    with pytest.raises(RuntimeError, match=r"'triton' cannot run hidden_size=5000, torch\.float32 on cpu: hidden"):
-        backends.choose("auto" if by_environment else "triton", CPU, torch.float32, 5000)
+    with pytest.raises(
+        RuntimeError, match=r"'triton' cannot run elman with hidden_size=5000 in torch\.float32 on cpu: hidden"
+    ):
+        choose(CPU, torch.float32, 5000, "auto" if by_environment else "triton")
 
 
 @pytest.mark.parametrize(
@@ -83,11 +86,11 @@ def test_a_backend_asked_for_that_cannot_run_says_why(monkeypatch, by_environmen
     ],
 )
 def test_auto_falls_back_and_explain_tells(device, dtype, hidden_size, chosen, why):
-    assert backends.choose("auto", torch.device(device), dtype, hidden_size) == chosen
+    assert choose(torch.device(device), dtype, hidden_size, "auto") == chosen
     explanation = backends.explain(hidden_size, dtype, device)
     assert explanation.backend == chosen
     with pytest.raises(RuntimeError, match=why):
-        backends.choose("triton", torch.device(device), dtype, hidden_size)
+        choose(torch.device(device), dtype, hidden_size, "triton")
 
 
 def test_without_the_package_triton(monkeypatch):
@@ -99,24 +102,54 @@ def test_compiled_kernels_do_not_run_on_a_cpu(monkeypatch):
     from charrnn_fast.kernels.triton import launch
 
     monkeypatch.setattr(launch, "INTERPRETED", False)
-    assert backends.choose("auto", CPU, torch.float32, 32) == ON_CPU
+    assert choose(CPU, torch.float32, 32, "auto") == ON_CPU
     assert "TRITON_INTERPRET=1" in backends.explain(32).why_not["triton"]
 
 
-def test_every_row_but_the_last_has_kernels():
-    assert [row.name for row in backends.BACKENDS if row.kernels is None] == [backends.BACKENDS[-1].name] == ["torch"]
+def test_the_last_row_of_every_operation_runs_everything():
+    for rows in backends.TABLE.values():
+        names = [row.name for row in rows]
+        assert names == [name for name in backends.NAMES if name in names]  # in the order of preference
+        assert rows[-1].name == "torch" and rows[-1].limits(CPU, torch.complex64, backends.Sizes(10**9)) is None
     with pytest.raises(ValueError, match="backend 'torch' has no kernels"):
-        backends.kernels_of("torch", CPU, torch.float32, 32)
+        elman_layer.kernels_of("torch", CPU, torch.float32, 32)
+
+
+@interpreted
+@pytest.mark.parametrize("operation", backends.TABLE)
+def test_every_operation_answers_the_same_questions(monkeypatch, operation):
+    """Which backend by itself, by name and by the environment; why not the others; and that one cannot, in one form."""
+    sizes = {"hidden_size": 32, "batch_size": 4, "num_classes": 28}
+    automatic = backends.explain(dtype=torch.float32, operation=operation, **sizes)
+    rows = [row.name for row in backends.TABLE[operation]]
+    assert automatic.backend == (ON_CPU if "native" in rows else "torch")
+    assert {automatic.backend, *automatic.why_not} == set(rows)
+    for name in backends.NAMES[1:]:
+        monkeypatch.setenv("CHARRNN_BACKEND", name)
+        backends.forget()
+        if name == "native" and "native" in rows and native.available():
+            continue
+        expected = name if name in rows else "torch"  # it is made of other operations there
+        assert backends.choose(operation, CPU, torch.float32, **sizes) == expected
+        explanation = backends.explain(dtype=torch.float32, operation=operation, **sizes)
+        assert explanation.backend == expected
+        assert all(why == f"'{expected}' was asked for" or " " in why for why in explanation.why_not.values())
+        meta = torch.device("meta")
+        if name in rows[:-1] and operation != "language_model_loss":
+            with pytest.raises(RuntimeError, match=f"backend '{name}' cannot run {operation} with hidden_size=32, "):
+                backends.choose(operation, meta, torch.float32, **sizes)
+        else:
+            assert backends.choose(operation, meta, torch.float32, **sizes) == "torch"
 
 
 @pytest.mark.skipif(torch.version.hip is not None, reason="TF32 is NVIDIA's")
 def test_tf32_follows_torchs_switch_for_rnns(monkeypatch):
     gpu = torch.device("cuda")
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=True):
-        assert backends._precision(gpu, torch.float32) == "tf32"
-        assert backends._precision(gpu, torch.float64) == backends._precision(CPU, torch.float32) == "ieee"
+        assert rnn_precision(gpu, torch.float32) == "tf32"
+        assert rnn_precision(gpu, torch.float64) == rnn_precision(CPU, torch.float32) == "ieee"
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-        assert backends._precision(gpu, torch.float32) == "ieee"
+        assert rnn_precision(gpu, torch.float32) == "ieee"
 
 
 @pytest.mark.skipif(backends.triton_cannot_run_on(CPU) is not None, reason="Triton is not interpreted here")
@@ -130,10 +163,10 @@ def test_explain_says_which_kernel_and_why():
 
 @pytest.mark.gpu
 def test_auto_on_a_gpu():
-    assert backends.choose("auto", torch.device("cuda"), torch.float32, 32) == "triton"
-    assert backends.choose("auto", torch.device("cuda"), torch.float32, 5000) == "torch"
+    assert choose(torch.device("cuda"), torch.float32, 32, "auto") == "triton"
+    assert choose(torch.device("cuda"), torch.float32, 5000, "auto") == "torch"
     with pytest.raises(RuntimeError, match="needs a CUDA or ROCm device"):
-        backends.choose("triton", CPU, torch.float32, 32)
+        choose(CPU, torch.float32, 32, "triton")
 
 
 def test_rows_beyond_which_the_kernels_are_slower_go_to_torch(monkeypatch):
@@ -142,10 +175,7 @@ def test_rows_beyond_which_the_kernels_are_slower_go_to_torch(monkeypatch):
         pytest.skip("on a CPU, whose kernels are interpreted")
     from charrnn_fast.kernels.triton import elman_grid
 
-    rows = tuple(replace(row, should_not=backends._never) for row in backends.BACKENDS)
-    monkeypatch.setattr(backends, "BACKENDS", rows)
-    for kept in (backends._choose, elman_layer._choose_layer):
-        kept.cache_clear()
+    monkeypatch.setattr(backends, "interpreted", lambda device: None)
     taken = []
 
     def forward(x, weight_hh, *arguments, **options):
@@ -165,8 +195,6 @@ def test_rows_beyond_which_the_kernels_are_slower_go_to_torch(monkeypatch):
     assert taken == [most, most + 1]
     assert "a grid by tensor cores in three products" in backends.explain(384, batch_size=most).how
     explanation = backends.explain(384, batch_size=most + 1)
-    assert explanation.backend == "torch"
+    assert explanation.backend == ON_CPU  # the next row that can
     assert "not known to be faster than cuDNN" in explanation.why_not["triton"]
     assert backends.explain(384, backend="triton", batch_size=most + 1).backend == "triton"
-    for kept in (backends._choose, elman_layer._choose_layer):
-        kept.cache_clear()

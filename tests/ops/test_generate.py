@@ -113,7 +113,7 @@ def test_ids_out_of_range(backend, device, bad):
         generate(torch.tensor([[3, bad]]), 3, *_operands(_model()), backend=backend)
 
 
-def test_the_kernel_is_chosen_where_it_can_and_should(monkeypatch):
+def test_the_kernel_is_chosen_where_it_can_and_is_not_slower(monkeypatch, choices_anew):
     from charrnn_fast.ops import generate as op
 
     def chosen(backend, H=32, V=28, L=1, B=1, num_tokens=5, dtype=torch.float32, device="cpu"):
@@ -123,14 +123,15 @@ def test_the_kernel_is_chosen_where_it_can_and_should(monkeypatch):
     monkeypatch.delenv("CHARRNN_BACKEND", raising=False)
     assert chosen("auto", device="meta") == "torch"
     monkeypatch.setattr(op.backends, "triton_cannot_run_on", lambda device: None)
+    op.backends.forget()
     assert chosen("triton", 512) == "triton" and chosen("triton", num_tokens=0) == "torch"
-    with pytest.raises(RuntimeError, match=r"'triton' cannot decode .*vocabulary 5000 is above 1024"):
+    with pytest.raises(RuntimeError, match=r"'triton' cannot run generate .*vocabulary 5000 is above 1024"):
         chosen("triton", V=5000)
     # As if it were a GPU: a device type that is not the CPU's.
     assert chosen("auto", 512, device="meta") == chosen("auto", 256, L=3, B=64, device="meta") == "triton"
     assert chosen("auto", 2048, device="meta") == chosen("auto", 512, B=1024, device="meta") == "torch"
     assert chosen("torch", device="meta") == "torch"
-    assert "interpreted" in op._triton_should_not(1, [(torch.empty(2, 2),) * 3], torch.empty(2, 2))
+    assert "interpreted" in op.backends.explain(2, operation="generate", num_classes=2).why_not["triton"]
 
 
 def _small_model(layers: int = 1) -> tuple[list[tuple[torch.Tensor, ...]], torch.Tensor, torch.Tensor]:

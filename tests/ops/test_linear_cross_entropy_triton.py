@@ -14,6 +14,7 @@ from charrnn_fast.kernels import native
 from charrnn_fast.kernels.triton import linear_cross_entropy as kernels
 from charrnn_fast.ops import backends
 from charrnn_fast.ops import linear_cross_entropy as operation
+from charrnn_fast.ops.precision import matmul_precision
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SHAPES = [(5, 4, 3), (3, 4, 70), (3, 70, 4)]  # one tile; several tiles of classes; H beyond a tile: GEMMs
@@ -238,25 +239,27 @@ def test_contract_of_torchs_function_of_this_name():
 
 
 def test_the_backend_is_chosen_by_device_and_environment(monkeypatch):
-    assert backends.choose_loss(DEVICE, torch.float32) == "triton"
+    assert backends.choose("linear_cross_entropy", DEVICE, torch.float32) == "triton"
     with pytest.raises(RuntimeError, match=r"no kernel for torch\.complex64"):
-        backends.choose_loss(DEVICE, torch.complex64)
+        backends.choose("linear_cross_entropy", DEVICE, torch.complex64)
     monkeypatch.setenv("CHARRNN_BACKEND", "torch")
-    assert backends.choose_loss(DEVICE, torch.float32) == "torch"
+    assert backends.choose("linear_cross_entropy", DEVICE, torch.float32) == "torch"
     monkeypatch.setenv("CHARRNN_BACKEND", "auto")
     on_cpu = "native" if native.available() is None else "torch"
-    assert backends.choose_loss(DEVICE, torch.float32) == ("triton" if DEVICE.type == "cuda" else on_cpu)
-    assert backends.choose_loss(torch.device("meta"), torch.float32) == "torch"
+    assert backends.choose("linear_cross_entropy", DEVICE, torch.float32) == (
+        "triton" if DEVICE.type == "cuda" else on_cpu
+    )
+    assert backends.choose("linear_cross_entropy", torch.device("meta"), torch.float32) == "torch"
 
 
 def test_float32_follows_torchs_switch_for_matrix_products():
     gpu, before = torch.device("cuda"), torch.backends.cuda.matmul.fp32_precision
     try:
         torch.backends.cuda.matmul.fp32_precision = "tf32"
-        assert backends.matmul_precision(gpu, torch.float32) == ("ieee" if torch.version.hip else "tf32")
-        assert backends.matmul_precision(gpu, torch.bfloat16) == "ieee"
+        assert matmul_precision(gpu, torch.float32) == ("ieee" if torch.version.hip else "tf32")
+        assert matmul_precision(gpu, torch.bfloat16) == "ieee"
         torch.backends.cuda.matmul.fp32_precision = "ieee"
-        assert backends.matmul_precision(gpu, torch.float32) == ("ieee" if torch.version.hip else "tf32x3")
-        assert backends.matmul_precision(torch.device("cpu"), torch.float32) == "ieee"
+        assert matmul_precision(gpu, torch.float32) == ("ieee" if torch.version.hip else "tf32x3")
+        assert matmul_precision(torch.device("cpu"), torch.float32) == "ieee"
     finally:
         torch.backends.cuda.matmul.fp32_precision = before

@@ -65,6 +65,8 @@ def _grads_of(arguments):
 def test_every_operator_is_known_here():
     names = {name for name in torch._C._dispatch_get_all_op_names() if name.startswith("charrnn_fast::")}
     assert names == {
+        "charrnn_fast::elman_checkpointed",
+        "charrnn_fast::elman_checkpointed_backward",
         "charrnn_fast::elman_layer",
         "charrnn_fast::elman_layer_backward",
         "charrnn_fast::linear_cross_entropy",
@@ -78,6 +80,39 @@ def test_torchs_checks_of_the_layer(backend, device, form):
     arguments = _layer(form, backend, device)
     torch.library.opcheck(OPERATORS.elman_layer.default, arguments, test_utils="ALL")
     torch.library.opcheck(OPERATORS.elman_layer_backward.default, _grads_of(arguments), test_utils="ALL")
+
+
+def _checkpointed(form, backend, device):
+    """Arguments of elman_checkpointed: (input, hx, batch_sizes, weights, masks, backend, nonlinearity, num_layers,
+    directions, dropout, steps).
+    """
+    input, h0, sizes, own, _, nonlinearity, reverse = _layer(form, backend, device)
+    dropout, width = (0.5 if form == "two biases" else 0.0), len(reverse) * H
+    own = [w for w in own if w.dim() == 2 or form == "two biases"]
+    each = len(own) // len(reverse)
+    above = [
+        torch.randn(H, width if i % each == 0 else w.shape[-1], device=device, requires_grad=True)
+        if w.dim() == 2
+        else w.detach().clone().requires_grad_()
+        for i, w in enumerate(own)
+    ]
+    masks = [torch.randint(64, (T, B, 1), dtype=torch.uint8, device=device)] if dropout else []
+    hx = None if h0 is None else torch.cat([h0, h0]).detach().requires_grad_()
+    return input, hx, sizes, [*own, *above], masks, backend, nonlinearity, 2, len(reverse), dropout, 2
+
+
+@pytest.mark.parametrize("form", ["two biases", "tokens", "packed"])
+def test_torchs_checks_of_checkpointed_layers(form):
+    arguments = _checkpointed(form, "native", "cpu")
+    torch.library.opcheck(OPERATORS.elman_checkpointed.default, arguments, test_utils="ALL")
+    input, hx, sizes, weights, masks, *options = arguments
+    with torch.no_grad():
+        out, h_n, kept = OPERATORS.elman_checkpointed(*arguments)
+    detached = [x if x is None else x.detach() for x in (input, hx)]
+    needs_grad = [input.is_floating_point(), hx is not None, *(True for _ in weights)]
+    given = (torch.randn_like(out), torch.randn_like(h_n), kept, *detached, sizes, [w.detach() for w in weights], masks)
+    backward = OPERATORS.elman_checkpointed_backward.default
+    torch.library.opcheck(backward, (*given, *options, needs_grad), test_utils="ALL")
 
 
 @pytest.fixture
@@ -153,6 +188,23 @@ def test_flops_of_the_layers_backward_are_torchs(backend, device, form):
     expected = _counted(lambda: torch.autograd.grad(result, leaves, upstream))
     found = _counted(lambda: OPERATORS.elman_layer_backward(*_grads_of(arguments))) - _counted(
         lambda: OPERATORS.elman_layer(*arguments)
+    )
+    assert found == expected > 0
+
+
+@pytest.mark.parametrize("form", ["no bias", "no state", "both directions"])
+def test_flops_of_checkpointed_layers_are_torchs(backend, device, form):
+    """What backward computes once more is not counted, as nothing of what kernels do more than torch is."""
+    input, hx, *_, num_layers, directions, _, _ = arguments = _checkpointed(form, backend, device)
+    theirs = nn.RNN(F_IN, H, num_layers, bias=False, bidirectional=directions == 2, device=device)
+    leaves = [input, *theirs.parameters()] if hx is None else [input, hx, *theirs.parameters()]
+    result = theirs(input, hx)
+    upstream = [torch.randn_like(y) for y in result]
+    expected = _counted(lambda: torch.autograd.grad(result, leaves, upstream))
+    assert _counted(lambda: OPERATORS.elman_checkpointed(*arguments)) == _counted(lambda: theirs(input, hx)) > 0
+    input, hx, sizes, weights, masks, *options = arguments
+    found = flop_registry[OPERATORS.elman_checkpointed_backward](
+        None, None, None, input, hx, sizes, weights, masks, *options, [True, hx is not None, *(True for _ in weights)]
     )
     assert found == expected > 0
 
