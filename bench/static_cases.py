@@ -410,6 +410,7 @@ def generate_case(target: str, kind: str, H: int, V: int, L: int, sampled: bool)
 def all_cases(target: str) -> list[Case]:
     """Of every kernel that is shipped."""
     makers: list[Callable[[str], list[Case]]] = [elman_cases, elman_sum_cases]
+    makers.append(load("static_language_model", "bench").language_model_cases)
     if target not in TILES_OF:
         makers += [elman_grid_cases, linear_cross_entropy_cases, sum_cases, clip_cases, generate_cases]
     return [case for cases in makers for case in cases(target)]

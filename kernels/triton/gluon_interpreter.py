@@ -93,7 +93,8 @@ def _stand_in() -> types.SimpleNamespace:
     layouts = ("BlockedLayout", "SliceLayout", "DotOperandLayout", "NVMMADistributedLayout", "SwizzledSharedLayout")
     same = ("constexpr", "float16", "bfloat16", "float32", "float64", "int1", "int32", "int64")
     # The interpreter replaces these while a kernel runs, so they are looked up at each call.
-    called = "load store where program_id num_programs expand_dims exp exp2 log abs fma minimum maximum atomic_add permute cast"
+    called = "load store where program_id num_programs expand_dims cast permute atomic_add"
+    called += " exp exp2 log abs fma minimum maximum"
 
     def late(name):
         return lambda *arguments, **options: getattr(tl, name)(*arguments, **options)

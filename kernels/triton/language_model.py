@@ -11,61 +11,18 @@ gradient, a target outside makes the loss NaN.
 import functools
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .language_model_forms import SUM_ELEMENTS, SUM_PROGRAMS, SUM_WARPS, UPDATE_ELEMENTS, UPDATE_WARPS, Tile, find_tile
 from .language_model_kernels import language_model_kernel
+from .language_model_types import Adam, Batch, Weights
 from .language_model_update_kernels import language_model_sums_kernel, language_model_update_kernel
 from .launch import INTERPRETED, processors_of, start, target_of
 from .targets import launch_options
 
-INTEGERS = (torch.int64, torch.int32, torch.int16, torch.uint8)
 MOST_PROGRAMS = 3  # in the interpreter: few, so that small batches have programs of several rows
-
-
-class Weights(NamedTuple):
-    """A model's parameters, or what belongs to each of them: contiguous float32; None for one that there is not."""
-
-    weight_ih: Tensor  # (H, V)
-    weight_hh: Tensor  # (H, H)
-    head_weight: Tensor  # (V, H)
-    bias_ih: Tensor | None = None  # (H,)
-    bias_hh: Tensor | None = None  # (H,)
-    head_bias: Tensor | None = None  # (V,)
-
-
-class Batch(NamedTuple):
-    """Where the ids of B rows of T steps are: row b, step t at starts[b] + t stride_t, or b stride_b + t stride_t.
-
-    Strides are in elements, and those of the tensors where their memory begins; ids are int64, int32, int16 or uint8.
-    """
-
-    tokens: Tensor
-    targets: Tensor
-    starts: Tensor | None  # (B,) int64
-    steps: int  # T
-    rows: int  # B
-    strides: tuple[int, int, int, int]  # of tokens along B and T, of targets
-
-
-class Moments(NamedTuple):
-    """State of Adam's for one parameter."""
-
-    first: Tensor  # like the parameter
-    second: Tensor
-    steps: Tensor  # () float32
-
-
-class Adam(NamedTuple):
-    """moments: in the order of Weights, None for a parameter that there is not or that is not trained."""
-
-    moments: Sequence[Moments | None]
-    beta1: float
-    beta2: float
-    eps: float
 
 
 @functools.cache
@@ -274,7 +231,9 @@ class _Call:
     ) -> None:
         H, V = self.H, self.V
         numels = (V * H, H * H, V * H, H, H, V)
-        moments = (None,) * 6 if adam is None else [m if t else None for m, t in zip(adam.moments, trained, strict=True)]
+        moments = (
+            (None,) * 6 if adam is None else [m if t else None for m, t in zip(adam.moments, trained, strict=True)]
+        )
         numbers = (0.0 if max_norm is None else max_norm, 0.0 if isinstance(lr, Tensor) else lr)
         numbers += (0.9, 0.999, 1e-8) if adam is None else (adam.beta1, adam.beta2, adam.eps)
         start(
@@ -291,8 +250,7 @@ class _Call:
             *[None if m is None else m.steps for m in moments],
             0 if squares is None else len(squares),
             *[half for number in numbers for half in halves_of(number)],
-            H=H,
-            V=V,
+            NUMELS=numels,
             CLIP=max_norm is not None,
             ADAM=adam is not None,
             BLOCK=UPDATE_ELEMENTS,

@@ -5,14 +5,14 @@
     grad_W_q = sum_t g_t^T h_t                          d_t = (g_t W_q + d_{t+1} W_hh) * f'(h_t)
     grad_W_hh = sum_t d_t^T h_{t-1}                     grad_W_ih[:, v] = sum of d_t over token_t = v
 
-No row of the batch needs another before the gradients are added up, so a program takes a row through all of it: the walk
-over time, the head over the row's states, the walk back. States and their gradients lie in memory of the program's own,
-which its multiprocessor's cache holds. It then goes on to another row, and leaves one set of sums: unscaled, since the
-number of targets that count is known only when all rows are done (language_model_update_kernels.py adds them up).
+No row of the batch needs another before the gradients are added up, so a program takes a row through all of it: the
+walk over time, the head over the row's states, the walk back. States and their gradients lie in memory of the program's
+own, which its multiprocessor's cache holds. It then goes on to another row, and leaves one set of sums: unscaled, since
+the number of targets that count is known only when all rows are done (language_model_update_kernels.py adds them up).
 
 The walks are those of elman_kernels.py with one row a program: W_hh in registers, one barrier a step, input loaded a
 group of steps ahead. The head takes `rows` steps at a time: their states pass through shared memory to the product with
-W_q, logits to the layout in which a warp has whole rows, their gradients back to the products with W_q^T and the states.
+W_q, logits to the layout in which a warp has whole rows, their gradients back to the products with W_q^T and states.
 The gradient of W_ih is a table in shared memory to which each step adds a row; there are two, used in turn, so that
 between a step that reads a row and the next one that may read the same there is always the recurrence's own barrier.
 """

@@ -1,6 +1,7 @@
 """From a step's partial sums to its gradients, and from these to the parameters. Imports Triton alone.
 
-    g = 1/count sum over programs          norm = sqrt(sum of g^2 over what is trained)      scale = min(1, max_norm / (norm + 1e-6))
+    g = 1/count sum over programs      norm = sqrt(sum of g^2 over what is trained)
+    scale = min(1, max_norm / (norm + 1e-6))
     SGD:   p <- p - lr scale g
     Adam:  m <- m + (1 - beta1) (scale g - m)      v <- beta2 v + (1 - beta2) (scale g)^2
            p <- p - lr / (1 - beta1^s) m / (sqrt(v) / sqrt(1 - beta2^s) + eps)               (Kingma and Ba, ICLR 2015)
@@ -89,7 +90,9 @@ def language_model_sums_kernel(
         for first in range(0, programs, BLOCK_P):
             p = first + tl.arange(0, BLOCK_P)
             mask = (p < programs)[:, None] & (offs < numel)[None, :]
-            sums += tl.load(partial_ptr + p.to(tl.int64)[:, None] * ELEMENTS + begin + offs[None, :], mask=mask, other=0.0)
+            sums += tl.load(
+                partial_ptr + p.to(tl.int64)[:, None] * ELEMENTS + begin + offs[None, :], mask=mask, other=0.0
+            )
         total = tl.sum(sums, axis=0) * (1.0 / count).to(tl.float32)
         mask = offs < numel
         if pid >= BIAS:
@@ -211,8 +214,7 @@ def language_model_update_kernel(
     eps_high,
     eps_low,
     # meta-parameters
-    H: tl.constexpr,
-    V: tl.constexpr,
+    NUMELS: tl.constexpr,  # tuple of the six sizes
     CLIP: tl.constexpr,
     ADAM: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -229,7 +231,7 @@ def language_model_update_kernel(
         scale = tl.where(found > 1.0, 1.0, found)
     if lr_ptr is None:
         lr = double_of(lr_high, lr_low)
-    else:
+    else:  # so that a captured graph follows its changes
         lr = tl.load(lr_ptr).to(tl.float64)
     beta1, beta2 = double_of(beta1_high, beta1_low), double_of(beta2_high, beta2_low)
     hyper = (scale, lr, beta1, beta2, double_of(eps_high, eps_low))
@@ -241,7 +243,6 @@ def language_model_update_kernel(
     block = pid
     for i in tl.static_range(6):
         # A parameter that is not trained has its programs, too, which have nothing to do.
-        NUMEL: tl.constexpr = V * H if i == 0 or i == 2 else (H * H if i == 1 else (V if i == 5 else H))
-        if (params[i] is not None) and (block >= 0) and (block < tl.cdiv(NUMEL, BLOCK)):
-            _update(grads[i], params[i], firsts[i], seconds[i], steps[i], block, hyper, NUMEL, ADAM, BLOCK)
-        block -= tl.cdiv(NUMEL, BLOCK)
+        if (params[i] is not None) and (block >= 0) and (block < tl.cdiv(NUMELS[i], BLOCK)):
+            _update(grads[i], params[i], firsts[i], seconds[i], steps[i], block, hyper, NUMELS[i], ADAM, BLOCK)
+        block -= tl.cdiv(NUMELS[i], BLOCK)
