@@ -12,8 +12,6 @@ from .elman_forms import Form
 from .gluon_interpreter import gl
 from .targets import AMD, NVIDIA, launch_options
 
-HEAD_ROWS = 8
-
 
 @dataclass(frozen=True)
 class HeadForm(Form):
@@ -63,6 +61,8 @@ class Tile:
     ahead: int = 4  # steps by which input is loaded before it is needed
     lanes: int = 32  # of a warp
     most_hidden: int = 128
+    most_classes: int = 128
+    head_rows: int = 8  # steps that the head takes at a time; a multiple of the warps
 
     def launch_options(self, target: str) -> dict[str, object]:
         return launch_options(self.warps, target)
@@ -77,7 +77,7 @@ class Tile:
         return self._form(Form, hidden, classes, 1, tanh, one_piece)
 
     def head_form(self, hidden: int, classes: int, one_piece: bool = False) -> HeadForm:
-        return self._form(HeadForm, classes, hidden, HEAD_ROWS, True, one_piece)
+        return self._form(HeadForm, classes, hidden, self.head_rows, True, one_piece)
 
     def _form(self, kind, units: int, inputs: int, rows: int, tanh: bool, one_piece: bool):
         width = padded(units)
@@ -104,19 +104,31 @@ def padded(size: int) -> int:
 
 
 TILES = (
-    Tile(32, 1, NVIDIA, "as the recurrence's of width 32: a warp holds all of each weight"),
+    # As the recurrence's of width 32: a warp holds all of each weight. So many steps of the head as Triton 3.6 and 3.9
+    # compile without spills.
+    Tile(32, 1, ("sm_90",), "as the recurrence's of width 32", ahead=2, head_rows=8),
+    Tile(32, 1, ("sm_100",), "as the recurrence's of width 32", ahead=2, head_rows=4),
+    Tile(32, 1, ("sm_80",), "as the recurrence's of width 32", ahead=2, head_rows=2),
     Tile(64, 4, NVIDIA, "as the recurrence's of width 64, whose walk back sums as this one does", ahead=2),
     Tile(128, 8, NVIDIA, "for many classes: with more units than 64 it spills", ahead=2, most_hidden=64),
-    Tile(32, 1, AMD, "derived from NVIDIA's tile, 64 lanes a warp", lanes=64),
-    Tile(64, 2, AMD, "derived from NVIDIA's tile, 64 lanes a warp", ahead=2, lanes=64),
+    Tile(32, 1, AMD, "derived from NVIDIA's tile, 64 lanes a warp", lanes=64, head_rows=4),
+    Tile(
+        64,
+        2,
+        AMD,
+        "derived from NVIDIA's tile: with more than 32 classes it spills",
+        ahead=2,
+        lanes=64,
+        most_classes=32,
+    ),
 )
 
 
 def find_tile(hidden: int, classes: int, target: str) -> Tile | None:
     """The entry for these sizes, or None if no program can hold them."""
     width = max(padded(hidden), padded(classes))
-    fitting = (tile for tile in TILES if width <= tile.width and hidden <= tile.most_hidden)
-    return next((tile for tile in fitting if target in tile.targets), None)
+    fitting = [tile for tile in TILES if width <= tile.width and target in tile.targets]
+    return next((tile for tile in fitting if hidden <= tile.most_hidden and classes <= tile.most_classes), None)
 
 
 # Of the kernels that add up and update (language_model_update_kernels.py): partial sums and elements at a time, as of

@@ -35,6 +35,15 @@ def _load_units(ptr, units, F: tl.constexpr):
 
 
 @device_function
+def _load_first(h0_ptr, offs_h, units, F: tl.constexpr):
+    """State that a row begins with."""
+    if h0_ptr is None:
+        return zero_tile(F)
+    else:
+        return gl.load(h0_ptr + offs_h, mask=units < F.hidden, other=0.0)
+
+
+@device_function
 def _load_ids(ptr, first, way, i, T, stride_t, F: tl.constexpr):
     """Token ids of the group of steps from number i of a walk, scalars; -1 past its end."""
     AHEAD: tl.constexpr = F.ahead
@@ -97,11 +106,10 @@ def _head_products(buffer, w, outer, h, F: tl.constexpr):
 
 
 @device_function
-def _add(ptr, value, mask, again):
-    """Store a sum; if `again`, on top of what this program left there for the row before."""
-    if again:
-        value += gl.load(ptr, mask=mask, other=0.0)
-    gl.store(ptr, value, mask=mask)
+def _add(ptr, value, index, limit, again):
+    """Store sums where index < limit; if `again`, on top of what this program left there for the row before."""
+    so_far = gl.load(ptr, mask=index < gl.where(again, limit, 0), other=0.0)
+    gl.store(ptr, so_far + value, mask=index < limit)
 
 
 @device_function
@@ -111,12 +119,13 @@ def _add_outer(ptr, outer, again, ROWS: tl.constexpr, PIECES: tl.constexpr, F: t
     k = gl.arange(0, F.piece, layout=gl.SliceLayout(0, gl.SliceLayout(1, F.products))).expand_dims(0).expand_dims(1)
     for a in gl.static_range(PIECES):
         row = k + a * F.piece
-        _add(ptr + row * F.hidden + n, outer[a], (n < F.hidden) & (row < ROWS), again)
+        index = row + gl.where(n < F.hidden, 0, ROWS)
+        _add(ptr + row * F.hidden + n, outer[a], index, ROWS, again)
 
 
 @device_function
 def _walk(tokens_ptr, stride_t, weight_ih_ptr, weight_hh_ptr, bias, h, states_ptr, T, F: tl.constexpr):
-    """All steps of one row from state h; states (T, H) are stored. Returns the last one."""
+    """All steps of one row from state h; states (T, H) are stored."""
     AHEAD: tl.constexpr = F.ahead
     units = tile_units(F)
     weight_ih_ptr += units * F.inputs
@@ -146,7 +155,6 @@ def _walk(tokens_ptr, stride_t, weight_ih_ptr, weight_hh_ptr, bias, h, states_pt
                 even.store(h)
             gl.store(states_ptr + (i + k) * F.hidden + units, h, mask=mask)
         x, ids = x_next, ids_next
-    return h
 
 
 @device_function
@@ -229,7 +237,7 @@ def _head(
     if GRADS:
         _add_outer(partial_weight_ptr, outer, again, V, F.input_pieces, F)
         own = gl.arange(0, HEAD.width, layout=gl.SliceLayout(0, HEAD.whole_rows))
-        _add(partial_bias_ptr + own, gl.sum(grad_bias, axis=0), own < V, again)
+        _add(partial_bias_ptr + own, gl.sum(grad_bias, axis=0), own, V, again)
     return gl.sum(log_sums, axis=0) - gl.sum(gl.sum(chosen, axis=1), axis=0), gl.sum(counts, axis=0)
 
 
@@ -302,9 +310,10 @@ def _walk_back(
     ids_v = gl.arange(0, HEAD.width, layout=gl.SliceLayout(1, HEAD.whole_states)).expand_dims(1)
     units_v = gl.arange(0, F.width, layout=gl.SliceLayout(0, HEAD.whole_states)).expand_dims(0)
     total = even_table.load(HEAD.whole_states) + odd_table.load(HEAD.whole_states)
-    _add(partial_table_ptr + ids_v * F.hidden + units_v, total, (ids_v < V) & (units_v < F.hidden), again)
+    index = ids_v + gl.where(units_v < F.hidden, 0, V)
+    _add(partial_table_ptr + ids_v * F.hidden + units_v, total, index, V, again)
     _add_outer(partial_weight_ptr, outer, again, F.hidden, F.pieces, F)
-    _add(partial_bias_ptr + units, grad_bias, units < F.hidden, again)
+    _add(partial_bias_ptr + units, grad_bias, units, F.hidden, again)
 
 
 @jit(do_not_specialize=["T", "B", "ignore_index"])
@@ -367,12 +376,8 @@ def language_model_kernel(
             own_tokens_ptr = tokens_ptr + start * stride_tokens_t
             own_targets_ptr = targets_ptr + start * stride_targets_t
         offs_h = gl.cast(row, gl.int64) * H + units
-        if h0_ptr is None:
-            h0 = zero_tile(F)
-        else:
-            h0 = gl.load(h0_ptr + offs_h, mask=units < H, other=0.0)
-        h = _walk(own_tokens_ptr, stride_tokens_t, weight_ih_ptr, weight_hh_ptr, bias, h0, states_ptr, T, F)
-        gl.store(h_n_ptr + offs_h, h, mask=units < H)
+        h = _load_first(h0_ptr, offs_h, units, F)
+        _walk(own_tokens_ptr, stride_tokens_t, weight_ih_ptr, weight_hh_ptr, bias, h, states_ptr, T, F)
         barrier()  # the states are read in other layouts than they were written in
         row_loss, row_count = _head(
             states_ptr,
@@ -398,7 +403,7 @@ def language_model_kernel(
                 own_tokens_ptr,
                 stride_tokens_t,
                 weight_hh_ptr,
-                h0,
+                _load_first(h0_ptr, offs_h, units, F),
                 states_ptr,
                 grads_ptr,
                 table_ptr,
@@ -409,6 +414,8 @@ def language_model_kernel(
                 F,
                 HEAD,
             )
-            barrier()
+        # Only now: it may be where the first states are.
+        gl.store(h_n_ptr + offs_h, _load_state(states_ptr, 0, T, units, F), mask=units < H)
+        barrier()
     gl.store(losses_ptr + pid, loss)
     gl.store(losses_ptr + programs + pid, count)
