@@ -27,7 +27,9 @@ from charrnn_fast.bench.peers import Ours
 from charrnn_fast.bench.suite import Case, Run
 from charrnn_fast.lm import corpora
 from charrnn_fast.lm.data import Windows
+from charrnn_fast.lm.language_model import LanguageModel
 from charrnn_fast.lm.recipes import RECIPES, build_model, build_sampler, prepare_text
+from charrnn_fast.lm.torch_model import TorchCharRNN
 from charrnn_fast.ops import backends
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -197,7 +199,7 @@ def grid_stage(context: Context) -> None:
     _measure(context, cases, run)
 
 
-def _per_step(model: CharRNN, sampler: Windows, epochs: int) -> float:
+def _per_step(model: LanguageModel, sampler: Windows, epochs: int) -> float:
     """Seconds of a training step in Trainer, by its last epoch; the ones before it warm up and capture."""
     history = Trainer(model, optimizer="sgd", lr=0.1, clip=1.0, epochs=epochs).fit(sampler)
     return history[-1].seconds / -(-sampler.num_train // sampler.batch_size)
@@ -210,9 +212,9 @@ def _trainer(context: Context, config: Config) -> None:
     tokens = torch.randint(config.I, (steps * config.B + config.B + config.T,), generator=generator)
     size = {"batch_size": config.B, "num_steps": config.T, "num_train": steps * config.B, "num_val": config.B}
     found = {}
-    for name, cell in (("charrnn_fast", "fused"), ("torch.nn.RNN", "torch")):
+    for name, kind in (("charrnn_fast", CharRNN), ("torch.nn.RNN", TorchCharRNN)):
         torch.manual_seed(0)
-        model = CharRNN(config.I, config.H, cell=cell).to(context.device)
+        model = kind(config.I, config.H).to(context.device)
         sampler = Windows(tokens.to(context.device), torch.Generator().manual_seed(0), **size)
         found[name] = 1e3 * _per_step(model, sampler, epochs=2 if context.tiny else 3)
     context.result.setdefault("trainer_step_ms", {})[config.name] = found

@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 
 from charrnn_fast.lm import checkpoint
-from charrnn_fast.lm.model import generate
+from charrnn_fast.lm.generation import generate
 
 RESULTS = Path(__file__).parent / "results" / "recipes.json"
 

@@ -35,8 +35,9 @@ def _step(config: tuple[int, ...], processes: Processes | None, batch: int) -> C
     model = CharRNN(V, H, layers)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     step = TrainingStep(model, optimizer, 1.0, processes=processes)
+    step.prepare()
     X = torch.randint(V, (batch, T))
-    return lambda: step(X, X.roll(1, 1))
+    return lambda: step((X, X.roll(1, 1)))
 
 
 def _turn(job: Callable[[], object]) -> tuple[float, float]:

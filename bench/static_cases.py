@@ -322,6 +322,16 @@ def sum_cases(target: str) -> list[Case]:
     return cases
 
 
+def windows_cases(target: str) -> list[Case]:
+    """The gather of a batch, from a corpus of bytes."""
+    kernel = load("windows_kernels")
+    constants = {"BLOCK_T": kernel.BLOCK_T, "BLOCK_B": kernel.BLOCK_B}
+    types: dict[str, str | tuple[str, ...]] = {"corpus_ptr": "*u8", "starts_ptr": "*i64", "window_ptr": "*i64"}
+    options = load("targets").launch_options(kernel.WARPS, target)
+    of = ("windows_kernels", "windows_kernel", types, constants, False, options, False, 48 * 1024)
+    return [Case("windows of bytes", target, *of)]
+
+
 def clip_cases(target: str) -> list[Case]:
     """The clipping kernels: one launch and two, with pointer arguments and with a table of every dtype."""
     kernels = load("clip_grad_norm_kernels")
@@ -407,10 +417,49 @@ def generate_case(target: str, kind: str, H: int, V: int, L: int, sampled: bool)
     return replace(case, values=values)
 
 
+def generate_grid_cases(target: str) -> list[Case]:
+    """The decoding kernel across the chip by H and V: greedy, and drawing with an H that does not fill the programs."""
+    tiles = load("generate_grid_tiles")
+    return [
+        generate_grid_case(target, kind, hidden, vocab, sampled)
+        for hidden in (256, 384, 512, 1024, 2048)
+        for kind in ("fp32", "bf16")
+        for vocab, sampled in ((28, False), (90, True))
+        if target in tiles.grid_tile(hidden, 4).targets
+    ]
+
+
+def generate_grid_case(target: str, kind: str, hidden: int, vocab: int, sampled: bool) -> Case:
+    tile = load("generate_grid_tiles").grid_tile(hidden, 4)
+    dtype = {"fp32": triton.language.float32, "bf16": triton.language.bfloat16}[kind]
+    form = load("generate_grid_kernels").grid_form(tile, hidden - sampled, vocab, dtype, sampled, sampled)
+    types: dict[str, str | tuple[str, ...]] = dict.fromkeys(("table_ptr", "weight_ptr", "head_ptr"), f"*{kind}")
+    types |= {"head_bias_ptr": f"*{kind}", "states_ptr": "*fp32", "partials_ptr": "*fp32", "counters_ptr": "*i32"}
+    types |= {"prompt_ptr": "*i64", "ids_ptr": "*i64", "sharpness_bits": "i64"}
+    types |= {"uniforms_ptr": "*fp64"} if sampled else {}
+    choice = "sampled" if sampled else "greedy"
+    values = {"P": 1, "N": 1000, "V": vocab, "top_k": 3, "first_step": 0, "num_steps": 1001, "first_team": 0}
+    return Case(
+        name=f"generate grid {kind} H{hidden} V{vocab} units{tile.units} warps{tile.warps} {choice}",
+        target=target,
+        module="generate_grid_kernels",
+        kernel="generate_grid_kernel",
+        types=types,
+        constants={"F": form},
+        divisible=False,
+        options=tile.launch_options(target),
+        matrix=False,
+        shared=48 * 1024,
+        values=tuple(values.items()),
+        team=tile.programs(hidden),
+    )
+
+
 def all_cases(target: str) -> list[Case]:
     """Of every kernel that is shipped."""
     makers: list[Callable[[str], list[Case]]] = [elman_cases, elman_sum_cases]
     makers.append(load("static_language_model", "bench").language_model_cases)
     if target not in TILES_OF:
         makers += [elman_grid_cases, linear_cross_entropy_cases, sum_cases, clip_cases, generate_cases]
+        makers += [generate_grid_cases, windows_cases]
     return [case for cases in makers for case in cases(target)]

@@ -13,7 +13,8 @@ the others do not, charrnn_fast.reference is the specification from scratch, `ch
 """
 
 from charrnn_fast.lm.callbacks import Callback
-from charrnn_fast.lm.model import CharRNN, generate
+from charrnn_fast.lm.generation import generate
+from charrnn_fast.lm.model import CharRNN
 from charrnn_fast.lm.schedule import Schedule
 from charrnn_fast.lm.training import Trainer
 from charrnn_fast.ops.clip_grad_norm import clip_grad_norm_

@@ -13,7 +13,7 @@ from torch.nn.utils.rnn import pack_sequence
 
 from charrnn_fast import CharRNN, FusedRNN, Trainer, clip_grad_norm_, linear_cross_entropy
 from charrnn_fast.lm.data import Vocabulary, Windows
-from charrnn_fast.lm.model import generate
+from charrnn_fast.lm.generation import generate
 
 
 @contextmanager

@@ -8,7 +8,8 @@ import torch
 from rnn_modules import Halved, gradients
 from torch import nn
 
-from charrnn_fast import CharRNN, FusedRNN, replace_rnn
+from charrnn_fast import FusedRNN, replace_rnn
+from charrnn_fast.lm.torch_model import TorchCharRNN
 
 
 @pytest.fixture
@@ -129,7 +130,7 @@ def test_replace_rnn_swaps_torchs_own_class_while_its_name_is_patched(patched):
 
 
 def test_pytorch_alone_stays_pytorch_alone_while_the_name_is_patched(patched):
-    assert type(CharRNN(7, 4, cell="torch").rnn) is patched
+    assert type(TorchCharRNN(7, 4).rnn) is patched
 
 
 def test_it_is_an_instance_of_torchs_class():

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import pack_padded_sequence
 
 from charrnn_fast import CharRNN, FusedRNN, clip_grad_norm_
 from charrnn_fast.lm.distributed import Processes
+from charrnn_fast.lm.torch_model import TorchCharRNN
 
 T, B, V, H = 9, 4, 7, 6
 
@@ -42,9 +43,9 @@ class Tagger(nn.Module):
 class Loss(nn.Module):
     """A language model's loss as the forward that a wrapper sees."""
 
-    def __init__(self, cell: str):
+    def __init__(self, kind: type[nn.Module]):
         super().__init__()
-        self.model = CharRNN(V, H, cell=cell)
+        self.model = kind(V, H)
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.model.loss(ids[:, :-1], ids[:, 1:])[0]
@@ -56,7 +57,7 @@ def _pair(name: str, unused: bool = False) -> tuple[nn.Module, nn.Module]:
     if name == "tagger":
         ours, theirs = Tagger(FusedRNN, unused), Tagger(nn.RNN, unused)
     else:
-        ours, theirs = Loss("fused"), Loss("torch")
+        ours, theirs = Loss(CharRNN), Loss(TorchCharRNN)
     theirs.load_state_dict(ours.state_dict())
     return ours.double(), theirs.double()
 

@@ -12,7 +12,10 @@ from tqdm import tqdm
 from charrnn_fast.cli.options import find_device
 from charrnn_fast.errors import InputError
 
-PEERS = ("torch.nn.RNN", "reference", "torch.compile", "jax", "onnxruntime", "openvino", "flashrnn", "flaggems", "xma")
+PEERS = (
+    *("torch.nn.RNN", "reference", "torch.compile", "jax", "onnxruntime", "openvino", "tensorflow"),
+    *("flashrnn", "flaggems", "xma"),
+)
 SECONDS = {False: 90.0, True: 30.0}  # from the first row on, by --quick; the row that is under way is finished
 
 
@@ -52,9 +55,12 @@ def _bench(options: argparse.Namespace) -> int:
         print(step_profile.table(step_profile.profile_step(device)))
         return 0
     if options.host:
-        from charrnn_fast.bench import host
+        from charrnn_fast.bench import host, host_steps
 
         print(host.table(host.sides()))
+        if host_steps.why_not() is None:
+            print()
+            print(host_steps.table(host_steps.steps()))
         return 0
     if options.out.exists() and not options.out.is_dir():
         raise InputError(f"--out {options.out} is a file: expected a folder")

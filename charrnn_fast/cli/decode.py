@@ -11,7 +11,7 @@ from charrnn_fast.cli.options import CHARACTERS, SEED, add_text, at_least, betwe
 from charrnn_fast.errors import InputError
 from charrnn_fast.lm import checkpoint, corpora, data
 from charrnn_fast.lm.evaluation import validate
-from charrnn_fast.lm.model import generate, stream
+from charrnn_fast.lm.generation import generate, stream
 from charrnn_fast.lm.texts import read_texts
 
 WHOLE = "FILE:"  # before a name: the whole content of that file
@@ -147,7 +147,9 @@ def _evaluate(options: argparse.Namespace) -> int:
         print(f"charrnn-fast: {corpus.notice}", file=sys.stderr)
     text = known(written.vocab, corpus.text, options.unknown)
     tokens = written.vocab.encode(text, written.vocab.dtype).to(device)
-    measured = validate(written.build(device), data.consecutive(tokens, EVALUATION_STEPS), carry_state=True)
+    measured = validate(
+        written.build(device), data.consecutive(tokens, EVALUATION_STEPS, len(written.vocab)), carry_state=True
+    )
     assert measured is not None  # consecutive() yields a batch or raises
     ppl = measured[0]
     print(f"{corpus.source}: perplexity {ppl:.3f}, {math.log(ppl):.4f} nats a character, {len(tokens):,} characters")

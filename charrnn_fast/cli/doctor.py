@@ -49,6 +49,7 @@ def _doctor(options: argparse.Namespace) -> int:
         why_not = capture.why_not_on(device)
         print("  training steps: " + ("captured as CUDA graphs" if why_not is None else f"not captured: {why_not}"))
         _print_choices(options.hidden_size, dtype, device)
+        _print_choices(options.hidden_size, dtype, device, "generate")
         _print_other_choices(dtype, device)
         run, _ = selftest.backends_that_run(device, dtype)
         outcomes = selftest.run(device, dtype, run)
@@ -64,17 +65,19 @@ def _doctor(options: argparse.Namespace) -> int:
     return BROKEN if broken else 0
 
 
-def _print_choices(sizes: list[int], dtype: torch.dtype, device: torch.device) -> None:
-    """What runs the recurrence by hidden size: sizes of one answer in one line."""
+def _print_choices(sizes: list[int], dtype: torch.dtype, device: torch.device, operation: str = "elman") -> None:
+    """What runs the recurrence, or the decoder of one sequence, by hidden size: sizes of one answer in one line."""
+    classes = selftest.V if operation == "generate" else 1
     answers: dict[tuple, list[int]] = {}
     for size in sizes:
         try:
-            explanation = backends.explain(size, dtype, device)
+            explanation = backends.explain(size, dtype, device, operation=operation, num_classes=classes)
         except (ValueError, RuntimeError) as error:
             raise InputError(str(error)) from None
         answers.setdefault((explanation.backend, explanation.how, *explanation.why_not.items()), []).append(size)
     for (backend, how, *others), of in answers.items():
-        print(f"  hidden size {', '.join(map(str, of))}: {backend}" + (f", {how}" if how else ""))
+        what = "" if operation == "elman" else f"{operation}, "
+        print(f"  {what}hidden size {', '.join(map(str, of))}: {backend}" + (f", {how}" if how else ""))
         for other, why in others:
             print(f"    not {other}: {why}")
 
@@ -83,7 +86,7 @@ def _print_other_choices(dtype: torch.dtype, device: torch.device) -> None:
     """What runs the other operations for a model of the self-test's size: those of one answer in one line."""
     answers: dict[tuple, list[str]] = {}
     for operation in backends.TABLE:
-        if operation == "elman":
+        if operation in ("elman", "generate"):
             continue
         explanation = backends.explain(
             selftest.H, dtype, device, operation=operation, batch_size=selftest.B, num_classes=selftest.V

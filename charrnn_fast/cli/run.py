@@ -20,13 +20,13 @@ from charrnn_fast.lm import checkpoint, data, distributed
 from charrnn_fast.lm.callbacks import Callback, JsonLog, Samples, TensorBoard
 from charrnn_fast.lm.corpora import Corpus
 from charrnn_fast.lm.evaluation import validate
+from charrnn_fast.lm.generation import generate
 from charrnn_fast.lm.keeping import Keeper
-from charrnn_fast.lm.model import CharRNN, generate
+from charrnn_fast.lm.language_model import LanguageModel
 from charrnn_fast.lm.recipes import Prompt
 from charrnn_fast.lm.records import EpochRecord
 from charrnn_fast.lm.texts import LargeText
 from charrnn_fast.lm.training import Trainer
-from charrnn_fast.reference.language_model import RNNLM
 
 
 class Run:
@@ -185,7 +185,7 @@ class Run:
             notice(f"cannot write the picture {self.out / 'curve.png'}: {error.strerror or error}")
 
 
-def decode(model: CharRNN | RNNLM, vocab: data.Vocabulary, prompt: Prompt, seed: int) -> str:
+def decode(model: LanguageModel, vocab: data.Vocabulary, prompt: Prompt, seed: int) -> str:
     """A recipe's prompt continued. Characters that another text does not have are left out of the prompt."""
     known = "".join(c for c in vocab.prepare(prompt.text) if c in vocab.symbols) or vocab.symbols[0]
     greedy = not prompt.temperature or math.isinf(1 / prompt.temperature)

@@ -26,6 +26,7 @@ from charrnn_fast.cli.options import (
 )
 from charrnn_fast.errors import InputError
 from charrnn_fast.lm import toml
+from charrnn_fast.lm.forms import FORMS
 from charrnn_fast.lm.recipes import RECIPES, Prompt, Recipe
 from charrnn_fast.lm.training_options import MAX_ACCUMULATE, MAX_GRAPH_BATCHES
 
@@ -50,7 +51,7 @@ def add_settings(p: argparse.ArgumentParser) -> None:
     p.add_argument("--recipe", choices=RECIPES, help="what to train (default: scratch)")
     p.add_argument(
         "--model",
-        choices=("fused", "reference", "torch"),
+        choices=FORMS,
         help="fused: this library's kernels (default); reference: from scratch; torch: torch.nn.RNN",
     )
     p.add_argument(

@@ -18,7 +18,7 @@ from charrnn_fast.lm import checkpoint, corpora, data, distributed, toml
 from charrnn_fast.lm.corpora import Corpus
 from charrnn_fast.lm.distributed import Processes
 from charrnn_fast.lm.files import write_whole
-from charrnn_fast.lm.model import CharRNN
+from charrnn_fast.lm.language_model import LanguageModel
 from charrnn_fast.lm.recipes import (
     Recipe,
     build_model,
@@ -32,7 +32,6 @@ from charrnn_fast.lm.records import EpochRecord, perplexity
 from charrnn_fast.lm.texts import LargeText, read_texts
 from charrnn_fast.lm.training import Trainer
 from charrnn_fast.ops import backends
-from charrnn_fast.reference.language_model import RNNLM
 
 CAPTURE: dict[str, bool | str] = {"auto": "auto", "on": True, "off": False}
 INTERRUPTED = 128  # and the signal's number: how a shell reports it
@@ -224,7 +223,7 @@ def _require_one_text(corpus: Corpus | LargeText, processes: Processes) -> None:
             raise InputError(f"rank {rank} has read another text than rank 0: {source}, and {texts[0][1]}")
 
 
-def _trainer(settings: Settings, model: CharRNN | RNNLM, processes: Processes | None) -> Trainer:
+def _trainer(settings: Settings, model: LanguageModel, processes: Processes | None) -> Trainer:
     """The recipe's trainer. What it refuses, steps that cannot be captured for one, is an InputError that says why."""
     try:
         return build_trainer(settings.recipe, model, CAPTURE[settings.capture], processes)
@@ -252,6 +251,8 @@ def _print_header(
         print(f"run     {count} processes, which share batches of {recipe.batch_size:,} sequences")
     reason = trainer.capture_reason
     print("steps   " + ("captured as CUDA graphs" if reason is None else f"not captured: {reason}"))
+    reason = trainer.at_once_reason
+    print("step    " + ("at once, without autograd" if reason is None else f"of separate operations: {reason}"))
     if recipe.split is not None:
         parts = zip(("train", "validate", "test"), split_by_place(recipe, tokens), strict=True)
         print("split   " + ", ".join(f"{len(part):,} {name}" for name, part in parts if part is not None))

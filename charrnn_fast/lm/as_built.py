@@ -16,12 +16,12 @@ from charrnn_fast.ops.elman_torch import TorchRNN
 from charrnn_fast.rnn import FusedRNN
 
 if TYPE_CHECKING:
-    from charrnn_fast.lm.model import CharRNN
+    from charrnn_fast.lm.recurrent import RecurrentLM
 
 PARTS = ("embed", "rnn", "head")
 
 
-def why_called(model: "CharRNN", parts: tuple[str, ...] = PARTS) -> str | None:
+def why_called(model: "RecurrentLM", parts: tuple[str, ...] = PARTS) -> str | None:
     """None where these parts' parameters stand for them, else one clause that says why they have to be called."""
     hooks = torch_module
     if (
@@ -41,7 +41,7 @@ def why_called(model: "CharRNN", parts: tuple[str, ...] = PARTS) -> str | None:
     return None
 
 
-def why_changed(model: "CharRNN", name: str) -> str | None:
+def why_changed(model: "RecurrentLM", name: str) -> str | None:
     """None if a part has the class, sizes and parameters that the model's arguments say, else one clause."""
     part = model._modules.get(name)
     if part is None:

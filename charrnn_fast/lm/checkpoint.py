@@ -17,10 +17,10 @@ import torch
 from charrnn_fast.errors import InputError
 from charrnn_fast.lm.data import UNKNOWN, Sampler, Vocabulary
 from charrnn_fast.lm.files import write_whole
+from charrnn_fast.lm.language_model import LanguageModel
 from charrnn_fast.lm.model import CharRNN
 from charrnn_fast.lm.recipes import Recipe
 from charrnn_fast.lm.training import Trainer
-from charrnn_fast.reference.language_model import RNNLM
 
 FORMAT = "charrnn_fast checkpoint"
 VERSION = 3  # 1 had neither a checksum nor the text's hash; 2 only whole epochs
@@ -58,7 +58,7 @@ class Checkpoint:
         self.restore(model)
         return model.to(device).eval()
 
-    def restore(self, model: CharRNN) -> None:
+    def restore(self, model: LanguageModel) -> None:
         """Load the parameters into a model. Raises InputError if its sizes are others."""
         try:
             model.load_state_dict(self.parameters)
@@ -87,8 +87,6 @@ def as_bytes(
 ) -> bytes:
     """The content of a checkpoint file of this moment. Raises InputError if the model is not as it was built."""
     model = trainer.model
-    if isinstance(model, RNNLM):
-        model = _as_char_rnn(model)
     try:
         model.require_as_built("a checkpoint is of")
     except ValueError as error:
@@ -289,9 +287,9 @@ def resume(checkpoint: Checkpoint, trainer: Trainer, sampler: Sampler, recipe: R
     if other:
         shown = ", ".join(f"{name} {then[name]!r} there, {now[name]!r} now" for name in other)
         raise InputError(f"{checkpoint.path} was written by a run with other settings: {shown}")
-    if isinstance(trainer.model, RNNLM):
+    if not trainer.keeps_optimizer:
         raise InputError(
-            "a run of --model reference cannot be resumed: its optimisers keep no checkpoint; start it anew"
+            f"a run of --model {trainer.model.form} cannot be resumed: its optimisers keep no checkpoint; start it anew"
         )
     checkpoint.restore(trainer.model)
     try:
@@ -301,20 +299,6 @@ def resume(checkpoint: Checkpoint, trainer: Trainer, sampler: Sampler, recipe: R
         raise InputError(
             f"{checkpoint.path} cannot be resumed: {type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
         ) from None
-
-
-def _as_char_rnn(net: RNNLM) -> CharRNN:
-    """The reference model's parameters in the form that checkpoints have."""
-    model = CharRNN(
-        net.vocab_size,
-        net.num_hiddens,
-        len(net.cells),
-        nonlinearity=net.nonlinearity,
-        embedding="onehot" if net.W_embed is None else net.W_embed.shape[1],
-        second_bias=net.cells[0].b_hh is not None,
-        dtype=net.W_hq.dtype,
-    )
-    return model.load_reference(net)
 
 
 def _plain(value: Any) -> Any:

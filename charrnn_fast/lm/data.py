@@ -1,9 +1,10 @@
 """From a text to batches of token ids: the vocabulary and the four samplers of the recipes.
 
 A corpus is one tensor of integers on the training device, of the smallest type that holds the vocabulary where it is
-large. A batch (X, Y) is gathered from it: X (B, T) int64 are characters, Y (B, T) int64 the characters that follow
-them. All random choices come from one CPU torch.Generator, so they do not depend on the device; what crosses to it is
-an epoch's choices, once, and nothing waits for it.
+large. A batch is the B places in it where windows of T characters begin (batches.Positions), and stands for the pair
+X (B, T) int64, the characters, and Y (B, T) int64, those that follow them. All random choices come from one CPU
+torch.Generator, so they do not depend on the device; what crosses to it is an epoch's choices, and nothing waits for
+it.
 """
 
 import re
@@ -16,9 +17,10 @@ import torch
 from torch import Tensor
 
 from charrnn_fast.errors import InputError
+from charrnn_fast.lm.batches import Batch, Positions
 
 UNKNOWN = "<unk>"
-Batch = tuple[Tensor, Tensor]
+_BLOCK = 1024  # batches whose places cross to the device at a time
 
 
 def letters_only(text: str) -> str:
@@ -136,6 +138,7 @@ class Sampler(ABC):
         self.tokens = tokens
         self.generator = generator
         self.held_out: Tensor | None = None
+        self._seen: list[tuple[Tensor, int, int | None]] = []  # texts whose ids were looked at, and as of which change
 
     @property
     def num_batches(self) -> int | None:
@@ -163,7 +166,7 @@ class Sampler(ABC):
         """
         if self.carry_state:
             batch = max(1, min(self.batch_size, (len(tokens) - 1) // self.num_steps))
-            yield from _streams(tokens, batch, self.num_steps, 0, rest=True)
+            yield from self._streams(tokens, batch, 0, rest=True)
         else:
             steps = min(self.num_steps, len(tokens) - 1)
             starts = torch.arange(0, len(tokens) - steps, steps, dtype=torch.int64, device="cpu")
@@ -175,27 +178,57 @@ class Sampler(ABC):
         self.held_out = None if self.held_out is None else self.held_out.to(device)
         return self
 
+    def look_at_ids(self) -> None:
+        """Find the largest id of the corpus and of what is held out, so that no step has to look: batches say so then.
+        Each text is looked at once, on a GPU with a wait for it.
+        """
+        texts = [text for text in (self.tokens, self.held_out) if text is not None and len(text)]
+        self._seen = [seen for text in texts for seen in self._seen if seen[0] is text and seen[1] == text._version]
+        for text in texts:
+            if self._ids_below(text) is None:
+                lowest, highest = (int(bound) for bound in text.aminmax())
+                self._seen.append((text, text._version, highest + 1 if lowest >= 0 else None))
+
+    def _ids_below(self, tokens: Tensor) -> int | None:
+        """A number that the ids of a text are known to be below."""
+        return next((below for text, change, below in self._seen if text is tokens and change == text._version), None)
+
     def _windows(
         self, starts: Tensor, batch_size: int, num_steps: int, tokens: Tensor | None = None
     ) -> Iterator[Batch]:
         """Batches of the windows that begin at `starts` (N,), a CPU tensor, in this order; the last may be smaller."""
         tokens = self.tokens if tokens is None else tokens
-        device = tokens.device
-        if device.type == "cuda":
-            starts = starts.pin_memory()  # without it the copy would wait
-        starts = starts.to(device, non_blocking=True)
-        steps = torch.arange(num_steps + 1, dtype=torch.int64, device=device)
-        for some in starts.split(batch_size):
-            window = tokens[some[:, None] + steps].long()  # (B, T + 1)
-            yield window[:, :-1], window[:, 1:]
+        below = self._ids_below(tokens)
+        for some in _moved(starts, tokens.device).split(batch_size):
+            yield Positions(tokens, some, num_steps, below)
+
+    def _streams(self, tokens: Tensor, batch_size: int, offset: int, rest: bool = False) -> Iterator[Batch]:
+        """B parallel streams of the text after `offset`, walked T characters at a time; with `rest` to their last
+        one.
+        """
+        width = (len(tokens) - offset - 1) // batch_size
+        begins = offset + width * torch.arange(batch_size, dtype=torch.int64, device="cpu")
+        return _walked(tokens, begins, width, self.num_steps, rest, self._ids_below(tokens))
 
 
-def _streams(tokens: Tensor, batch_size: int, num_steps: int, offset: int, rest: bool = False) -> Iterator[Batch]:
-    """B parallel streams of the text after `offset`, walked T characters at a time; with `rest` to their last one."""
-    width = (len(tokens) - offset - 1) // batch_size
-    X, Y = (tokens[begin:][: batch_size * width].view(-1, width) for begin in (offset, offset + 1))
-    for step in range(0, width if rest else width - num_steps + 1, num_steps):
-        yield X[:, step : step + num_steps].long(), Y[:, step : step + num_steps].long()
+def _moved(starts: Tensor, device: torch.device) -> Tensor:
+    """Places from the CPU on a device, without waiting for it."""
+    if device.type == "cuda":
+        starts = starts.pin_memory()  # without it the copy would wait
+    return starts.to(device, non_blocking=True)
+
+
+def _walked(
+    tokens: Tensor, begins: Tensor, width: int, num_steps: int, rest: bool, below: int | None = None
+) -> Iterator[Batch]:
+    """Streams (B,) of `width` characters each, by where they begin, T characters at a time; with `rest` to the end."""
+    whole, left = divmod(width, num_steps)
+    for block in range(0, whole, _BLOCK):
+        steps = torch.arange(block, min(block + _BLOCK, whole), dtype=torch.int64, device="cpu") * num_steps
+        for starts in _moved(begins + steps[:, None], tokens.device).unbind():  # (B,)
+            yield Positions(tokens, starts, num_steps, below)
+    if rest and left:
+        yield Positions(tokens, _moved(begins + whole * num_steps, tokens.device), left, below)
 
 
 class Windows(Sampler):
@@ -269,7 +302,7 @@ class Sequential(Sampler):
 
     def train(self) -> Iterator[Batch]:
         offset = _random_below(self.num_steps, self.generator)
-        yield from _streams(self.tokens, self.batch_size, self.num_steps, offset)
+        yield from self._streams(self.tokens, self.batch_size, offset)
 
     @property
     def num_batches(self) -> int:
@@ -312,19 +345,19 @@ class Pieces(Sampler):
 
     def train(self) -> Iterator[Batch]:
         start = _random_below(len(self.tokens) - self.piece + 1, self.generator)
-        piece = self.tokens[start : start + self.piece].long().unsqueeze(0)  # (1, piece)
-        for begin in range(0, self.piece - 1, self.num_steps):
-            end = min(begin + self.num_steps, self.piece - 1)
-            yield piece[:, begin:end], piece[:, begin + 1 : end + 1]
+        begins = torch.tensor([start], dtype=torch.int64, device="cpu")
+        below = self._ids_below(self.tokens)
+        yield from _walked(self.tokens, begins, self.piece - 1, self.num_steps, rest=True, below=below)
 
     @property
     def num_batches(self) -> int:
         return -(-(self.piece - 1) // self.num_steps)
 
 
-def consecutive(tokens: Tensor, num_steps: int) -> Iterator[Batch]:
-    """A whole text in order, batch 1, T characters at a time: what `evaluate` walks with a carried state."""
+def consecutive(tokens: Tensor, num_steps: int, ids_below: int | None = None) -> Iterator[Batch]:
+    """A whole text in order, batch 1, T characters at a time: what `evaluate` walks with a carried state. ids_below: a
+    number that its ids are known to be below.
+    """
     _need(tokens, 2, "a character and its successor")
-    for begin in range(0, len(tokens) - 1, num_steps):
-        end = min(begin + num_steps, len(tokens) - 1)
-        yield tokens[None, begin:end].long(), tokens[None, begin + 1 : end + 1].long()
+    begins = torch.zeros(1, dtype=torch.int64, device="cpu")
+    yield from _walked(tokens, begins, len(tokens) - 1, num_steps, rest=True, below=ids_below)

@@ -11,13 +11,16 @@ process with the whole batch.
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from charrnn_fast.errors import TrainingError
+
+if TYPE_CHECKING:
+    from charrnn_fast.lm.language_model import LanguageModel
 
 T = TypeVar("T")
 
@@ -60,7 +63,7 @@ class Processes:
             dist.broadcast(held, group=self.group, group_src=0)
             values.copy_(held)
 
-    def meet(self, model: torch.nn.Module, generator: torch.Generator) -> None:
+    def meet(self, model: "LanguageModel", generator: torch.Generator) -> None:
         """Begin together: with the first process's parameters, buffers and state of the generator."""
         for tensor in (*model.parameters(), *model.buffers()):
             self.spread(tensor)

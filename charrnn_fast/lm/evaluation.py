@@ -1,15 +1,18 @@
 """Loss and perplexity of a model over batches, without training on them."""
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from torch import Tensor
 
-from charrnn_fast.lm.data import Batch
+from charrnn_fast.lm.batches import Batch, Pair, as_batch
+from charrnn_fast.lm.capture import RecordedSteps
 from charrnn_fast.lm.distributed import Processes
-from charrnn_fast.lm.model import CharRNN, evaluating
+from charrnn_fast.lm.forms import of
+from charrnn_fast.lm.language_model import LanguageModel
+from charrnn_fast.lm.recordings import evaluation_of
 from charrnn_fast.lm.records import EpochRecord, perplexity
-from charrnn_fast.reference import training as reference
-from charrnn_fast.reference.language_model import RNNLM
+from charrnn_fast.lm.step import Evaluation
 
 
 def epochs_since_best(history: Sequence[EpochRecord]) -> int:
@@ -23,43 +26,48 @@ class Stopped(Exception):
 
 
 def validate(
-    model: CharRNN | RNNLM,
-    batches: Iterable[Batch],
+    model: LanguageModel,
+    batches: Iterable[Batch | Pair],
     *,
     carry_state: bool = False,
     stopped: Callable[[], bool] = lambda: False,
     processes: Processes | None = None,
+    step: Evaluation | RecordedSteps | None = None,
 ) -> tuple[float, float] | None:
     """exp(mean loss over characters) and the mean of the per-batch perplexities; None if there are no batches.
 
     The model is in evaluation mode meanwhile. `stopped` is asked after each batch, of several processes after each
     16th; Stopped is raised if it says so. Of `processes` each takes its rows of every batch, and all return the same.
+    `step` computes a batch's loss, by default recorded where that can be. A device is waited for once, at the end.
     """
     sizes: list[int] = []  # characters of every batch
     own: list[int] = []  # the batches in which this process has rows
-
-    def mine() -> Iterator[Batch]:
-        for X, Y in batches:
-            sizes.append(Y.numel())
+    losses: list[Tensor] = []  # of these
+    counts: list[int] = []  # its own characters in each of them
+    model = of(model)
+    run = step or evaluation_of(model, carry_state)
+    state = None
+    with model.evaluating():
+        for batch in map(as_batch, batches):
+            sizes.append(batch.count)
             if processes is not None:
-                X, Y = processes.share(X), processes.share(Y)
-            if len(Y):
+                batch = batch.share(processes)
+            if batch.count:
+                loss, state = run(batch, state if carry_state else None)
                 own.append(len(sizes) - 1)
-                yield X, Y
+                losses.append(loss)
+                counts.append(batch.count)
             if (processes is None or len(sizes) % 16 == 0) and stopped():
                 raise Stopped
-
-    with evaluating(model):
-        measured = list(reference.evaluate_batches(model, mine(), carry_state=carry_state))
     if not sizes:
         return None
-    losses = torch.zeros(len(sizes), dtype=torch.float64, device="cpu")
-    if measured:
-        losses[own] = torch.stack([loss for loss, _ in measured]).double().cpu()
-    counts = torch.tensor(sizes, dtype=torch.float64, device="cpu")
+    found = torch.zeros(len(sizes), dtype=torch.float64, device="cpu")
+    if losses:
+        found[own] = torch.stack(losses).cpu().double()
+    whole = torch.tensor(sizes, dtype=torch.float64, device="cpu")
     if processes is not None:
-        shares = torch.zeros_like(losses)
-        shares[own] = torch.tensor([count for _, count in measured], dtype=torch.float64, device="cpu")
-        losses *= shares / counts
-        processes.add_up(losses)
-    return perplexity(float((losses * counts).sum() / counts.sum())), float(losses.exp().mean())
+        shares = torch.zeros_like(found)
+        shares[own] = torch.tensor(counts, dtype=torch.float64, device="cpu")
+        found *= shares / whole
+        processes.add_up(found)
+    return perplexity(float((found * whole).sum() / whole.sum())), float(found.exp().mean())

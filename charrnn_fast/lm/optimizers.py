@@ -6,15 +6,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from charrnn_fast.lm.model import CharRNN
-from charrnn_fast.reference import training as reference
-from charrnn_fast.reference.language_model import RNNLM
+from charrnn_fast.lm.language_model import LanguageModel
 
 NAMES = ("sgd", "adam", "adamw", "rmsprop")
 
 
 def make_optimizer(
-    model: CharRNN | RNNLM,
+    model: LanguageModel,
     name: str,
     lr: float,
     momentum: float = 0.0,
@@ -31,9 +29,9 @@ def make_optimizer(
 
     Raises ValueError for other names, and numbers that are out of range or not for this optimizer.
     """
-    is_reference = isinstance(model, RNNLM)
-    if name not in NAMES or (is_reference and name not in ("sgd", "adam")):
-        names = ", ".join(repr(n) for n in (NAMES[:2] if is_reference else NAMES))
+    own = model.own_optimizers
+    if name not in (own or NAMES):
+        names = ", ".join(repr(n) for n in (own or NAMES))
         raise ValueError(f"optimizer must be {names} or a torch.optim.Optimizer, got {name!r}")
     if not lr > 0:
         raise ValueError(f"lr must be above 0, got {lr}")
@@ -46,10 +44,10 @@ def make_optimizer(
     parameters = [p for p in model.parameters() if p.requires_grad]
     if not parameters:
         raise ValueError("the model has no parameter that requires a gradient: nothing would be trained")
-    if is_reference:
+    if own:
         if momentum or weight_decay:
-            raise ValueError("the reference's optimizers have neither momentum nor weight decay")
-        return (reference.SGD if name == "sgd" else reference.Adam)(parameters, lr)
+            raise ValueError(f"the {model.form}'s optimizers have neither momentum nor weight decay")
+        return own[name](parameters, lr)
     options: dict[str, Any] = {"weight_decay": weight_decay}
     if name in ("sgd", "rmsprop"):
         options["momentum"] = momentum
@@ -63,20 +61,23 @@ def make_optimizer(
     return kinds[name](parameters, lr, **options)
 
 
-def check_optimizer(model: CharRNN | RNNLM, optimizer: Any) -> None:
-    """Raise unless the optimizer is one for this model: of a kind that its loop knows, over its parameters."""
-    is_reference = isinstance(model, RNNLM)
-    if isinstance(optimizer, torch.optim.Optimizer):
-        held = [p for group in optimizer.param_groups for p in group["params"]]
-        if isinstance(optimizer, torch.optim.LBFGS):
-            raise ValueError("LBFGS evaluates the loss several times a step, which this trainer does not")
-    elif is_reference and isinstance(optimizer, reference.SGD | reference.Adam):
-        held = list(optimizer.params)
-    else:
-        kinds = "a torch.optim.Optimizer" + (" or a reference optimizer" if is_reference else "")
-        names = ", ".join(repr(n) for n in (NAMES[:2] if is_reference else NAMES))
+def held_by(optimizer: Any) -> list[Tensor]:
+    """The parameters that an optimizer updates; the reference's have one group of them."""
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        return list(optimizer.params)
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def check_optimizer(model: LanguageModel, optimizer: Any) -> None:
+    """Raise unless the optimizer is one for this model: of a kind that its form knows, over its parameters."""
+    own_kinds = model.own_optimizers
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ValueError("LBFGS evaluates the loss several times a step, which this trainer does not")
+    if not isinstance(optimizer, torch.optim.Optimizer) and type(optimizer) not in own_kinds.values():
+        kinds = "a torch.optim.Optimizer" + (f" or a {model.form} optimizer" if own_kinds else "")
+        names = ", ".join(repr(n) for n in (own_kinds or NAMES))
         raise TypeError(f"optimizer must be {names} or {kinds} for this model, got {type(optimizer)}")
-    own = {id(p) for p in model.parameters()}
+    held, own = held_by(optimizer), {id(p) for p in model.parameters()}
     foreign = sum(id(p) not in own for p in held)
     if foreign or not held:
         raise ValueError(

@@ -1,19 +1,17 @@
 """torch's own generators, which dropout draws from, as a checkpoint keeps them: those of every process."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from charrnn_fast.lm.distributed import Processes
-from charrnn_fast.lm.model import CharRNN
+from charrnn_fast.lm.language_model import LanguageModel
 
 
-def random_state(model: Any, processes: Processes | None) -> dict[str, Tensor | None] | None:
+def random_state(model: LanguageModel, processes: Processes | None) -> dict[str, Tensor | None] | None:
     """The states of the CPU's and the model's device's generator, of several processes a row each (R, n); None where
     nothing draws from them.
     """
-    if not isinstance(model, CharRNN) or model.dropout == 0:
+    if model.dropout == 0:
         return None
     device = model.device
     on_device = torch.cuda.get_rng_state(device).cpu() if device.type == "cuda" else None

@@ -18,7 +18,8 @@ from charrnn_fast.errors import InputError
 from charrnn_fast.lm import data
 from charrnn_fast.lm.data import Sampler, Vocabulary
 from charrnn_fast.lm.distributed import Processes
-from charrnn_fast.lm.model import CharRNN
+from charrnn_fast.lm.forms import FORMS, as_form, make_modules
+from charrnn_fast.lm.language_model import LanguageModel
 from charrnn_fast.lm.schedule import Schedule
 from charrnn_fast.lm.texts import LargeText
 from charrnn_fast.lm.training import Trainer
@@ -170,26 +171,26 @@ def build_model(
     backend: str = "auto",
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
-) -> CharRNN | RNNLM:
+) -> LanguageModel:
     """The recipe's model in one of its forms, "fused", "reference" or "torch": the same parameters for the same
     seed.
     """
-    if kind not in ("fused", "reference", "torch"):
-        raise InputError(f"the model must be fused, reference or torch, got {kind}")
+    if kind not in FORMS:
+        raise InputError(f"the model must be {', '.join(FORMS[:-1])} or {FORMS[-1]}, got {kind}")
     if kind == "reference" and recipe.dropout > 0:
         raise InputError(f"the reference model has no dropout, and this run's is {recipe.dropout:g}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = CharRNN(
+        model = make_modules(
+            kind,
             vocab_size,
             recipe.hidden_size,
             recipe.num_layers,
             nonlinearity=recipe.nonlinearity,
             embedding=recipe.embedding,
             second_bias=recipe.second_bias,
-            cell="torch" if kind == "torch" else "fused",
             dropout=recipe.dropout,
-            backend=backend if kind == "fused" else "auto",
+            backend=backend,
         )
         if recipe.init == "orthogonal":
             for layer in range(recipe.num_layers):
@@ -203,8 +204,7 @@ def build_model(
             generator=torch.Generator().manual_seed(seed),
         )
         model.load_reference(scratch)
-    model = model.to(device=device, dtype=dtype)
-    return model.to_reference() if kind == "reference" else model
+    return as_form(kind, model.to(device=device, dtype=dtype))
 
 
 def build_sampler(recipe: Recipe, tokens: Tensor, seed: int) -> Sampler:
@@ -260,7 +260,7 @@ def for_processes(recipe: Recipe, count: int) -> Recipe:
 
 
 def build_trainer(
-    recipe: Recipe, model: CharRNN | RNNLM, capture: bool | str = "auto", processes: Processes | None = None
+    recipe: Recipe, model: LanguageModel, capture: bool | str = "auto", processes: Processes | None = None
 ) -> Trainer:
     """The recipe's trainer of a model. Raises what Trainer raises."""
     return Trainer(

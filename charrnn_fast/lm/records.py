@@ -94,19 +94,32 @@ class EpochSoFar:
     seconds: float = 0.0
     state: Any = None  # (L, B, H) that the next batch starts from
     checked: int = 0  # losses that are known to be finite
+    _read: tuple[int, int] = (0, 0)  # losses and norms that are on the host
 
     @property
     def batches(self) -> int:
         return len(self.counts)
 
+    def read(self) -> None:
+        """Bring what is still on the device to the host: losses and norms in one transfer. Waits for the device."""
+        losses, norms = self._read
+        new = [*self.losses[losses:], *self.norms[norms:]]
+        if new:
+            found = list(_on_host(new))
+            self.norms[norms:] = found[len(self.losses) - losses :]
+            self.losses[losses:] = found[: len(self.losses) - losses]
+            self._read = len(self.losses), len(self.norms)
+
     def mean_loss(self) -> float:
         """In nats over the characters so far. Waits for the device."""
+        self.read()
         weights = torch.tensor(self.counts, dtype=torch.float64, device="cpu")
-        return float((_on_host(self.losses) * weights).sum() / weights.sum())
+        return float((_numbers(self.losses) * weights).sum() / weights.sum())
 
     def norm_figures(self, clip: float | None) -> tuple[float | None, float | None]:
         """The mean norm of the updates that were made, and the share of them above clip; None without any."""
-        norms = _on_host(self.norms)
+        self.read()
+        norms = _numbers(self.norms)
         norms = norms[norms.isfinite()]
         if not len(norms):
             return None, None
@@ -116,6 +129,7 @@ class EpochSoFar:
         """The index of the first batch, among those not looked at before, whose loss is not finite; None if all are.
         Waits for the device.
         """
+        self.read()
         losses = self.losses[self.checked :]
         if losses:
             bad = (~torch.stack(losses).isfinite()).nonzero().flatten().tolist()
@@ -136,12 +150,13 @@ class EpochSoFar:
         return f"{what} {at}{trend}: {WHAT_TO_TRY}"
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain values and tensors."""
+        """Plain values and tensors. Waits for the device."""
+        self.read()
         return {
             "generator": self.generator,
             "counts": torch.tensor(self.counts, dtype=torch.int64, device="cpu"),
-            "losses": _on_host(self.losses),
-            "norms": _on_host(self.norms),
+            "losses": _numbers(self.losses),
+            "norms": _numbers(self.norms),
             "updates": self.updates,
             "skipped": self.skipped,
             "seconds": self.seconds,
@@ -179,12 +194,15 @@ def moved(state: Any, device: torch.device) -> Any:
     return tuple(moved(part, device) for part in state)
 
 
+def _numbers(scalars: list[Tensor]) -> Tensor:
+    """Scalars on the host as one float64 tensor."""
+    return torch.stack(scalars) if scalars else torch.zeros(0, dtype=torch.float64, device="cpu")
+
+
 def _on_host(scalars: list[Tensor]) -> Tensor:
-    """Scalars as one float64 tensor on the CPU, in two transfers at most: some may be there already."""
-    if not scalars:
-        return torch.zeros(0, dtype=torch.float64, device="cpu")
+    """Scalars as one float64 tensor on the CPU, in a transfer for each device and dtype: some may be there already."""
     result = torch.empty(len(scalars), dtype=torch.float64, device="cpu")
-    for device in {s.device for s in scalars}:
-        places = [i for i, s in enumerate(scalars) if s.device == device]
-        result[places] = torch.stack([scalars[i].double() for i in places]).cpu()
+    for kind in {(s.device, s.dtype) for s in scalars}:
+        places = [i for i, s in enumerate(scalars) if (s.device, s.dtype) == kind]
+        result[places] = torch.stack([scalars[i] for i in places]).cpu().double()
     return result

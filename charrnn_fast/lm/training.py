@@ -15,12 +15,14 @@ import torch
 from torch import Tensor
 
 from charrnn_fast.errors import TrainingError
+from charrnn_fast.lm.batches import Batch, as_batch
 from charrnn_fast.lm.callbacks import Callback
-from charrnn_fast.lm.capture import CudaGraphRecorder, RecordedSteps, dependencies, why_not, why_not_optimizer
-from charrnn_fast.lm.data import Batch, Sampler
+from charrnn_fast.lm.capture import RecordedSteps, why_not, why_not_optimizer
+from charrnn_fast.lm.data import Sampler
 from charrnn_fast.lm.distributed import Processes, ProcessLost
 from charrnn_fast.lm.evaluation import Stopped, epochs_since_best, validate
-from charrnn_fast.lm.model import CharRNN
+from charrnn_fast.lm.forms import of
+from charrnn_fast.lm.language_model import LanguageModel
 from charrnn_fast.lm.optimizers import (
     check_optimizer,
     for_this_device,
@@ -29,22 +31,21 @@ from charrnn_fast.lm.optimizers import (
     set_learning_rates,
 )
 from charrnn_fast.lm.random_state import random_state, set_random_state
+from charrnn_fast.lm.recordings import Recordings
 from charrnn_fast.lm.records import WHAT_TO_TRY, EpochRecord, EpochSoFar, StepRecord, moved, parts_of, perplexity
 from charrnn_fast.lm.schedule import Schedule
-from charrnn_fast.lm.step import TrainingStep, Updater, train_batches
+from charrnn_fast.lm.step import Evaluation, TrainingStep, train_batches
 from charrnn_fast.lm.training_options import check_options
-from charrnn_fast.reference import training as reference
-from charrnn_fast.reference.language_model import RNNLM
 
 MAX_RESTORES = 8  # of one run, each halving the learning rate
 MAX_SKIPPED = 100  # updates in a row at an epoch's beginning: more will not help
 
 
 class Trainer:
-    """Trains a CharRNN, or the reference model with its own loop, clip and optimisers.
+    """Trains a language model in any of its forms; the reference one with its own clip and optimisers.
 
     Args:
-        model: a CharRNN, or charrnn_fast.reference.language_model.RNNLM.
+        model: a CharRNN, a TorchCharRNN, or charrnn_fast.reference.language_model.RNNLM.
         optimizer: "sgd", "adam", "adamw", "rmsprop", or a torch.optim.Optimizer over parameters of the model, all or
             some of them: the others stay as they are. The reference model takes its own optimisers too, and of the
             names the first two. One over anything else is a ValueError.
@@ -62,19 +63,20 @@ class Trainer:
             were before that step where values are looked at (on a CPU); "skip": no update is made with it; "restore":
             back to the last epoch or checkpoint, with half the learning rate, 8 times at most.
         capture: on a GPU a training step can be captured as one CUDA graph for each shape of batch, and replayed.
-            "auto" does so where it can, and trains step by step elsewhere, and a model with cell="torch" as PyTorch
-            does; True makes it a RuntimeError that says why where it cannot; False does not. The curve is the same.
+            "auto" does so where it can, and trains step by step elsewhere, and TorchCharRNN as PyTorch does; True makes
+            it a RuntimeError that says why where it cannot; False does not. The curve is the same.
         processes: those that train this model together, each with a Trainer of the same arguments and a sampler of the
             same text and seed, whose batches they share by rows; None for this one alone. Callbacks are each process's
             own.
 
     Attributes: history, a list of EpochRecord; step, the updates made so far; stopped, why the run was ended before its
-    last epoch, or None; capture_reason, why steps are not captured, or None.
+    last epoch, or None; capture_reason, why steps are not captured, and at_once_reason, why a step is made of separate
+    operations, or None.
     """
 
     def __init__(
         self,
-        model: CharRNN | RNNLM,
+        model: LanguageModel,
         *,
         optimizer: str | torch.optim.Optimizer = "sgd",
         lr: float = 1.0,
@@ -92,15 +94,17 @@ class Trainer:
         processes: Processes | None = None,
     ):
         check_options(graph_batches, accumulate, clip, capture, precision, on_nan, patience)
-        self.model, self.clip, self.epochs, self.graph_batches = model, clip, epochs, graph_batches
+        self.model = model = of(model)
+        self.clip, self.epochs, self.graph_batches = clip, epochs, graph_batches
         self.accumulate, self.schedule, self.patience = accumulate, schedule or Schedule(), patience
         self.precision, self.on_nan, self.capture, self.processes = precision, on_nan, capture, processes
-        if isinstance(model, RNNLM) and (self.schedule.changes or accumulate > 1 or precision != "fp32"):
-            raise ValueError("the reference model is trained in its own dtype, at one learning rate, batch by batch")
-        if isinstance(model, RNNLM) and on_nan != "stop":
-            raise ValueError(f"the reference model stops at a loss that is not finite, got on_nan={on_nan!r}")
-        if isinstance(model, RNNLM) and processes is not None:
-            raise ValueError(f"the reference model is trained by one process, got {processes.count}")
+        model.require_trainable(
+            changing_lr=self.schedule.changes,
+            accumulate=accumulate,
+            precision=precision,
+            on_nan=on_nan,
+            processes=1 if processes is None else processes.count,
+        )
         made: Any = optimizer
         if isinstance(optimizer, str):
             capturable = self._why_not_model() is None
@@ -120,26 +124,27 @@ class Trainer:
         self._good: dict[str, Any] | None = None  # what "restore" goes back to
         self._callbacks: Sequence[Callback] = ()
         self._data: Sampler | None = None
-        self._recorded: RecordedSteps | None = None
-        self._recorded_for: tuple = ()  # whether the state is carried, the optimizer and the clip
+        self._recordings = Recordings(model, required=capture is True)
         self._require_capture()
 
     @property
     def capture_reason(self) -> str | None:
         """Why training steps are not captured as a CUDA graph: one clause, or None where they are."""
-        failure = None if self._recorded is None else self._recorded.reason
-        return failure or self._why_not_model() or why_not_optimizer(self.optimizer)
+        return self._recordings.reason or self._why_not_model() or why_not_optimizer(self.optimizer)
+
+    @property
+    def at_once_reason(self) -> str | None:
+        """Why a training step is made of separate operations and not taken at once: one clause, or None."""
+        return self._new_step(self.graph_batches).why_not_at_once
 
     def _why_not_model(self) -> str | None:
         if self.capture is False:
             return "it was turned off"
-        if self.capture == "auto" and isinstance(self.model, CharRNN) and self.model.cell == "torch":
-            return "PyTorch alone is trained as PyTorch does"
         if self.accumulate > 1:
             return f"gradients are added up over {self.accumulate} batches, and a captured step is one batch"
         if self.on_nan != "stop":
             return f"on_nan='{self.on_nan}' looks at every step's loss"
-        reason = why_not(self.model, self.graph_batches)
+        reason = why_not(self.model, self.graph_batches, self.capture is True)
         if reason is not None or self.processes is None:
             return reason
         if self.capture == "auto":
@@ -149,6 +154,11 @@ class Trainer:
     def _require_capture(self) -> None:
         if self.capture is True and (reason := self.capture_reason) is not None:
             raise RuntimeError(f"capture was asked for, but training steps cannot be captured: {reason}")
+
+    @property
+    def keeps_optimizer(self) -> bool:
+        """Whether the optimizer has a state that a checkpoint can keep, as the reference's own have not."""
+        return isinstance(self.optimizer, torch.optim.Optimizer)
 
     @property
     def between_epochs(self) -> bool:
@@ -208,12 +218,12 @@ class Trainer:
         """
         check_optimizer(self.model, self.optimizer)
         self._require_capture()
-        data.to(next(iter(self.model.parameters())).device)
-        if isinstance(self.model, torch.nn.Module):
-            self.model.train()
+        data.to(self.model.device)
+        data.look_at_ids()
+        self.model.train()
         self.stopped = self._wish = None
         self._callbacks, self._data, self._lr = tuple(callbacks), data, learning_rates(self.optimizer)[0]
-        if self.processes is not None and isinstance(self.model, CharRNN):
+        if self.processes is not None:
             self.processes.meet(self.model, data.generator)
         batches = data.num_batches
         group = self.accumulate * (self.graph_batches if data.carry_state else 1)
@@ -260,8 +270,8 @@ class Trainer:
                 self.check_finite()
                 return None
         self.check_finite()
+        # Losses and norms come from the device here, all at once: its work is known to be done.
         mean = so_far.mean_loss()
-        # The only transfer from the device in an epoch, and the point where its work is known to be done.
         so_far.seconds = before + time.perf_counter() - start
         try:
             val = validate(
@@ -270,6 +280,7 @@ class Trainer:
                 carry_state=data.carry_state,
                 stopped=self._agree,
                 processes=self.processes,
+                step=self._evaluation(data.carry_state),
             )
         except Stopped:
             return None
@@ -297,52 +308,47 @@ class Trainer:
         """The epoch's updates from where it is, one by one, each seen to its end."""
 
         def counted() -> Iterator[Batch]:
-            for X, Y in itertools.islice(data.train(), so_far.batches, None):
+            for batch in map(as_batch, itertools.islice(data.train(), so_far.batches, None)):
                 self._set_lr()
-                so_far.counts.append(Y.numel())
-                so_far.tokens += Y.numel()
-                if plain is not None and plain.shared is not None:
-                    X, Y = plain.shared.processes.share(X), plain.shared.processes.share(Y)
+                so_far.counts.append(batch.count)
+                so_far.tokens += batch.count
+                if plain.shared is not None:
+                    batch = batch.share(plain.shared.processes)
                     plain.shared.wish.fill_(self._wish is not None)
-                yield X, Y
+                yield batch
 
         plain = self._plain_step(data, so_far.state if resumed else None)
         for loss in self._losses(counted(), data, plain):
             so_far.losses.append(loss)
-            if plain is None:
-                so_far.updates += 1
-                self.step += 1
-                self._look(so_far, None)
-            elif plain.pending:
+            if plain.pending:
                 continue
-            else:
-                self._after_update(so_far, plain)
-            yield self._record(epoch, so_far, plain)
-        if plain is not None and so_far.batches and so_far.updates < -(-so_far.batches // self._group(data)):
+            self._after_update(so_far, plain)
+            yield self._record(epoch, so_far)
+        if so_far.batches and so_far.updates < -(-so_far.batches // self._group(data)):
             self._after_update(so_far, plain)  # of an incomplete group, at the epoch's end
-            yield self._record(epoch, so_far, plain)
+            yield self._record(epoch, so_far)
 
     def _group(self, data: Sampler) -> int:
         return self.accumulate * (self.graph_batches if data.carry_state else 1)
 
-    def _record(self, epoch: int, so_far: EpochSoFar, plain: TrainingStep | None) -> StepRecord:
-        norm = None if plain is None else so_far.norms[-1]
-        return StepRecord(self.step, epoch, so_far.batches, self._lr, so_far.tokens, so_far.losses[-1], norm)
+    def _record(self, epoch: int, so_far: EpochSoFar) -> StepRecord:
+        last = (so_far.losses[-1], so_far.norms[-1])
+        return StepRecord(self.step, epoch, so_far.batches, self._lr, so_far.tokens, *last)
 
     def _after_update(self, so_far: EpochSoFar, plain: TrainingStep) -> None:
         assert plain.norm is not None
         so_far.updates += 1
         self.step += 1
-        so_far.norms.append(plain.norm if plain.norm.device.type == "cpu" else plain.norm.clone())
+        so_far.norms.append(plain.norm)
         so_far.state = plain.state
         self._look(so_far, plain)
         wishes = None if plain.shared is None else plain.shared.wishes
         if wishes is not None and (wishes.device.type == "cpu" or self.step % 16 == 0):
             self._agree(bool(wishes.item()))
 
-    def _look(self, so_far: EpochSoFar, plain: TrainingStep | None) -> None:
+    def _look(self, so_far: EpochSoFar, plain: TrainingStep) -> None:
         """Is the step finite? Asked after each one where that does not wait for a device, or where on_nan wants it."""
-        if plain is not None and plain.guard and plain.refused > so_far.skipped:
+        if plain.guard and plain.refused > so_far.skipped:
             if self.on_nan != "skip":
                 bad = so_far.first_not_finite()
                 raise TrainingError(
@@ -358,8 +364,6 @@ class Trainer:
                 plain.state = so_far.state = None
             if so_far.skipped == so_far.updates and so_far.skipped >= MAX_SKIPPED:
                 raise TrainingError(f"the first {so_far.skipped} updates of the epoch are not finite: {WHAT_TO_TRY}")
-        elif plain is None and so_far.losses[-1].device.type == "cpu" and not math.isfinite(float(so_far.losses[-1])):
-            self.check_finite()
 
     def check_finite(self) -> None:
         """Raise TrainingError if a loss of the epoch so far is not finite: to be asked before anything is saved. Waits
@@ -369,65 +373,46 @@ class Trainer:
         if so_far is not None and (bad := so_far.first_not_finite()) is not None:
             raise TrainingError(so_far.what_happened(bad, self.step, len(self.history) + 1))
 
-    def _plain_step(self, data: Sampler, state: Any) -> TrainingStep | None:
-        """The step of this epoch, to start from a state; None for the reference model, which has its own."""
-        if isinstance(self.model, RNNLM):
-            return None
+    def _plain_step(self, data: Sampler, state: Any) -> TrainingStep:
+        """The step of this epoch, to start from a state."""
         graph_batches = self.graph_batches if data.carry_state else 1
-        guard = self.on_nan != "stop" or self.model.device.type == "cpu"
         plain = self._plain
         now = (self.optimizer, self.clip, graph_batches)
         if plain is None or (plain.optimizer, plain.clip, plain.graph_batches) != now:
             if plain is not None and plain.optimizer is not self.optimizer:
                 self._lrs, self._lr = learning_rates(self.optimizer), learning_rates(self.optimizer)[0]
-            plain = self._plain = TrainingStep(
-                self.model,
-                self.optimizer,
-                self.clip,
-                graph_batches,
-                accumulate=self.accumulate,
-                bf16=self.precision == "bf16",
-                guard=guard,
-                processes=self.processes,
-            )
+            plain = self._plain = self._new_step(graph_batches)
         plain.state, plain.pending = state, 0
         plain.refused = 0 if self._so_far is None else self._so_far.skipped
         return plain
 
-    def _losses(self, batches: Iterator[Batch], data: Sampler, plain: TrainingStep | None) -> Iterator[Tensor]:
-        options: dict[str, Any] = {
-            "carry_state": data.carry_state,
-            "graph_batches": self.graph_batches if data.carry_state else 1,
-        }
-        if isinstance(self.model, RNNLM):
-            updater: Any = self.optimizer
-            if isinstance(updater, torch.optim.Optimizer):
-                updater = Updater(updater)
-            return reference.train_batches(self.model, batches, updater, self.clip, **options)
-        options |= {"step": plain, "recorded": self._recorded_steps(data.carry_state, plain)}
-        return train_batches(self.model, batches, self.optimizer, self.clip, **options)
+    def _new_step(self, graph_batches: int) -> TrainingStep:
+        return TrainingStep(
+            self.model,
+            self.optimizer,
+            self.clip,
+            graph_batches,
+            accumulate=self.accumulate,
+            bf16=self.precision == "bf16",
+            guard=self.on_nan != "stop" or self.model.device.type == "cpu",
+            processes=self.processes,
+        )
 
-    def _recorded_steps(self, carry_state: bool, plain: TrainingStep | None) -> RecordedSteps | None:
+    def _losses(self, batches: Iterator[Batch], data: Sampler, plain: TrainingStep) -> Iterator[Tensor]:
+        options: dict[str, Any] = {"step": plain, "recorded": self._recorded_steps(data.carry_state, plain)}
+        return train_batches(self.model, batches, self.optimizer, self.clip, carry_state=data.carry_state, **options)
+
+    def _recorded_steps(self, carry_state: bool, plain: TrainingStep) -> RecordedSteps | None:
         """What records the steps of an epoch, and has recorded those of earlier ones; None if nothing does."""
-        model = self.model
-        if self.capture_reason is not None or not isinstance(model, CharRNN) or plain is None:
+        if self.capture_reason is not None:
             return None
-        optimizer = self.optimizer
-        if self.schedule.changes:  # a number would be part of the recording
-            for group in optimizer.param_groups:
-                if not isinstance(group["lr"], Tensor):
-                    group["lr"] = torch.tensor(float(group["lr"]), dtype=torch.float32, device=model.device)
-        if self._recorded is None or self._recorded_for != (carry_state, plain):
-            self._recorded_for = (carry_state, plain)
-            self._recorded = RecordedSteps(
-                plain,
-                CudaGraphRecorder(model.device),
-                lambda: dependencies(model, optimizer),
-                model.zero_state if carry_state else None,
-                required=self.capture is True,
-            )
-        self._recorded.refresh()
-        return self._recorded
+        return self._recordings.training(plain, carry_state, changing_lr=self.schedule.changes)
+
+    def _evaluation(self, carry_state: bool) -> Evaluation | RecordedSteps:
+        """What computes the losses of a validation, recorded where that can be."""
+        if self.capture is False or why_not(self.model, 1, self.capture is True) is not None:
+            return Evaluation(self.model)
+        return self._recordings.evaluation(carry_state)
 
     def _set_lr(self) -> None:
         """The learning rates of the next update. One that never changes is left to whoever made the optimizer."""
@@ -440,7 +425,7 @@ class Trainer:
 
     def _remember(self) -> None:
         """Keep a copy of this moment for on_nan="restore"."""
-        if self.on_nan == "restore" and isinstance(self.model, CharRNN) and self._data is not None:
+        if self.on_nan == "restore" and self._data is not None:
             generator = self._data.generator.get_state()
             state = {"model": self.model.state_dict(), "trainer": self.state_dict(), "generator": generator}
             self._good = copy.deepcopy(state)
@@ -449,7 +434,6 @@ class Trainer:
         """Back to the last moment that was remembered, with half the learning rate; False if that is of no use."""
         if self._good is None or self._data is None or self._restores >= MAX_RESTORES:
             return False
-        assert isinstance(self.model, CharRNN)
         scale, restores = self._lr_scale / 2, self._restores + 1
         good = copy.deepcopy(self._good)
         self.model.load_state_dict(good["model"])
@@ -464,12 +448,11 @@ class Trainer:
         """Optimiser, history and the epoch in progress, as plain values and tensors: with the model and the sampler's
         generator, all that a resumed run needs. Of several processes all are to ask, and get the whole run's.
         """
-        kept = isinstance(self.optimizer, torch.optim.Optimizer)
         so_far = None if self._so_far is None else self._so_far.state_dict()
         if so_far is not None and self.processes is not None:
             so_far["state"] = self.processes.whole(so_far["state"])
         return {
-            "optimizer": self.optimizer.state_dict() if kept else None,
+            "optimizer": self.optimizer.state_dict() if self.keeps_optimizer else None,
             "history": [asdict(record) for record in self.history],
             "step": self.step,
             "lrs": self._lrs,
@@ -487,12 +470,11 @@ class Trainer:
         self.step = int(state.get("step", 0)) or sum(record.step for record in self.history[-1:])
         self._lrs = [float(lr) for lr in state.get("lrs", learning_rates(self.optimizer))]
         self._lr_scale, self._restores = float(state.get("lr_scale", 1.0)), int(state.get("restores", 0))
-        so_far, device = state.get("epoch"), next(iter(self.model.parameters())).device
+        so_far, device = state.get("epoch"), self.model.device
         self._so_far = None if so_far is None else EpochSoFar.from_state_dict(so_far)
         if self._so_far is not None and self._so_far.state is not None:
             self._so_far.state = moved(self._so_far.state, device)
-            if isinstance(self.model, CharRNN):
-                self.model.require_state(self._so_far.state)
+            self.model.require_state(self._so_far.state)
             if self.processes is not None:
                 self._so_far.state = self.processes.own(self._so_far.state)
         set_random_state(state.get("random"), device, self.processes)

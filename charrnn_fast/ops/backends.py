@@ -273,19 +273,31 @@ def _triton_generate_limits(device: torch.device, dtype: torch.dtype, sizes: Siz
 def _triton_generate_slower(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> str | None:
     if (why := interpreted(device)) is not None:
         return why
+    from charrnn_fast.kernels.triton.generate_grid import generate_grid_limits
+
     hidden, batch, classes, layers = sizes
+    if generate_grid_limits(hidden, classes, layers, batch, dtype, device) is None:
+        return None  # its weights are read once
     read = dtype.itemsize * hidden * (hidden * (2 * layers - 1) + classes)
     if read > MAX_DECODER_BYTES or batch * read > MAX_DECODER_BYTES_OF_ALL:
         return f"{read} bytes of weights for each of {batch} sequences and ids are better read by matrix products"
     return None
 
 
+<<<<<<< HEAD
 def _triton_language_model_limits(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> str | None:
     if (why := triton_cannot_run_on(device)) is not None:
         return why
     from charrnn_fast.kernels.triton.language_model import language_model_limits
 
     return language_model_limits(sizes.hidden_size, sizes.num_classes, dtype, device)
+=======
+def _triton_generate_how(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> str:
+    from charrnn_fast.kernels.triton.generate import generate_reason
+
+    hidden, batch, classes, layers = sizes
+    return generate_reason(hidden, classes, layers, batch, dtype, device)
+>>>>>>> main
 
 
 # ---- native -------------------------------------------------------------------------------------------------------
@@ -331,9 +343,10 @@ TABLE: dict[str, tuple[Backend, ...]] = {
         Backend("native", _native_limits),
         _TORCH,
     ),
+    "windows": (Backend("triton", _triton_limits, _triton_slower), _TORCH),
     "clip_and_sgd_step_": (Backend("triton", _triton_limits, _triton_slower), _TORCH),
     "generate": (
-        Backend("triton", _triton_generate_limits, _triton_generate_slower),
+        Backend("triton", _triton_generate_limits, _triton_generate_slower, _triton_generate_how),
         Backend("native", _native_elman_limits),
         _TORCH,
     ),

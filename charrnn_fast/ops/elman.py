@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import backends, compiled_backward
 from .autograd import apply_of, below_autograd_recording, must_recompute, recomputed, saved_tensors, unshared
+from .compiling import unknown_size
 from .context import OPERATORS, REGISTERED, autocast, in_plain_memory, plain, registered_operators_only, watched
 from .elman_layer import Layer, layer_of
 from .elman_torch import layer_by_tensor_operations, layer_by_torch
@@ -62,19 +63,32 @@ def elman(
     _check_arguments(input, h0, weight_ih, weight_hh, bias_ih, bias_hh, nonlinearity, batch_sizes)
     weights = [w for w in (weight_ih, weight_hh, bias_ih, bias_hh) if w is not None]
     state, ways = None if h0 is None else h0[None], (bool(reverse),)
-    hidden_size = weight_hh.shape[0]
-    name = backends.choose("elman", weight_ih.device, weight_ih.dtype, hidden_size=hidden_size, backend=backend)
+    device, dtype, hidden_size = weight_ih.device, weight_ih.dtype, weight_hh.shape[0]
+    name = backends.choose("elman", device, dtype, hidden_size=hidden_size, backend=backend)
     onlooker = watched()
     if name == "torch" or onlooker is OPERATORS or not plain(input, state, batch_sizes, *weights):
         if is_tokens(input) and input.device.type == "cpu":
             check_tokens(input, weight_ih.shape[1])
         output, h_n = layer_by_tensor_operations(input, state, weights, batch_sizes, nonlinearity, ways)
+    elif _rows(input, batch_sizes) > backends.most_rows(backend, name, device, dtype, hidden_size):
+        # Torch's own RNN is faster. Recorded it is an operator of ours, which can be differentiated twice.
+        if onlooker is REGISTERED or torch.is_grad_enabled():
+            output, h_n = registered_layer(input, state, batch_sizes, weights, "torch", nonlinearity, ways)
+        else:
+            output, h_n = layer_by_torch(input, state, weights, batch_sizes, nonlinearity, ways)
     elif onlooker is REGISTERED:
         output, h_n = registered_layer(input, state, batch_sizes, weights, name, nonlinearity, ways)
     else:
         layer = _layer_like(name, weight_hh, nonlinearity, ways)
         output, h_n = elman_layer(layer, input, state, weights, batch_sizes)
     return output, h_n[0]
+
+
+def _rows(input: Tensor, batch_sizes: Tensor | None) -> int:
+    """B of time-major or packed input; 0 without a step."""
+    if batch_sizes is None:
+        return input.shape[1] if input.shape[0] else 0
+    return int(batch_sizes[0]) if len(batch_sizes) else 0
 
 
 def elman_layer(
@@ -230,7 +244,7 @@ def _(
     elif batch_sizes is None:
         batch = input.shape[1]
     else:
-        batch = torch.library.get_ctx().new_dynamic_size()
+        batch = unknown_size()
     out = weights[0].new_empty(*input.shape[: input.dim() - (not is_tokens(input))], directions * hidden)
     return out, out.new_empty(directions, batch, hidden)
 

@@ -109,15 +109,24 @@ def layer_by_torch(
 ) -> tuple[Tensor, Tensor]:
     """All D directions of one layer by torch's own RNN where it can run them. Arguments and results as above."""
     tokens, each = input.dtype in TOKEN_TYPES, len(weights) // len(reverse)
-    if each == 3 or reverse[0] or (tokens and input.device.type == "cpu"):
+    backwards = reverse[0]
+    turned = len(reverse) == 1 and batch_sizes is None  # what walks backwards can be
+    if (backwards and not turned) or (tokens and input.device.type == "cpu"):
         return layer_by_tensor_operations(input, h0, weights, batch_sizes, nonlinearity, reverse)
+    if backwards:
+        input = input.flip(0)
+    if each == 3:  # it has two biases or none
+        none = torch.zeros_like(weights[2])
+        weights = [w for i in range(0, len(weights), 3) for w in (*weights[i : i + 3], none)]
+        each = 4
     if tokens:
         input = one_hot_rows(input, weights[0].shape[1], weights[0].dtype)
     if h0 is None:
         batch = input.shape[1] if batch_sizes is None else int(batch_sizes[0])
         h0 = input.new_zeros(len(reverse), batch, weights[1].shape[0])
     options: tuple[Any, ...] = (nonlinearity, each == 4, 1, 0.0, True, len(reverse) == 2)
-    return torch_rnn(input, h0, list(weights), batch_sizes, *options)
+    output, h_n = torch_rnn(input, h0, list(weights), batch_sizes, *options)
+    return output.flip(0) if backwards else output, h_n
 
 
 def projected(input: Tensor, weight_ih: Tensor, bias: Tensor | None) -> Tensor:

@@ -115,7 +115,7 @@ class _LanguageModelLoss(torch.autograd.Function):
         ctx.save_for_backward(*operands)
         ctx.set_materialize_grads(False)
         ctx.nonlinearity = nonlinearity
-        loss, h_n, gradients = _in_one_call(nonlinearity, *operands)
+        loss, h_n, gradients = gradients_in_one_call(nonlinearity, *operands)
         ctx.gradients = HandedOutOnce(gradients)
         return loss, h_n
 
@@ -137,7 +137,7 @@ class _LanguageModelLoss(torch.autograd.Function):
             gradients = (None,) * len(needs_grad)
         else:
             if gradients is None:
-                gradients = _in_one_call(ctx.nonlinearity, *saved)[2]
+                gradients = gradients_in_one_call(ctx.nonlinearity, *saved)[2]
             if factor != 1.0:  # nearly never
                 gradients = [None if g is None else g.mul_(grad_loss) for g in gradients]
         return (None, None, None, *(g if needs else None for g, needs in zip(gradients, needs_grad, strict=True)))
@@ -146,7 +146,7 @@ class _LanguageModelLoss(torch.autograd.Function):
 _apply = apply_of(_LanguageModelLoss)
 
 
-def _in_one_call(
+def gradients_in_one_call(
     nonlinearity: str,
     tokens: Tensor,
     targets: Tensor,

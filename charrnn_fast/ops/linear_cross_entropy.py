@@ -32,6 +32,7 @@ from .context import (
     watched,
 )
 from .precision import matmul_precision
+from .tokens import ids_are_known
 
 REDUCTIONS = ("mean", "sum", "none")
 _16_BIT = (torch.bfloat16, torch.float16)
@@ -250,7 +251,7 @@ def _by_triton(
 
 def _check_target(target: Tensor, classes: int, ignore_index: int) -> None:
     """IndexError for a target that is no class, in torch's words, on a CPU; on a GPU the kernels assert it."""
-    if target.device.type == "cpu" and addressable(target):
+    if target.device.type == "cpu" and not ids_are_known(classes) and addressable(target):
         outside = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
         if len(outside):
             raise IndexError(f"Target {int(outside[0])} is out of bounds.")

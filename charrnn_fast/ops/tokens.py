@@ -1,5 +1,9 @@
 """Token ids in place of one-hot rows: which tensors are ids, whether they are in range, and the rows they stand for."""
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -8,9 +12,33 @@ from .context import addressable, transforms_active
 TOKEN_TYPES = (torch.int64, torch.int32)
 
 
+class _Known(threading.local):
+    ids_below = 0  # within ids_known_below: all ids of this thread's calls are
+
+
+_KNOWN = _Known()
+
+
+@contextmanager
+def ids_known_below(count: int) -> Iterator[None]:
+    """Within it this thread's ids are known to be in 0..count-1, as those of a corpus that somebody has looked at are,
+    and `check_tokens` takes them for such: the look costs more launches than what it guards.
+    """
+    before, _KNOWN.ids_below = _KNOWN.ids_below, count
+    try:
+        yield
+    finally:
+        _KNOWN.ids_below = before
+
+
+def ids_are_known(vocab: int) -> bool:
+    """Are all ids of this thread's calls known to be in 0..V-1?"""
+    return 0 < _KNOWN.ids_below <= vocab
+
+
 def check_tokens(tokens: Tensor, vocab: int) -> None:
     """Report ids outside 0..V-1: IndexError on a CPU; on a GPU, without waiting for it, embedding's own assertion."""
-    if not addressable(tokens) or tokens.numel() == 0:
+    if ids_are_known(vocab) or not addressable(tokens) or tokens.numel() == 0:
         return  # the values may not be there to look at
     if tokens.device.type == "cpu":
         lowest, highest = (int(bound) for bound in tokens.aminmax())

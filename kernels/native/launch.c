@@ -3,8 +3,9 @@
  * asks for it, so that nothing here needs CUDA to build, and machines without a GPU to import.
  *
  * Triton decides for every call which of a kernel's compiled forms fits its arguments: pointers that are multiples of 16,
- * integers that are 1, multiples of 16 or beyond 32 bits. `codes` holds, for each argument, what the given form was
- * compiled for; a call that does not fit it is not launched, and Triton's own launcher has to find or make another.
+ * integers that are 1, multiples of 16 or beyond 32 bits, or that a kernel says have 64. `codes` holds, for each argument,
+ * what the given form was compiled for; a call that does not fit it is not launched, and Triton's own launcher has to find
+ * or make another.
  */
 #define Py_LIMITED_API 0x030A0000
 #define PY_SSIZE_T_CLEAN
@@ -92,6 +93,8 @@ static int fits(char code, int64_t value) {
         return !narrow && value % 16 != 0;
     case 'X':
         return !narrow;
+    case 'W':
+        return 1;
     default:
         return 0;
     }

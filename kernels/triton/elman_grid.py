@@ -141,7 +141,7 @@ def _teams_at_once(kernel: Any, arguments: Sequence[Any], form: GridForm, option
     return _resident_of[key] // form.programs
 
 
-def _launch(
+def launch_teams(
     kernel: Any,
     arguments: Callable[[int, int, int], Sequence[Any]],
     teams: int,
@@ -150,10 +150,13 @@ def _launch(
     counters: torch.Tensor,
     form: GridForm,
     options: dict[str, object],
-) -> None:
-    """All teams through all steps, in as many launches as it takes.
+    what: str = "the recurrence",
+    one_by_one: bool = True,
+) -> bool:
+    """All teams through all steps, in as many launches as it takes. Whether it was done.
 
-    arguments: the kernel's, by first step, number of steps and first team.
+    arguments: the kernel's, by first step, number of steps and first team. what: runs, in an error. one_by_one: whether
+    steps are launched so where not one team runs at once; else that is not done.
     """
     device = counters.device
     most = min(steps, steps_per_launch or steps)
@@ -162,6 +165,8 @@ def _launch(
     first_team = 0
     while first_team < teams:
         if at_once == 0:  # no program waits for another
+            if most > 1 and not one_by_one:
+                return False
             at_once, most, together = teams - first_team, 1, options
         now = min(at_once, teams - first_team)
         try:
@@ -178,12 +183,13 @@ def _launch(
         first_team += now
     if os.environ.get("CHARRNN_GRID_DEBUG") == "1" and counters[0, 0].item():
         raise RuntimeError(
-            f"the recurrence across the chip: one of {form.programs} programs waited for the others in vain, "
+            f"{what} across the chip: one of {form.programs} programs waited for the others in vain, "
             f"for {form.most_polls} polls of their counter"
         )
+    return True
 
 
-def _counters(teams: int, form: GridForm, device: torch.device) -> torch.Tensor:
+def new_counters(teams: int, form: GridForm, device: torch.device) -> torch.Tensor:
     return torch.zeros((1 + teams * form.counters, COUNTER_STRIDE.value), dtype=torch.int32, device=device)
 
 
@@ -265,7 +271,7 @@ def elman_grid_forward(
     wide |= tokens is not None and x.shape[0] * x.stride(0) >= 2**31
     teams = -(-B // tile.rows) * D
     form = _form(tile, H, dtype, nonlinearity == "tanh", wide)
-    counters = _counters(teams, form, device)
+    counters = new_counters(teams, form, device)
     pointers = (
         x,
         tokens,
@@ -283,7 +289,7 @@ def elman_grid_forward(
         *_row_strides(out),
     )
     sizes = (T, B, x.shape[0], _reversed(reverse))
-    _launch(
+    launch_teams(
         elman_grid_forward_kernel,
         lambda *launch: (*pointers, *sizes, *launch, *strides),
         teams,
@@ -342,7 +348,7 @@ def elman_grid_backward(
     partial_bias = torch.empty((row_teams, D * H), dtype=acc_type, device=device)
     wide = _is_wide(tile.rows, grad_out, grad_h_n, out, h0)
     form = _form(tile, H, dtype, nonlinearity == "tanh", wide)
-    counters = _counters(row_teams * D, form, device)
+    counters = new_counters(row_teams * D, form, device)
     pointers = (
         grad_out,
         grad_h_n,
@@ -363,7 +369,7 @@ def elman_grid_backward(
         *(h0.stride()[:2] if h0 is not None else (0, 0)),
     )
     sizes = (T, B, D, _reversed(reverse))
-    _launch(
+    launch_teams(
         elman_grid_backward_kernel,
         lambda *launch: (*pointers, *sizes, *launch, *strides),
         row_teams * D,

@@ -28,7 +28,8 @@ def sum_gradients(
     need_weight_grad: bool,
     need_bias_grad: bool,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None, torch.Tensor | None]:
-    """grad_x or, with tokens, the gradient of the table (V, D*H); the D gradients of W_hh; that of a bias (D*H,).
+    """grad_x or, with tokens, the gradient of the table (V, D*H), if V is small the transpose of one that is contiguous
+    as W_ih is; the D gradients of W_hh; that of a bias (D*H,).
 
     grad_x: (T, B, D*H) or packed (N, D*H), d_t. out: like it, h_t. h0: (D, B, H) or None. h_prev: h_{t-1}, packed.
     partial_bias: (programs, D*H). partial_weight: (programs, D, H, H), or None to make a product of d_t and h_{t-1}.
@@ -49,7 +50,7 @@ def sum_gradients(
         columns = [slice(d * hidden, (d + 1) * hidden) for d in range(directions)]
         grad_weight = tuple([torch.mm(grad_x[:, own].t(), h_prev[:, own]) for own in columns])
     if tokens is not None:
-        grad_x = sum_by_id(grad_x, tokens, num_tokens) if grad_table is None else grad_table
+        grad_x = sum_by_id(grad_x, tokens, num_tokens) if grad_table is None else grad_table.t()
     return grad_x, grad_weight, grad_bias
 
 
@@ -73,13 +74,13 @@ def _weight_gradient(
 
 
 def _rows_by_token(grad_x: torch.Tensor, tokens: torch.Tensor, V: int, acc_type: torch.dtype) -> torch.Tensor:
-    """Partial sums of grad_x's rows by token id, (chunks of rows, V, D*H)."""
+    """Partial sums of grad_x's rows by token id, (chunks of rows, D*H, V)."""
     grad_x, tokens = grad_x.view(-1, grad_x.shape[-1]), tokens.reshape(-1)
     num_rows, C = grad_x.shape
     blocks = -(-num_rows // TOKEN_ROWS)
     chunk = -(-blocks // (2 * processors_of(grad_x.device))) * TOKEN_ROWS
     chunks = -(-num_rows // chunk)
-    partial = torch.empty((chunks, V, C), dtype=acc_type, device=grad_x.device)
+    partial = torch.empty((chunks, C, V), dtype=acc_type, device=grad_x.device)
     block_v, block_c = token_blocks(V, C)
     target = target_of(grad_x.device)[0]
     start(

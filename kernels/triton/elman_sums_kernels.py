@@ -10,7 +10,7 @@ from .numerics import dot
 def rows_by_token_kernel(
     grad_x_ptr,  # (num_rows, C), gradient of the pre-activations
     tokens_ptr,  # (num_rows,) int32 or int64
-    partial_ptr,  # (programs along the rows, V, C) fp32 or fp64
+    partial_ptr,  # (programs along the rows, C, V) fp32 or fp64, as W_ih lies
     num_rows,
     V,
     C,  # D*H
@@ -36,7 +36,7 @@ def rows_by_token_kernel(
         d = tl.load(grad_x_ptr + rows[:, None] * stride_grad_x + offs_c[None, :], mask=mask, other=0.0)
         one_hot = (offs_v[:, None] == ids[None, :]).to(tl.float32).to(d.dtype)
         sums = dot(one_hot, d, sums, PRECISION)
-    offsets = (pid.to(tl.int64) * V + offs_v[:, None]) * C + offs_c[None, :]
+    offsets = (pid.to(tl.int64) * C + offs_c[None, :]) * V + offs_v[:, None]
     tl.store(partial_ptr + offsets, sums, mask=(offs_v < V)[:, None] & (offs_c < C)[None, :])
 
 
@@ -44,7 +44,7 @@ def rows_by_token_kernel(
 def sum_partials_kernel(
     partial_bias_ptr,  # (programs, D, H)
     partial_weight_ptr,  # (programs, D, H, H), or None
-    partial_table_ptr,  # (chunks, V, D*H), or None
+    partial_table_ptr,  # (chunks, D*H, V), or None
     grad_bias_ptr,
     grad_weight_ptr,
     grad_table_ptr,

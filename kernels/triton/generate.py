@@ -3,20 +3,21 @@
     greedy:   x_{t+1} = argmax o_t
     sampled:  q ~ softmax(o_t / temperature)^alpha, x_{t+1} = the first id whose cumulated q exceeds u_t
 
-One launch, one program for each sequence, whatever their number and length. The weights are copied once, transposed
-and padded to whole tiles. Nothing waits for the device.
+One launch, one program for each sequence, whatever their number and length; or, for a wide layer and few sequences, a
+team of programs for each (generate_grid.py). For one program the weights are copied once, transposed and padded to
+whole tiles. Nothing waits for the device.
 """
 
-import contextlib
 import struct
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from .generate_grid import generate_grid, generate_grid_limits, generate_grid_reason
 from .generate_kernels import generate_kernel
 from .generate_tiles import MAX_VOCAB, GenerateTile, generate_tile
-from .launch import target_of
+from .launch import start, target_of
 
 _DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 
@@ -28,6 +29,17 @@ def generate_limits(vocab: int, dtype: torch.dtype) -> str | None:
     if vocab > MAX_VOCAB:
         return f"vocabulary {vocab} is above {MAX_VOCAB}"
     return None
+
+
+def generate_reason(
+    hidden_size: int, vocab: int, num_layers: int, batch: int, dtype: torch.dtype, device: torch.device | str
+) -> str:
+    """Which of the two kernels decodes, and why that one, for sizes that generate_limits allows."""
+    device = torch.device(device)
+    why_not = generate_grid_limits(hidden_size, vocab, num_layers, batch, dtype, device)
+    if why_not is None:
+        return generate_grid_reason(hidden_size, batch, dtype, device)
+    return f"one program a sequence; {why_not}"
 
 
 def _transposed(matrices: Sequence[Tensor], rows: int, columns: int) -> Tensor:
@@ -83,37 +95,46 @@ def generate(
     if (why := generate_limits(V, dtype)) is not None:
         raise RuntimeError(f"generate: {why}")
     acc_type = torch.float64 if dtype == torch.float64 else torch.float32
+    if B == 0:
+        empty = torch.empty((0, num_tokens), dtype=torch.int64, device=device)
+        return empty, torch.empty((L, 0, H), dtype=dtype, device=device)
+    sharpness = struct.unpack("q", struct.pack("d", alpha / temperature))[0]
+    k = top_k if uniforms is not None and top_k is not None and top_k < V else None
+    tanh = nonlinearity == "tanh"
+    if generate_grid_limits(H, V, L, B, dtype, device) is None:
+        given = (prompt, num_tokens, table, weight_hh[0], head_weight, head_bias, state)
+        options = {"uniforms": uniforms, "sharpness": sharpness, "top_k": k, "tanh": tanh}
+        if (found := generate_grid(*given, **options, one_by_one=False)) is not None:
+            return found
+
     tile = generate_tile(H, V, L, acc_type.itemsize)
     ids = torch.empty((B, num_tokens), dtype=torch.int64, device=device)
     states = torch.zeros((B, 2, L, tile.depth), dtype=acc_type, device=device)
     if state is not None:
         states[:, 0, :, :H] = state.transpose(0, 1)
-    if B == 0:
-        return ids, states[:, 0, :, :H].transpose(0, 1).to(dtype)
-
-    sharpness = struct.unpack("q", struct.pack("d", alpha / temperature))[0]
-    k = top_k if uniforms is not None and top_k is not None and top_k < V else None
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        generate_kernel[(B,)](
-            prompt.to(torch.int64).contiguous(),
-            *_weights(tile, table, weight_ih, weight_hh, bias, head_weight, head_bias),
-            None if uniforms is None else uniforms.to(torch.float64).contiguous(),
-            states,
-            None if k is None else torch.empty((B, tile.block_v), dtype=acc_type, device=device),
-            ids,
-            P,
-            num_tokens,
-            V,
-            L,
-            k or 0,
-            sharpness,
-            **tile.constants(),
-            TANH=nonlinearity == "tanh",
-            STACKED=L > 1,
-            SAMPLE=uniforms is not None,
-            TOP_K=k is not None,
-            **tile.launch_options(target_of(device)[0]),
-        )
+    start(
+        generate_kernel,
+        (B, 1, 1),
+        device,
+        prompt.to(torch.int64).contiguous(),
+        *_weights(tile, table, weight_ih, weight_hh, bias, head_weight, head_bias),
+        None if uniforms is None else uniforms.to(torch.float64).contiguous(),
+        states,
+        None if k is None else torch.empty((B, tile.block_v), dtype=acc_type, device=device),
+        ids,
+        P,
+        num_tokens,
+        V,
+        L,
+        k or 0,
+        sharpness,
+        **tile.constants(),
+        TANH=tanh,
+        STACKED=L > 1,
+        SAMPLE=uniforms is not None,
+        TOP_K=k is not None,
+        **tile.launch_options(target_of(device)[0]),
+    )
     last = states[:, (P + num_tokens - 1) % 2, :, :H]
     return ids, last.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format)
 

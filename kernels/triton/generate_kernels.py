@@ -25,7 +25,7 @@ is written again only two steps after it was, with a barrier between its last re
 import triton
 import triton.language as tl
 
-from .numerics import activation
+from .numerics import activation, device_function
 
 
 @triton.jit
@@ -119,27 +119,27 @@ def _rank(logits, logits_ptr, BLOCK_V: tl.constexpr, BLOCK_J: tl.constexpr):
     return tl.sum(larger, 1)
 
 
-@triton.jit
-def _argmax(logits, V, BLOCK_V: tl.constexpr):
+@device_function
+def argmax(logits, ids, V):
     """The first of the largest; the last id if there is a NaN, so that whatever the logits are it is an id."""
-    return tl.min(tl.where(logits == tl.max(logits, 0), tl.arange(0, BLOCK_V), V - 1), 0)
+    return tl.min(tl.where(logits == tl.max(logits, 0), ids, V - 1), 0)
 
 
-@triton.jit
-def _sample(
-    logits, logits_ptr, uniform, sharpness, top_k, TOP_K: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_J: tl.constexpr
-):
+@device_function
+def probabilities(logits, largest, sharpness):
+    """q times a constant, in fp64. largest: of all logits."""
+    return tl.exp((logits - largest).to(tl.float64) * sharpness)
+
+
+@device_function
+def draw(q, ids, uniform):
     """The first id of nonzero q whose cumulated q exceeds uniform * sum q, in fp64 like the reference.
 
     A parallel scan rounds otherwise than the sum does: where that leaves no such id it is the last of nonzero q.
     """
-    offs_v = tl.arange(0, BLOCK_V)
-    q = tl.exp((logits - tl.max(logits, 0)).to(tl.float64) * sharpness)
-    if TOP_K:
-        q = tl.where(_rank(logits, logits_ptr, BLOCK_V, BLOCK_J) < top_k, q, 0.0)
     reached = tl.cumsum(q, 0) > uniform * tl.sum(q, 0)
-    last = tl.max(tl.where(q > 0.0, offs_v, 0), 0)
-    return tl.min(tl.where(reached & (q > 0.0), offs_v, last), 0)
+    last = tl.max(tl.where(q > 0.0, ids, 0), 0)
+    return tl.min(tl.where(reached & (q > 0.0), ids, last), 0)
 
 
 @triton.jit(do_not_specialize=["P", "N", "V", "L", "top_k", "sharpness_bits"])
@@ -257,8 +257,11 @@ def generate_kernel(
             place = step - (P - 1)
             if SAMPLE:
                 uniform = tl.load(uniforms_ptr + place)
-                chosen = _sample(logits, logits_ptr, uniform, sharpness, top_k, TOP_K, BLOCK_V, BLOCK_J)
+                q = probabilities(logits, tl.max(logits, 0), sharpness)
+                if TOP_K:
+                    q = tl.where(_rank(logits, logits_ptr, BLOCK_V, BLOCK_J) < top_k, q, 0.0)
+                chosen = draw(q, tl.arange(0, BLOCK_V), uniform)
             else:
-                chosen = _argmax(logits, V, BLOCK_V)
+                chosen = argmax(logits, tl.arange(0, BLOCK_V), V)
             token = chosen.to(tl.int64)
             tl.store(ids_ptr + place, token)

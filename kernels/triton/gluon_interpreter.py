@@ -23,7 +23,11 @@ from .numerics import INTERPRETED, dot
 if TYPE_CHECKING:
     import numpy as np  # which need not be there where kernels are compiled
 
+<<<<<<< HEAD
 __all__ = ["barrier", "device_function", "gl", "jit", "mma_v2", "row_by_row"]
+=======
+__all__ = ["HAS_REINTERPRET", "barrier", "device_function", "gl", "jit", "mma_v2"]
+>>>>>>> main
 
 
 class SharedMemory:
@@ -45,6 +49,11 @@ class SharedMemory:
         from triton.runtime.interpreter import TensorHandle
 
         return tl.tensor(TensorHandle(self.array.copy(), self.dtype), tl.block_type(self.dtype, self.shape))
+
+    def reinterpret(self, dtype: tl.dtype, shape: list[int], layout=None) -> SharedMemory:
+        if dtype != self.dtype:
+            raise ValueError(f"{self.dtype} reinterpreted as {dtype}")
+        return SharedMemory(self.array.reshape([int(size) for size in shape]), dtype)
 
     def index(self, index: int) -> SharedMemory:
         return SharedMemory(self.array[int(index)], self.dtype)
@@ -78,6 +87,7 @@ def _reduced(operation: str) -> Callable[[tl.tensor, int], tl.tensor]:
         from triton.runtime.interpreter import TensorHandle
 
         found = np.atleast_1d(getattr(value.handle.data, operation)(axis=axis))
+        found = found.astype(value.handle.data.dtype, copy=False)  # numpy widens sums of integers
         rank = len(value.shape)
         kind = tl.block_type(value.dtype, list(found.shape)) if rank > 1 else value.dtype
         return tl.tensor(TensorHandle(found, value.dtype), kind)
@@ -121,6 +131,7 @@ if not INTERPRETED:
 
     device_function = jit
     barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name before 3.7
+<<<<<<< HEAD
 
     if hasattr(gl.shared_memory_descriptor, "reinterpret"):  # before 3.9 its name has an underscore
 
@@ -136,8 +147,12 @@ if not INTERPRETED:
             """The same shared memory as an array of tiles of one row, which `index` takes."""
             return buffer._reinterpret(buffer.dtype, [buffer.shape[0], 1, buffer.shape[1]], buffer.layout)
 
+=======
+    HAS_REINTERPRET = tl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))  # else under another name
+>>>>>>> main
 else:
     gl, jit, mma_v2, device_function = _stand_in(), triton.jit, _mma_v2, numerics.device_function
+    HAS_REINTERPRET = tl.constexpr(True)
 
     def barrier() -> None:
         """Nothing to wait for: a program is one thread."""

@@ -106,10 +106,11 @@ def _head_products(buffer, w, outer, h, F: tl.constexpr):
 
 
 @device_function
-def _add(ptr, value, index, limit, again):
-    """Store sums where index < limit; if `again`, on top of what this program left there for the row before."""
-    so_far = gl.load(ptr, mask=index < gl.where(again, limit, 0), other=0.0)
-    gl.store(ptr, so_far + value, mask=index < limit)
+def _add(ptr, value, mask, again):
+    """Store a sum; if `again`, on top of what this program left there for the row before."""
+    if again:  # a branch: as a mask it would have all of a matrix loaded before any of it is added
+        value += gl.load(ptr, mask=mask, other=0.0)
+    gl.store(ptr, value, mask=mask)
 
 
 @device_function
@@ -119,8 +120,7 @@ def _add_outer(ptr, outer, again, ROWS: tl.constexpr, PIECES: tl.constexpr, F: t
     k = gl.arange(0, F.piece, layout=gl.SliceLayout(0, gl.SliceLayout(1, F.products))).expand_dims(0).expand_dims(1)
     for a in gl.static_range(PIECES):
         row = k + a * F.piece
-        index = row + gl.where(n < F.hidden, 0, ROWS)
-        _add(ptr + row * F.hidden + n, outer[a], index, ROWS, again)
+        _add(ptr + row * F.hidden + n, outer[a], (n < F.hidden) & (row < ROWS), again)
 
 
 @device_function
@@ -237,7 +237,7 @@ def _head(
     if GRADS:
         _add_outer(partial_weight_ptr, outer, again, V, F.input_pieces, F)
         own = gl.arange(0, HEAD.width, layout=gl.SliceLayout(0, HEAD.whole_rows))
-        _add(partial_bias_ptr + own, gl.sum(grad_bias, axis=0), own, V, again)
+        _add(partial_bias_ptr + own, gl.sum(grad_bias, axis=0), own < V, again)
     return gl.sum(log_sums, axis=0) - gl.sum(gl.sum(chosen, axis=1), axis=0), gl.sum(counts, axis=0)
 
 
@@ -310,10 +310,10 @@ def _walk_back(
     ids_v = gl.arange(0, HEAD.width, layout=gl.SliceLayout(1, HEAD.whole_states)).expand_dims(1)
     units_v = gl.arange(0, F.width, layout=gl.SliceLayout(0, HEAD.whole_states)).expand_dims(0)
     total = even_table.load(HEAD.whole_states) + odd_table.load(HEAD.whole_states)
-    index = ids_v + gl.where(units_v < F.hidden, 0, V)
-    _add(partial_table_ptr + ids_v * F.hidden + units_v, total, index, V, again)
+    mask = (ids_v < V) & (units_v < F.hidden)
+    _add(partial_table_ptr + ids_v * F.hidden + units_v, total, mask, again)
     _add_outer(partial_weight_ptr, outer, again, F.hidden, F.pieces, F)
-    _add(partial_bias_ptr + units, grad_bias, units, F.hidden, again)
+    _add(partial_bias_ptr + units, grad_bias, units < F.hidden, again)
 
 
 @jit(do_not_specialize=["T", "B", "ignore_index"])

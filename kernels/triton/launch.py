@@ -157,6 +157,8 @@ def codes_of(params: Sequence[Any], arguments: Sequence[Any]) -> str:
             codes.append("n")
         elif not isinstance(argument, int):
             codes.append("P" if argument.data_ptr() % 16 == 0 else "p")
+        elif param.annotation_type == "i64":
+            codes.append("W")
         elif param.do_not_specialize:
             codes.append("I" if -(2**31) <= argument < 2**31 else "X")
         elif argument == 1:
@@ -172,4 +174,4 @@ def _type_of(code: str) -> str:
     """The start of Triton's name for the type of an argument of this code."""
     if code in "Pp":
         return "*"
-    return "constexpr" if code in "n1" else "i64" if code in "LlX" else "i32"
+    return "constexpr" if code in "n1" else "i64" if code in "LlXW" else "i32"

@@ -26,8 +26,8 @@ MOST = {
         "forward, no_grad": (26, 2, 1),
         "forward": (22, 2, 1),
         "forward + backward": (55, 18, 3),
-        "tokens, forward + backward": (67, 23, 4),
-        "loss + backward": (166, 52, 7),
+        "tokens, forward + backward": (68, 24, 4),
+        "loss + backward": (168, 53, 7),
     },
 }
 

@@ -12,7 +12,7 @@ import torch
 
 from charrnn_fast.cli import main
 from charrnn_fast.kernels import native
-from charrnn_fast.lm import capture, checkpoint, training
+from charrnn_fast.lm import capture, checkpoint, recordings
 
 TEXT = (
     "It was the best of times, it was the worst of times; it was the age of wisdom, it was the age of foolishness. "
@@ -86,7 +86,7 @@ def test_capture(book, capsys, monkeypatch):
     if not torch.cuda.is_available():
         _fails(capsys, [*train, "--capture", "on"], "cannot be captured: a CUDA graph needs a CUDA or ROCm device")
     monkeypatch.setattr(capture, "why_not_on", lambda device: None)
-    monkeypatch.setattr(training, "CudaGraphRecorder", _NothingIsRecorded)
+    monkeypatch.setattr(recordings, "CudaGraphRecorder", _NothingIsRecorded)
     assert main(train) == 0
     out, err = capsys.readouterr()
     assert "steps   captured as CUDA graphs" in out
@@ -283,8 +283,9 @@ def test_doctor_says_what_runs_and_why_the_others_do_not(capsys, monkeypatch):
     assert f"torch {torch.__version__}" in out
     assert out.count("  training steps: not captured: a CUDA graph needs a CUDA or ROCm device\n") == 1
     assert f"  hidden size 32: {chosen}" in out and f"  hidden size 100000: {chosen}" in out
-    assert out.count("    not triton: ") == 4  # of two hidden sizes, and of two kinds of other operations
-    assert f"  linear_cross_entropy, clip_grad_norm_, generate: {chosen}\n" in out
+    assert out.count("    not triton: ") == 5  # of two hidden sizes, the decoder's, and two kinds of other operations
+    assert f"  generate, hidden size 32, 100000: {chosen}\n" in out
+    assert f"  linear_cross_entropy, clip_grad_norm_: {chosen}\n" in out
     monkeypatch.setenv("CHARRNN_BACKEND", "magic")
     _fails(capsys, ["doctor"], "CHARRNN_BACKEND is 'magic'")
     _fails(capsys, ["doctor", "--device", "abacus"], "--device abacus cannot be used here")

@@ -209,14 +209,14 @@ def test_counters_may_go_round():
 # A process for each program, on a memory that they share. The launcher is told that they all run at once; each process
 # runs its own program of every launch.
 PROCESSES = textwrap.dedent("""
-    import multiprocessing, os, random, sys, time
+    import multiprocessing, os, sys
     os.environ["TRITON_INTERPRET"] = "1"
     import torch
-    from triton.runtime import interpreter
     torch.set_num_threads(1)
     sys.path.insert(0, sys.argv[1])
     from elman_problems import biases, make_problem
-    from charrnn_fast.kernels.triton import elman_grid, elman_grid_forms, elman_grid_kernels
+    from grid_programs import Own, late_announcements, shared
+    from charrnn_fast.kernels.triton import elman_grid, elman_grid_kernels
     from charrnn_fast.kernels.triton.elman_grid_tiles import GridTile
 
     TILE = GridTile("mma3", 16, 8, 2, 1.0, "test")
@@ -224,22 +224,6 @@ PROCESSES = textwrap.dedent("""
         dict(T=4, H=40, B=3, packed=False, reverse=(False, True)),
         dict(T=4, H=31, B=9, packed=True, tokens=True, reverse=(True,)),
     )
-
-    class Own:
-        '''A kernel whose launches run program n of each team.'''
-        def __init__(self, kernel, n):
-            self.kernel, self.n = kernel, n
-
-        def __getitem__(self, grid):
-            def launch(*arguments, **options):
-                builder = interpreter.interpreter_builder
-                set_grid_dim, set_grid_idx = builder.set_grid_dim, builder.set_grid_idx
-                builder.set_grid_dim = lambda x, y, z: set_grid_dim(*grid)
-                builder.set_grid_idx = lambda x, y, z: set_grid_idx(self.n, y, z)
-                self.kernel[1, grid[1]](*arguments, **options)
-                builder.set_grid_dim, builder.set_grid_idx = set_grid_dim, set_grid_idx
-
-            return launch
 
     def forward(p, **options):
         return elman_grid.elman_grid_forward(p.x, p.weight_hh, p.h0, **biases(p), **p.options, tile=TILE, **options)
@@ -252,19 +236,9 @@ PROCESSES = textwrap.dedent("""
     def program(n, p, out, grad_x, counters, found):
         for name in ("elman_grid_forward_kernel", "elman_grid_backward_kernel"):
             setattr(elman_grid, name, Own(getattr(elman_grid, name), n))
-        announce, delay = elman_grid_kernels.announce, random.Random(n)
-
-        def announce_late(*arguments):
-            time.sleep(0.005 * delay.random() ** 4)
-            announce(*arguments)
-
-        gl = elman_grid_forms.gl
-        greatest = gl.max
-        gl.max = lambda value, axis: time.sleep(0.001) or greatest(value, axis)  # of wait: not to poll all the time
-        elman_grid_kernels.announce = announce_late
-        elman_grid.INTERPRETED_AT_ONCE = 10**6
+        late_announcements(elman_grid_kernels, n)
         launches = []
-        elman_grid._counters = lambda teams, form, device: launches.append(teams) or counters[len(launches) - 1]
+        elman_grid.new_counters = lambda teams, form, device: launches.append(teams) or counters[len(launches) - 1]
         own = slice(16 * n, 16 * n + 16)
         _, h_n = forward(p, out=out)
         found[0][..., own] = h_n[..., own]
@@ -272,9 +246,6 @@ PROCESSES = textwrap.dedent("""
         torch.empty_like = lambda tensor: given.pop() if given else empty_like(tensor)  # what is exchanged comes first
         _, _, grad_h0, _ = backward(p, out)
         found[1][..., own] = grad_h0[..., own]
-
-    def shared(*shape, dtype=torch.float32, value=float("nan")):
-        return torch.full(shape, value, dtype=dtype).share_memory_()
 
     if __name__ == "__main__":
         fork = multiprocessing.get_context("fork")
@@ -358,7 +329,7 @@ def launches_of(monkeypatch, at_once: int, most: int, teams: int, steps: int, st
     monkeypatch.setattr(elman_grid, "_teams_at_once", lambda *arguments: at_once)
     kernel, form = Refusing(most), FORM
     counters = torch.zeros(1 + teams, 32, dtype=torch.int32)
-    elman_grid._launch(kernel, lambda *launch: launch, teams, steps, steps_per_launch, counters, form, {})
+    elman_grid.launch_teams(kernel, lambda *launch: launch, teams, steps, steps_per_launch, counters, form, {})
     return kernel.launches
 
 
@@ -398,7 +369,7 @@ def test_debug_mode_says_who_waited_in_vain(monkeypatch):
     counters, form = torch.zeros(2, 32, dtype=torch.int32), replace(FORM, most_polls=7)
     monkeypatch.setattr(elman_grid, "_teams_at_once", lambda *arguments: 1)
     given = Late(16), lambda *launch: launch, 1, 5, None, counters, form, {}
-    elman_grid._launch(*given)
+    elman_grid.launch_teams(*given)
     monkeypatch.setenv("CHARRNN_GRID_DEBUG", "1")
     with pytest.raises(RuntimeError, match="one of 16 programs waited for the others in vain, for 7 polls"):
-        elman_grid._launch(*given)
+        elman_grid.launch_teams(*given)

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+import triton.language as tl
 
 from charrnn_fast.kernels import native
 from charrnn_fast.kernels.native import library
@@ -50,6 +51,7 @@ def start(parameters: int, codes: bytes, values: tuple[int, ...], cooperative: i
 
 
 def test_what_the_driver_is_given(driver):
+    assert start(1, b"W", (5,)) is start(1, b"W", (MANY,)) is True
     values = (1 << 44, -1, 24, 1, 16, 7, MANY, -5, -(2**40))
     assert start(9, b"Pnp1DiLII"[:8] + b"X", values) is True
     assert list(driver.asked) == [7, 2, 1, 128, 1, 1, 5000, 1 << 40, 0]
@@ -97,7 +99,7 @@ def test_errors(driver):
         library.extension.use_driver("no-such-library.so")
 
 
-def kernel_like(a_ptr, b_ptr, n, m, k, F):
+def kernel_like(a_ptr, b_ptr, n, m, k, wide: tl.int64, F):
     """Parameters of a kernel, for Triton to look at."""
 
 
@@ -107,20 +109,21 @@ def test_codes_are_how_triton_specializes():
     from triton.compiler.compiler import make_backend
     from triton.runtime.jit import JITFunction, create_function_from_signature
 
-    kernel = JITFunction(kernel_like, do_not_specialize=["k"])
+    kernel = JITFunction(kernel_like, do_not_specialize=["k", "wide"])
     backend = make_backend(GPUTarget("cuda", 90, 32))
     bind = create_function_from_signature(inspect.signature(kernel_like), kernel.params, backend)
     numbers, draw = torch.zeros(64), random.Random(0)
     meanings: dict[str, set[Any]] = {}
     for _ in range(500):
         pointers = [draw.choice([None, numbers[draw.randrange(8) :]]) for _ in range(2)]
-        sizes = [draw.choice([0, 1, 2, 7, 16, -16, 48, MANY - 1, MANY, MANY + 1, 2**40, -MANY]) for _ in range(3)]
+        sizes = [draw.choice([0, 1, 2, 7, 16, -16, 48, MANY - 1, MANY, MANY + 1, 2**40, -MANY]) for _ in range(4)]
         _, specialization, _ = bind(*pointers, *sizes, 0, num_warps=4)
         for code, found in zip(codes_of(kernel.params, (*pointers, *sizes)), specialization, strict=False):
             meanings.setdefault(code, set()).add(tuple(map(str, found)))
-    assert set(meanings) == set("PpnDi1LlIX")
+    assert set(meanings) == set("PpnDi1LlIXW")
     found = {code: next(iter(kinds)) for code, kinds in meanings.items() if len(kinds) == 1}
     assert found.keys() == meanings.keys()  # one code is never two kinds to Triton
+    assert found.pop("W") == found["X"]  # 64 bits: a parameter's own, whatever its value
     assert len(set(found.values())) == len(found)  # nor one kind two codes
     assert found["n"][0] == found["1"][0] == "constexpr"
 
@@ -132,7 +135,9 @@ class Kernel:
     metadata: dict[str, Any] = field(default_factory=dict)
     launched: int = 0
     pre_run_hooks: list[Any] = field(default_factory=list)
-    params: Any = tuple(SimpleNamespace(do_not_specialize=name == "T") for name in ("x", "T", "stride"))
+    params: Any = tuple(
+        SimpleNamespace(do_not_specialize=name == "T", annotation_type="") for name in ("x", "T", "stride")
+    )
     types: Any = ("*fp32", "i32", "i32")
 
     def __getitem__(self, grid):

@@ -9,67 +9,15 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from generate_problems import Decoder
 
 from charrnn_fast.kernels import native
 from charrnn_fast.kernels.triton.generate import generate, generate_limits
-from charrnn_fast.kernels.triton.generate_kernels import _argmax, _sample
+from charrnn_fast.kernels.triton.generate_kernels import _rank, argmax, draw, probabilities
 from charrnn_fast.kernels.triton.generate_tiles import MAX_VOCAB, generate_tile
 from charrnn_fast.reference.generate import next_token
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-class Decoder:
-    """Random weights of a stack and a head in fp64, and the decoder written out step by step."""
-
-    def __init__(self, H, V, L=1, B=1, P=1, *, nonlinearity="tanh", head_bias=True, state=True, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-
-        def random(*shape):
-            return torch.randn(*shape, generator=generator, dtype=torch.float64)
-
-        self.prompt = torch.randint(0, V, (B, P), generator=generator)
-        self.table = random(V, H)
-        self.weight_ih = [None, *(random(H, H) / H**0.5 for _ in range(L - 1))]
-        self.weight_hh = [random(H, H) / H**0.5 for _ in range(L)]
-        self.bias = [None, *(random(H) for _ in range(L - 1))]
-        self.head_weight, self.head_bias = random(V, H) / H**0.5 * 3, random(V) if head_bias else None
-        self.state = random(L, B, H) if state else None
-        self.uniforms = torch.rand(B, 4096, generator=generator, dtype=torch.float64)
-        self.nonlinearity = nonlinearity
-
-    def reference(self, num_tokens, sampled, **options):
-        """Ids and last state; in fp64."""
-        f = torch.tanh if self.nonlinearity == "tanh" else torch.relu
-        (B, P), ids = self.prompt.shape, []
-        zeros = [self.table.new_zeros(B, self.table.shape[1]) for _ in self.weight_hh]
-        state = zeros if self.state is None else list(self.state)
-        for step in range(P + num_tokens - 1):
-            x = self.table[self.prompt[:, step] if step < P else ids[-1]]
-            for layer, weight in enumerate(self.weight_hh):
-                if layer:
-                    x = x @ self.weight_ih[layer].T + self.bias[layer]
-                x = state[layer] = f(x + state[layer] @ weight.T)
-            if step >= P - 1:
-                logits = torch.nn.functional.linear(x, self.head_weight, self.head_bias)
-                uniform = self.uniforms[:, step - P + 1] if sampled else None
-                ids.append(next_token(logits, uniform, **options))
-        return torch.stack(ids, 1), torch.stack(state)
-
-    def run(self, decode, num_tokens, sampled, dtype=torch.float64, device=DEVICE, **options):
-        def cast(tensor):
-            return None if tensor is None else tensor.to(device, dtype)
-
-        weights = ([cast(t) for t in tensors] for tensors in (self.weight_ih, self.weight_hh, self.bias))
-        uniforms = self.uniforms[:, :num_tokens].to(device) if sampled else None
-        ids, state = decode(
-            *(self.prompt.to(device), num_tokens, cast(self.table), *weights),
-            *(cast(self.head_weight), cast(self.head_bias), cast(self.state)),
-            uniforms=uniforms,
-            nonlinearity=self.nonlinearity,
-            **options,
-        )
-        return ids.cpu(), state.cpu()
 
 
 SAMPLING = (None, {}, {"temperature": 0.6, "top_k": 3}, {"temperature": 1.5, "alpha": 2.0, "top_k": 1000})
@@ -147,10 +95,12 @@ def _choose_kernel(
     logits = tl.load(logits_ptr + row * V + offs, mask=offs < V, other=-float("inf"))
     if SAMPLE:
         uniform = tl.load(uniform_ptr + row)
-        sharpness = tl.full((), 1.0, tl.float64)
-        chosen = _sample(logits, scratch_ptr + row * BLOCK, uniform, sharpness, top_k, TOP_K, BLOCK, BLOCK // 2)
+        q = probabilities(logits, tl.max(logits, 0), tl.full((), 1.0, tl.float64))
+        if TOP_K:
+            q = tl.where(_rank(logits, scratch_ptr + row * BLOCK, BLOCK, BLOCK // 2) < top_k, q, 0.0)
+        chosen = draw(q, offs, uniform)
     else:
-        chosen = _argmax(logits, V, BLOCK)
+        chosen = argmax(logits, offs, V)
     tl.store(ids_ptr + row, chosen)
 
 

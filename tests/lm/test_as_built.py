@@ -12,7 +12,9 @@ from torch.nn.utils import parametrizations
 from charrnn_fast.errors import InputError
 from charrnn_fast.lm import as_built, capture, checkpoint, data
 from charrnn_fast.lm.data import Vocabulary
-from charrnn_fast.lm.model import CharRNN, generate
+from charrnn_fast.lm.forms import make
+from charrnn_fast.lm.generation import generate
+from charrnn_fast.lm.model import CharRNN
 from charrnn_fast.lm.recipes import RECIPES
 from charrnn_fast.lm.training import Trainer
 from charrnn_fast.reference import generate as reference_generate
@@ -20,12 +22,12 @@ from charrnn_fast.reference import generate as reference_generate
 V, H, B, T = 11, 8, 40, 12  # so many rows that the loss is computed in one call where nobody listens
 TOKENS = torch.randint(V, (B, T + 1), generator=torch.Generator().manual_seed(1))
 X, Y = TOKENS[:, :-1], TOKENS[:, 1:]
-FORMS = [{}, {"num_layers": 2}, {"embedding": 5}, {"cell": "torch"}]
+FORMS = [{}, {"num_layers": 2}, {"embedding": 5}, {"form": "torch"}]
 
 
-def _model(**options) -> CharRNN:
+def _model(form="fused", **options):
     torch.manual_seed(0)
-    return CharRNN(V, H, dtype=torch.float64, **options)
+    return make(form, V, H, dtype=torch.float64, **options)
 
 
 def _plain_loss(model: CharRNN, state=None) -> torch.Tensor:

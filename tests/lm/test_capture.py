@@ -13,13 +13,15 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from charrnn_fast.errors import TrainingError
-from charrnn_fast.lm import capture, checkpoint, corpora, data, training
-from charrnn_fast.lm import step as step_module
+from charrnn_fast.lm import capture, checkpoint, corpora, data, recordings, training
+from charrnn_fast.lm import model as model_module
 from charrnn_fast.lm.capture import MAX_SHAPES, WARM_UP_STEPS, RecordedSteps, dependencies
+from charrnn_fast.lm.evaluation import validate
 from charrnn_fast.lm.model import CharRNN
 from charrnn_fast.lm.recipes import RECIPES, build_model, build_sampler
 from charrnn_fast.lm.schedule import Schedule
-from charrnn_fast.lm.step import TrainingStep, train_batches
+from charrnn_fast.lm.step import Evaluation, TrainingStep, train_batches
+from charrnn_fast.lm.torch_model import TorchCharRNN
 from charrnn_fast.lm.training import Trainer
 from charrnn_fast.reference import training as reference
 
@@ -231,7 +233,7 @@ def test_losses_stay_what_they_were():
     class Static(Calling):
         def record(self, work):
             replay = super().record(work)
-            return lambda: last.copy_(replay())
+            return lambda: (last.copy_((found := replay())[0]), found[1])
 
     steps = _recorded(model, optimizer, 1.0, Static(), False)
     losses = [float(loss) for loss in list(train_batches(model, batches, optimizer, 1.0, recorded=steps))]
@@ -242,8 +244,8 @@ def test_losses_stay_what_they_were():
 def test_triton_kernels_follow_the_reference(name, device, monkeypatch):
     """What a GPU runs (token recurrence, loss, clip, update; recorded), in fp64: interpreted where there is none."""
     monkeypatch.setenv("CHARRNN_BACKEND", "triton")
-    steps = Mock(wraps=step_module.clip_and_sgd_step_)
-    monkeypatch.setattr(step_module, "clip_and_sgd_step_", steps)
+    steps = Mock(wraps=model_module.clip_and_sgd_step_)
+    monkeypatch.setattr(model_module, "clip_and_sgd_step_", steps)
     sizes = {"batch_size": 1 if name == "santa" else 5, "num_steps": 4, "hidden_size": 6}
     recipe = replace(RECIPES[name], **sizes)
     text = TEXT[: {"scratch": 60, "ch8": 130, "santa": 30}[name]]
@@ -269,7 +271,7 @@ def recorders(monkeypatch) -> list[Calling]:
         made.append(Calling())
         return made[-1]
 
-    monkeypatch.setattr(training, "CudaGraphRecorder", make)
+    monkeypatch.setattr(recordings, "CudaGraphRecorder", make)
     monkeypatch.setattr(capture, "why_not_on", lambda device: None)
     monkeypatch.setattr(training, "why_not_optimizer", lambda optimizer: None)
     return made
@@ -304,6 +306,33 @@ def test_trainer_records_and_keeps_its_curve(name, recorders):
         assert torch.equal(p, q)
 
 
+def test_validation_is_recorded_and_an_epoch_reads_from_the_device_twice(recorders, monkeypatch):
+    """Each shape of the validation after its warm-up; losses and norms of an epoch come over in one transfer, those of
+    its validation in another.
+    """
+    transfers, cpu = [], torch.Tensor.cpu
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: (transfers.append(tuple(self.shape)), cpu(self))[1])
+    recipe = replace(FORMS["scratch"], batch_size=64)
+    trainer, sampler = _fit(recipe, epochs=WARM_UP_STEPS + 2, capture=True)
+    steps, batches = trainer.step // trainer.epochs, len(list(sampler.validation()))
+    assert transfers == [(2 * steps,), (batches,)] * trainer.epochs
+    slots = trainer._recordings.evaluation(False)._slots.values()
+    assert len(slots) == 2 and all(slot.replay is not None for slot in slots)
+    assert trainer._recordings.evaluation(False).reason is None
+
+
+@pytest.mark.parametrize("name", ["concise", "ch8"])
+def test_an_evaluation_alone_is_recorded_where_a_step_can_be(name, recorders):
+    """validate() as `charrnn-fast evaluate` calls it: whole and ragged batches, zero and carried state."""
+    model = build_model(FORMS[name], 28, seed=0)
+    text = data.consecutive(TEXT[:500], 33, ids_below=28)
+    batches = list(text) if name == "ch8" else list(build_sampler(FORMS[name], TEXT[:3000], seed=0).validation())
+    recorded = validate(model, batches, carry_state=name == "ch8")
+    plain = validate(model, batches, carry_state=name == "ch8", step=Evaluation(model))
+    assert recorded == plain
+    assert [r.recorded for r in recorders] == ([1] if name == "ch8" else [0]) and recorders[0].runs >= WARM_UP_STEPS - 1
+
+
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_learning_rate_that_changes_is_a_tensor_that_a_recording_follows(optimizer, recorders):
     recipe = replace(FORMS["ch8"], optimizer=optimizer, lr=0.01)
@@ -332,7 +361,7 @@ def test_clip_and_optimizer_changed_between_epochs_are_heeded(recorders):
         trainer.fit(build_sampler(FORMS["ch8"], TEXT[:3000], seed=0), on_epoch=change)
         results.append(_curve(trainer))
     assert results[0] == results[1]
-    assert len(recorders) == 3 and all(recorder.replays for recorder in recorders)
+    assert [recorder.recorded for recorder in recorders] == [3] and recorders[0].replays > 8
 
 
 @pytest.mark.parametrize("name", ["scratch", "ch8", "santa"])
@@ -365,8 +394,8 @@ def test_failure_in_a_run_is_told_and_trained_through(recorders, monkeypatch):
 
 REASONS = {
     "a CUDA graph needs a CUDA or ROCm device": (lambda: CharRNN(28, 4), {}),
-    "PyTorch alone is trained as PyTorch does": (lambda: CharRNN(28, 4, cell="torch"), {}),
-    "the reference model is trained by its own loop": (lambda: CharRNN(28, 4).to_reference(), {}),
+    "PyTorch alone is trained as PyTorch does": (lambda: TorchCharRNN(28, 4), {}),
+    "the reference model is trained operation by operation": (lambda: CharRNN(28, 4).to_reference(), {}),
     "the graph is kept across 3 batches": (lambda: CharRNN(28, 4), {"graph_batches": 3}),
 }
 

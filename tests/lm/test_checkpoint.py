@@ -8,7 +8,7 @@ import torch
 from charrnn_fast.errors import InputError
 from charrnn_fast.lm import checkpoint
 from charrnn_fast.lm.data import Vocabulary
-from charrnn_fast.lm.model import generate
+from charrnn_fast.lm.generation import generate
 from charrnn_fast.lm.recipes import RECIPES, build_model, build_sampler
 from charrnn_fast.lm.training import Trainer
 

@@ -4,14 +4,20 @@ import pytest
 import torch
 
 from charrnn_fast.errors import InputError
+from charrnn_fast.lm import data
 from charrnn_fast.lm.data import Vocabulary
-from charrnn_fast.lm.model import CharRNN, generate
+from charrnn_fast.lm.forms import FORMS, make, of
+from charrnn_fast.lm.generation import generate
+from charrnn_fast.lm.language_model import LanguageModel
+from charrnn_fast.lm.model import CharRNN
+from charrnn_fast.lm.training import Trainer
 from charrnn_fast.reference.generate import generate as reference_generate
+from charrnn_fast.reference.language_model import RNNLM
 
 
-def _model(**options) -> CharRNN:
-    torch.manual_seed(0)
-    return CharRNN(7, 5, dtype=torch.float64, **options)
+def _model(form="fused", seed=0, **options):
+    torch.manual_seed(seed)
+    return make(form, 7, 5, dtype=torch.float64, **options)
 
 
 OPTIONS = [
@@ -20,8 +26,8 @@ OPTIONS = [
     {"nonlinearity": "relu"},
     {"embedding": 3},
     {"second_bias": False, "num_layers": 2},
-    {"cell": "torch"},
-    {"cell": "torch", "embedding": 3, "num_layers": 2},
+    {"form": "torch"},
+    {"form": "torch", "embedding": 3, "num_layers": 2},
 ]
 
 
@@ -51,10 +57,54 @@ def test_matches_the_reference(options):
 @pytest.mark.parametrize("options", OPTIONS)
 def test_reference_and_back_is_the_same_model(options):
     model = _model(**options)
-    torch.manual_seed(5)
-    other = CharRNN(7, 5, dtype=torch.float64, **options).load_reference(model.to_reference())
+    other = _model(seed=5, **options).load_reference(model.to_reference())
     for p, q in zip(model.parameters(), other.parameters(), strict=True):
         assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("options", [{}, {"embedding": 3, "num_layers": 2}, {"second_bias": False}])
+def test_every_form_is_a_language_model_and_takes_over_every_others_parameters(options):
+    """What the protocol names is there; one file's parameters make one model in each form: loss, state and text."""
+    torch.manual_seed(0)
+    written = make("fused", 7, 5, dtype=torch.float64, **options).state_dict()
+    tokens = torch.randint(7, (3, 9), generator=torch.Generator().manual_seed(1))
+    found = []
+    for seed, form in enumerate(FORMS):
+        model = _model(form, seed + 1, **options)
+        assert model.form == form and all(hasattr(model, name) for name in vars(LanguageModel) if name[0] != "_")
+        model.load_state_dict(written)
+        again = model.state_dict()
+        assert again.keys() == written.keys() and all(torch.equal(again[name], p) for name, p in written.items())
+        assert model.config() == _model(**options).config() and str(model.device) == "cpu"
+        with model.evaluating():
+            ids, _ = model.generate_ids(tokens, 6)
+        found.append([*model.loss(tokens[:, :-1], tokens[:, 1:], model.zero_state(3)), ids.double()])
+        with pytest.raises(RuntimeError, match=r"size mismatch|missing|other names"):
+            model.load_state_dict(make("fused", 7, 4).state_dict())
+        with pytest.raises(ValueError, match=r"a state \((1|2), B, 5\) was expected, got \(4, 2, 5\)"):
+            model.require_state(torch.zeros(4, 2, 5))
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-12, atol=1e-13)
+
+
+def test_the_specifications_own_model_is_taken_with_its_own_parameters():
+    net = RNNLM.from_scratch(7, 5, sigma=0.5, generator=torch.Generator().manual_seed(0))
+    before = net.W_hq.clone()
+    sampler = data.RandomWindows(torch.arange(60) % 7, torch.Generator(), batch_size=4, num_steps=5)
+    trainer = Trainer(net, epochs=1)
+    trainer.fit(sampler)
+    assert trainer.model.W_hq is net.W_hq and not torch.equal(net.W_hq, before)
+    assert generate(net, VOCAB, "cab", 12) == generate(of(net), VOCAB, "cab", 12)
+    for taken in (Trainer, of):
+        with pytest.raises(TypeError, match=r"a language model was expected .* got Linear"):
+            taken(torch.nn.Linear(2, 2))
+
+
+def test_charrnn_is_the_fused_form_and_names_the_other():
+    with pytest.raises(ValueError, match=r"cell must be 'fused', got .torch.: .*TorchCharRNN, with these arguments"):
+        CharRNN(7, 5, cell="torch")
+    with pytest.raises(ValueError, match="the form must be one of fused, reference, torch, got 'lstm'"):
+        make("lstm", 7, 5)
 
 
 def test_one_bias_means_one_trained_bias():
@@ -140,9 +190,9 @@ def test_state_of_another_number_of_layers_is_refused():
         _model().loss(tokens[:, :-1], tokens[:, 1:], torch.zeros(2, 20, 5, dtype=torch.float64))
 
 
-@pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"cell": "torch"}])
+@pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"form": "torch"}])
 def test_targets_of_another_shape_are_refused(options):
     """As many, but (T, B): some ways of the loss would pair them with other tokens than others do."""
     tokens = torch.randint(11, (2, 3))
     with pytest.raises(ValueError, match=r"targets must be \(2, 3\) as tokens are, got \(3, 2\)"):
-        CharRNN(11, 8, **options).loss(tokens, torch.randint(11, (3, 2)))
+        make(options.pop("form", "fused"), 11, 8, **options).loss(tokens, torch.randint(11, (3, 2)))

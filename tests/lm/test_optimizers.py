@@ -4,19 +4,17 @@ import pytest
 import torch
 
 from charrnn_fast.lm import data
-from charrnn_fast.lm.model import CharRNN
+from charrnn_fast.lm.forms import FORMS, make
 from charrnn_fast.lm.training import Trainer
 from charrnn_fast.reference import training as reference
 
 V, H = 7, 5
 TOKENS = torch.randint(V, (400,), generator=torch.Generator().manual_seed(1))
-FORMS = ("fused", "torch", "reference")
 
 
 def _model(form):
     torch.manual_seed(0)
-    model = CharRNN(V, H, dtype=torch.float64, cell="torch" if form == "torch" else "fused")
-    return model.to_reference() if form == "reference" else model
+    return make(form, V, H, dtype=torch.float64)
 
 
 def _sampler():

@@ -13,7 +13,9 @@ import torch
 from charrnn_fast.errors import InputError
 from charrnn_fast.lm import data
 from charrnn_fast.lm.callbacks import Callback, JsonLog, Samples, TensorBoard
-from charrnn_fast.lm.model import CharRNN, evaluating, generate
+from charrnn_fast.lm.forms import make
+from charrnn_fast.lm.generation import generate
+from charrnn_fast.lm.model import CharRNN
 from charrnn_fast.lm.schedule import Schedule
 from charrnn_fast.lm.training import Trainer, validate
 
@@ -21,9 +23,9 @@ V, H = 7, 5
 TOKENS = torch.randint(V, (800,), generator=torch.Generator().manual_seed(1))
 
 
-def _model(**options) -> CharRNN:
+def _model(form="fused", **options):
     torch.manual_seed(0)
-    return CharRNN(V, H, **{"dtype": torch.float64, **options})
+    return make(form, V, H, **{"dtype": torch.float64, **options})
 
 
 def _sampler(batch_size=8) -> data.Sampler:
@@ -150,7 +152,7 @@ def test_options_that_the_reference_does_not_have():
 @pytest.mark.parametrize("form", ["fused", "torch"])
 def test_accumulated_gradients_are_those_of_the_large_batch(form):
     """Also where batches differ in size, and where the epoch ends inside a group."""
-    large, small = _model(cell=form), _model(cell=form)
+    large, small = _model(form), _model(form)
     plain, accumulated = Rates(), Rates()
     Trainer(large, optimizer="sgd", lr=0.1, momentum=0.5, epochs=2).fit(_sampler(24), callbacks=[plain])
     trainer = Trainer(small, optimizer="sgd", lr=0.1, momentum=0.5, epochs=2, accumulate=3)
@@ -182,7 +184,7 @@ def test_norms_and_the_share_of_clipped_steps(clip):
 @pytest.mark.parametrize("form", ["fused", "torch"])
 def test_dropout_is_between_layers_and_before_the_head(form, layers):
     """The same random numbers in the same places as nn.RNN(dropout=) and nn.Dropout draw them."""
-    model = _model(cell=form, dropout=0.4, num_layers=layers, embedding=4)
+    model = _model(form, dropout=0.4, num_layers=layers, embedding=4)
     X, Y = TOKENS[:60].view(4, 15), TOKENS[1:61].view(4, 15)
     torch.manual_seed(3)
     loss, _ = model.loss(X, Y)
@@ -193,7 +195,7 @@ def test_dropout_is_between_layers_and_before_the_head(form, layers):
     logits = model.head(torch.nn.functional.dropout(outputs, 0.4))
     assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(logits.flatten(0, 1), Y.flatten()).item())
     assert model.loss(X, Y)[0] != loss, "other numbers each time"
-    with evaluating(model):
+    with model.evaluating():
         assert not model.training and not model.rnn.training
         assert model.loss(X, Y)[0] == model.loss(X, Y)[0] == _eval(model).loss(X, Y)[0]
     assert model.training and model.rnn.training
@@ -208,7 +210,7 @@ def _eval(model) -> CharRNN:
 @pytest.mark.parametrize("form", ["fused", "torch"])
 def test_dropout_is_for_training_alone(form):
     vocab = data.Vocabulary(list("abcdefg"), letters=False)
-    model = _model(cell=form, dropout=0.5, num_layers=2)
+    model = _model(form, dropout=0.5, num_layers=2)
     assert model.training and len({generate(model, vocab, "abc", 30) for _ in range(5)}) == 1
     assert len({validate(model, [(TOKENS[None, :50], TOKENS[None, 1:51])]) for _ in range(5)}) == 1
     model.eval()

@@ -54,6 +54,24 @@ def test_fused_and_reference_follow_the_same_curve_for_200_steps(name):
     assert min(fused[-20:]) < fused[0] - 0.2
 
 
+@pytest.mark.parametrize("name", ["ch8", "santa"])
+def test_trainers_step_on_the_reference_is_the_references_own_loop(name):
+    """Bit for bit: the one step that every form is trained by is the specification's where the form is."""
+    recipe = replace(RECIPES[name], hidden_size=6, batch_size=1 if name == "santa" else 8)
+    model, net = (build_model(recipe, 28, seed=0, kind="reference") for _ in range(2))
+    trainer = Trainer(model, optimizer=recipe.optimizer, lr=recipe.lr, clip=recipe.clip, epochs=2)
+    history = trainer.fit(build_sampler(recipe, TEXT[:900], seed=0))
+    updater = model.own_optimizers[recipe.optimizer](net.parameters(), recipe.lr)
+    sampler = build_sampler(recipe, TEXT[:900], seed=0)
+    for record in history:
+        batches = list(sampler.train())
+        run = reference.train_batches(net, batches, updater, recipe.clip, carry_state=sampler.carry_state)
+        weighed = [float(loss) * Y.numel() for loss, (_, Y) in zip(run, batches, strict=True)]
+        assert record.train_loss == sum(weighed) / record.tokens
+    for p, q in zip(model.parameters(), net.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 def _departure(recipe, kind: str, reordered: int = 0) -> float:
     """How far 200 losses in fp32 come from those of the reference in fp64; `reordered` turns the rows of each batch
     around by so many, which is another order of the same sums.

@@ -6,6 +6,7 @@ import torch
 from charrnn_fast import FusedRNN
 from charrnn_fast.kernels import native
 from charrnn_fast.ops import backends, elman_layer
+from charrnn_fast.ops.elman import elman
 from charrnn_fast.ops.precision import rnn_precision
 
 CPU = torch.device("cpu")
@@ -167,6 +168,50 @@ def test_auto_on_a_gpu():
     assert choose(torch.device("cuda"), torch.float32, 5000, "auto") == "torch"
     with pytest.raises(RuntimeError, match="needs a CUDA or ROCm device"):
         choose(CPU, torch.float32, 32, "triton")
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("biases", [0, 1, 2])
+def test_rows_beyond_which_the_kernels_are_slower_go_to_torch_from_a_function_too(monkeypatch, reverse, biases):
+    """ops.elman, recorded or not, one direction either way, any biases; and it can be differentiated twice."""
+    if torch.cuda.is_available():
+        pytest.skip("on a CPU, whose kernels are interpreted")
+    from charrnn_fast.kernels.triton import elman as kernels
+
+    monkeypatch.setattr(backends, "interpreted", lambda device: None)
+    monkeypatch.setattr(backends, "_most_rows", lambda *arguments: 3)
+    forward, taken = kernels.elman_forward, []
+
+    def noted(x, *arguments, **options):
+        taken.append(x.shape[1])
+        return forward(x, *arguments, **options)
+
+    monkeypatch.setattr(kernels, "elman_forward", noted)
+    elman_layer.forget()
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(8, 2), (8, 8), *[(8,)] * biases]
+    weights = [torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True) for shape in shapes]
+    for B in (3, 4):
+        x = torch.randn(5, B, 2, generator=generator, dtype=torch.float64)
+        h0 = torch.randn(B, 8, generator=generator, dtype=torch.float64)
+        with torch.no_grad():
+            found = elman(x, h0, *weights, reverse=reverse)
+            wanted = elman(x, h0, *weights, reverse=reverse, backend="torch")
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(elman(x, h0, *weights, reverse=reverse), wanted)
+    assert taken == [3, 3]
+    assert elman(torch.zeros(0, 4, 2, dtype=torch.float64), None, *weights)[0].shape == (0, 4, 8)
+    x = x.requires_grad_()
+
+    def twice(**options):
+        out, _ = elman(x, h0, *weights, reverse=reverse, **options)
+        (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+        return grad, *torch.autograd.grad(grad.square().sum(), x)
+
+    torch.testing.assert_close(twice(), twice(backend="torch"))
+    elman(x, h0, *weights, backend="triton")
+    assert taken[-1] == 4  # it was asked for
+    elman_layer.forget()
 
 
 def test_rows_beyond_which_the_kernels_are_slower_go_to_torch(monkeypatch):

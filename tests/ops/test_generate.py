@@ -114,6 +114,7 @@ def test_ids_out_of_range(backend, device, bad):
 
 
 def test_the_kernel_is_chosen_where_it_can_and_is_not_slower(monkeypatch, choices_anew):
+    from charrnn_fast.kernels.triton import generate_grid
     from charrnn_fast.ops import generate as op
 
     def chosen(backend, H=32, V=28, L=1, B=1, num_tokens=5, dtype=torch.float32, device="cpu"):
@@ -131,6 +132,11 @@ def test_the_kernel_is_chosen_where_it_can_and_is_not_slower(monkeypatch, choice
     assert chosen("auto", 512, device="meta") == chosen("auto", 256, L=3, B=64, device="meta") == "triton"
     assert chosen("auto", 2048, device="meta") == chosen("auto", 512, B=1024, device="meta") == "torch"
     assert chosen("torch", device="meta") == "torch"
+    explanation = op.backends.explain(2048, device="meta", operation="generate", num_classes=28, backend="triton")
+    assert explanation.how == "one program a sequence; no grid of programs on device type meta"
+    monkeypatch.setattr(generate_grid, "generate_grid_limits", lambda *sizes: None)
+    op.backends.forget()
+    assert chosen("auto", 2048, device="meta") == "triton"  # across the chip the weights are read once
     assert "interpreted" in op.backends.explain(2, operation="generate", num_classes=2).why_not["triton"]
 
 

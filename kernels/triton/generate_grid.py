@@ -1,0 +1,120 @@
+"""Launcher of the decoder across the chip (generate_grid_kernels.py: the algorithm; generate_grid_tiles.py: a choice).
+
+How many teams run at once, what happens where none does and CHARRNN_GRID_DEBUG are as in elman_grid.py.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+from . import elman
+from .elman_grid import launch_teams, new_counters
+from .generate_grid_kernels import GenerateForm, generate_grid_kernel, grid_form
+from .generate_grid_tiles import GenerateGridTile, grid_tile, grid_us, one_program_us, why_not_grid
+from .launch import processors_of, target_of
+
+
+def generate_grid_limits(
+    hidden_size: int, vocab: int, num_layers: int, batch: int, dtype: torch.dtype, device: torch.device
+) -> str | None:
+    """None if the decoder goes across the chip, else one clause that says why not."""
+    if device.type not in ("cpu", "cuda"):
+        return f"no grid of programs on device type {device.type}"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 12:
+        return "the tiles of a grid have not been compiled for consumer Blackwell"
+    sizes = (hidden_size, vocab, num_layers, batch, dtype.itemsize)
+    return why_not_grid(*sizes, target_of(device)[0], processors_of(device))
+
+
+def generate_grid_reason(hidden_size: int, batch: int, dtype: torch.dtype, device: torch.device) -> str:
+    """How it goes across the chip, for sizes that generate_grid_limits allows."""
+    tile = grid_tile(hidden_size, max(dtype.itemsize, 4))
+    if tile is None:
+        raise ValueError(f"no grid of programs for hidden size {hidden_size} in {dtype}")
+    programs, one = tile.programs(hidden_size), one_program_us(hidden_size, dtype.itemsize)
+    return (
+        f"a grid by FMA: {programs} programs of {tile.warps} warps a sequence, each with {tile.units} rows of W_hh "
+        f"({hidden_size * tile.units * max(dtype.itemsize, 4)} bytes) in registers, one exchange an id (predicted "
+        f"{grid_us(tile, hidden_size, batch, processors_of(device)):.1f} us an id, one program {one:.1f} measured)"
+    )
+
+
+@functools.cache
+def _form(
+    tile: GenerateGridTile, hidden_size: int, vocab: int, dtype: torch.dtype, sample: bool, top_k: bool, tanh: bool
+) -> GenerateForm:
+    return grid_form(tile, hidden_size, vocab, elman._TYPES[dtype], sample, top_k, tanh)
+
+
+def _shared_memory(
+    B: int, num_tokens: int, form: GenerateForm, dtype: torch.dtype, state: Tensor | None, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What the programs exchange: states, with the first ones in place, and partial logits; the ids; the counters."""
+    acc_type = torch.float64 if dtype == torch.float64 else torch.float32
+    states = torch.zeros((B, 2, form.width), dtype=acc_type, device=device)
+    if state is not None:
+        states[:, 0, : form.hidden] = state[0]
+    partials = torch.empty((B, 2, form.programs, form.block_v), dtype=acc_type, device=device)
+    ids = torch.empty((B, num_tokens), dtype=torch.int64, device=device)
+    return states, partials, ids, new_counters(B, form, device)
+
+
+def generate_grid(
+    prompt: Tensor,
+    num_tokens: int,
+    table: Tensor,
+    weight_hh: Tensor,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    state: Tensor | None,
+    *,
+    uniforms: Tensor | None,
+    sharpness: int,
+    top_k: int | None,
+    tanh: bool,
+    tile: GenerateGridTile | None = None,
+    steps_per_launch: int | None = None,
+    one_by_one: bool = True,
+) -> tuple[Tensor, Tensor] | None:
+    """As generate.generate, of one layer, by a team of programs for each sequence; None if no team runs at once.
+
+    prompt: (B, P) int64. state: (1, B, H) or None. sharpness: the bits of alpha / temperature. top_k: below V, or None.
+    tile: instead of the table's. steps_per_launch: how many steps a launch makes, None for all; 1 lets the programs run
+    in any order. one_by_one: whether that is done where no team runs at once. Interpreted none of two programs does.
+    Raises RuntimeError where there is no tile.
+    """
+    (B, P), (V, H) = prompt.shape, table.shape
+    device, dtype = table.device, table.dtype
+    tile = tile or grid_tile(H, max(dtype.itemsize, 4))
+    if tile is None:
+        raise RuntimeError(f"generate_grid: no tile for hidden size {H} in {dtype}")
+    form = _form(tile, H, V, dtype, uniforms is not None, top_k is not None, tanh)
+    states, partials, ids, counters = _shared_memory(B, num_tokens, form, dtype, state, device)
+    pointers = (
+        prompt.to(torch.int64).contiguous(),
+        table.contiguous(),
+        weight_hh.contiguous(),
+        head_weight.contiguous(),
+        None if head_bias is None else head_bias.contiguous(),
+        None if uniforms is None else uniforms.to(torch.float64).contiguous(),
+        states,
+        partials,
+        ids,
+        counters,
+    )
+    done = launch_teams(
+        generate_grid_kernel,
+        lambda *launch: (*pointers, P, num_tokens, V, top_k or 0, sharpness, *launch),
+        B,
+        P + num_tokens,
+        steps_per_launch,
+        counters,
+        form,
+        tile.launch_options(target_of(device)[0]),
+        "the decoder",
+        one_by_one,
+    )
+    if not done:
+        return None
+    return ids, states[:, (P + num_tokens - 1) % 2, :H].to(dtype).unsqueeze(0)

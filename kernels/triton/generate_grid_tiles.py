@@ -1,0 +1,87 @@
+"""When a string is decoded across the chip, and in which tile. Imports the standard library alone.
+
+The decoder across the chip (generate_grid_kernels.py) has not run on a GPU. Its times here are the recurrence's of the
+prototype (one row, H200, November 2026, elman_grid_tiles.py) and, derived, a microsecond for a choice: of the compiled
+code's instructions a step 130 choose the largest of 28 logits, and 850 draw among the best of 90. The decoder of one
+program (generate_kernels.py) was timed there in fp32, greedy: 6.5 us an id at H=256, 15 at 512. Until both are timed
+beside each other the first is taken where it is predicted to be MARGIN times as fast.
+"""
+
+from dataclasses import dataclass
+
+from .targets import NVIDIA, launch_options
+
+MAX_GRID_VOCAB = 128  # each warp has all logits, a lane four of them
+CHOICE_US = 1.0
+MARGIN = 2.0
+
+
+@dataclass(frozen=True)
+class GenerateGridTile:
+    """How the programs of a team are laid out; elman_grid_forms.py has the words."""
+
+    units: int
+    warps: int
+    us: float  # a step of the recurrence
+    lanes_k: int = 8
+    by_part: bool = True
+    targets: tuple[str, ...] = NVIDIA
+
+    def programs(self, hidden_size: int) -> int:
+        return -(-hidden_size // self.units)
+
+    def launch_options(self, target: str) -> dict[str, object]:
+        return launch_options(self.warps, target)
+
+
+# (bytes of a number in registers, most hidden units): tile. Four warps, as each reads all partial logits.
+GENERATE_GRID_TILES = {
+    (4, 256): GenerateGridTile(16, 4, 1.24),
+    (4, 512): GenerateGridTile(16, 4, 1.36),
+    (4, 1024): GenerateGridTile(16, 8, 1.74),
+    (4, 2048): GenerateGridTile(16, 8, 2.8),
+}
+# Microseconds an id of the decoder of one program on an H200, one sequence, by hidden size; in 16 bit it reads half as
+# much: derived. A multiprocessor each, so many sequences take as long as one.
+ONE_PROGRAM_US = {256: 6.5, 512: 15.0}
+
+
+def grid_tile(hidden_size: int, number_bytes: int) -> GenerateGridTile | None:
+    """The tile for a hidden size and the bytes of a number (4; 8 has none), whatever is faster."""
+    widths = [width for number, width in GENERATE_GRID_TILES if number == number_bytes and width >= hidden_size]
+    return GENERATE_GRID_TILES[number_bytes, min(widths)] if widths else None
+
+
+def one_program_us(hidden_size: int, itemsize: int) -> float:
+    """Microseconds an id of the decoder of one program, at least: by the next smaller hidden size that was timed."""
+    us = max((us for width, us in ONE_PROGRAM_US.items() if width <= hidden_size), default=0.0)
+    return us * min(itemsize, 4) / 4
+
+
+def grid_us(tile: GenerateGridTile, hidden_size: int, batch: int, processors: int) -> float:
+    """Microseconds of an id of each of `batch` sequences; infinite where a team does not fit."""
+    at_once = processors // tile.programs(hidden_size)
+    return (tile.us + CHOICE_US) * -(-batch // at_once) if at_once else float("inf")
+
+
+def why_not_grid(
+    hidden_size: int, vocab: int, num_layers: int, batch: int, itemsize: int, target: str, processors: int
+) -> str | None:
+    """None if the decoder goes across the chip, else one clause that says why not.
+
+    itemsize: bytes of a weight; target: a GPU of the tile tables, or ""; processors: its multiprocessors.
+    """
+    if num_layers > 1:
+        return f"a grid of programs has one layer, not {num_layers}"
+    if vocab > MAX_GRID_VOCAB:
+        return f"vocabulary {vocab} is above the {MAX_GRID_VOCAB} of a grid of programs"
+    tile = grid_tile(hidden_size, max(itemsize, 4))
+    if tile is None or target not in tile.targets:
+        return f"no grid of programs for hidden size {hidden_size} in {8 * itemsize} bits on this GPU"
+    ours, theirs = grid_us(tile, hidden_size, batch, processors), one_program_us(hidden_size, itemsize)
+    if ours == float("inf"):
+        return f"{tile.programs(hidden_size)} programs do not run at once on {processors} multiprocessors"
+    if ours * MARGIN > theirs:
+        known = f"{theirs:.1f} us measured" if theirs else "nothing measured"
+        return f"a grid of programs is not known to be faster: {ours:.1f} us an id predicted, one program {known}"
+    return None
