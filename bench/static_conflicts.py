@@ -15,11 +15,7 @@ NOTABLE, FEW = 1.15, 16
 class Statement:
     tiles: str  # a regular expression for the beginning of their names
     reason: str
-<<<<<<< HEAD
-    about: tuple[str, ...] = ("conflicts",)  # or "unknown": accesses of which it is not known how many they make
-=======
     unknown: int = 0  # accesses whose address depends on what comes out of memory, and why they conflict with nothing
->>>>>>> main
 
 
 FMA_DOT = "Triton's dot by FMA reads its right operand, which lies along K, at a stride of K"
@@ -40,26 +36,25 @@ STATEMENTS = (
     ),
     Statement("token rows fp64", f"{FMA_DOT}: so it is on sm_120, whose Triton has no DMMA"),
     Statement(
-<<<<<<< HEAD
         r"language model H\d+ V\d+ warps8 ",
         "eight warps of few units each: lanes share out a state, and quarters of a warp that want the same of it wait; "
         "unknown as below",
-        ("conflicts", "unknown"),
+        unknown=4,
     ),
     Statement(
         "language model H",
         "a row of the gradient's table, whichever token's it is: lanes at neighbouring units meet no conflict",
-        ("unknown",),
+        unknown=8,
     ),
     Statement(
         "language model (sums|update) ",
         "sums over warps are exchanged with the summed axis innermost; once a program, the loss's by one of them",
-        ("conflicts", "unknown"),
-=======
+        unknown=8,
+    ),
+    Statement(
         "generate grid ",
         "the chosen id's row of the table in shared memory, 32 or 64 bytes side by side",
         unknown=1,
->>>>>>> main
     ),
     Statement("generate ", "Triton 3.6 exchanges sums over warps with the summed axis innermost"),
 )
@@ -82,18 +77,10 @@ def notable(figures: dict) -> bool:
 def faults(name: str, figures: dict) -> list[str]:
     """What is wrong with a tile's conflicts, whatever the record says."""
     problems = []
-<<<<<<< HEAD
-    stated = statement(name)
-    about = () if stated is None else stated.about
-    if figures.get("unknown_accesses") and "unknown" not in about:
-        problems.append(f"{figures['unknown_accesses']} accesses to shared memory of unknown wavefronts")
-    if notable(figures) and "conflicts" not in about:
-=======
     known = statement(name)
     if figures.get("unknown_accesses", 0) > (known.unknown if known else 0):
         problems.append(f"{figures['unknown_accesses']} accesses to shared memory of unknown wavefronts")
     if notable(figures) and known is None:
->>>>>>> main
         problems.append(
             f"{figures['conflicts']} of {figures['wavefronts']} wavefronts are bank conflicts (outside of the loop "
             f"{figures['conflicts_once']} of {figures['wavefronts_once']}) and no statement says why"

@@ -284,20 +284,19 @@ def _triton_generate_slower(device: torch.device, dtype: torch.dtype, sizes: Siz
     return None
 
 
-<<<<<<< HEAD
 def _triton_language_model_limits(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> str | None:
     if (why := triton_cannot_run_on(device)) is not None:
         return why
     from charrnn_fast.kernels.triton.language_model import language_model_limits
 
     return language_model_limits(sizes.hidden_size, sizes.num_classes, dtype, device)
-=======
+
+
 def _triton_generate_how(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> str:
     from charrnn_fast.kernels.triton.generate import generate_reason
 
     hidden, batch, classes, layers = sizes
     return generate_reason(hidden, classes, layers, batch, dtype, device)
->>>>>>> main
 
 
 # ---- native -------------------------------------------------------------------------------------------------------

@@ -23,18 +23,14 @@ from .numerics import INTERPRETED, dot
 if TYPE_CHECKING:
     import numpy as np  # which need not be there where kernels are compiled
 
-<<<<<<< HEAD
-__all__ = ["barrier", "device_function", "gl", "jit", "mma_v2", "row_by_row"]
-=======
 __all__ = ["HAS_REINTERPRET", "barrier", "device_function", "gl", "jit", "mma_v2"]
->>>>>>> main
 
 
 class SharedMemory:
     """What allocate_shared_memory returns: an array, or a view of one, that tensors are stored to and loaded from."""
 
     def __init__(self, array: np.ndarray, dtype: tl.dtype) -> None:
-        self.array, self.dtype = array, dtype
+        self.array, self.dtype, self.layout = array, dtype, None
 
     @property
     def shape(self) -> list[int]:
@@ -131,32 +127,10 @@ if not INTERPRETED:
 
     device_function = jit
     barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name before 3.7
-<<<<<<< HEAD
-
-    if hasattr(gl.shared_memory_descriptor, "reinterpret"):  # before 3.9 its name has an underscore
-
-        @jit
-        def row_by_row(buffer):
-            """The same shared memory as an array of tiles of one row, which `index` takes."""
-            return buffer.reinterpret(buffer.dtype, [buffer.shape[0], 1, buffer.shape[1]], buffer.layout)
-
-    else:
-
-        @jit
-        def row_by_row(buffer):
-            """The same shared memory as an array of tiles of one row, which `index` takes."""
-            return buffer._reinterpret(buffer.dtype, [buffer.shape[0], 1, buffer.shape[1]], buffer.layout)
-
-=======
     HAS_REINTERPRET = tl.constexpr(hasattr(gl.shared_memory_descriptor, "reinterpret"))  # else under another name
->>>>>>> main
 else:
     gl, jit, mma_v2, device_function = _stand_in(), triton.jit, _mma_v2, numerics.device_function
     HAS_REINTERPRET = tl.constexpr(True)
 
     def barrier() -> None:
         """Nothing to wait for: a program is one thread."""
-
-    def row_by_row(buffer: SharedMemory) -> SharedMemory:
-        """The same shared memory as an array of tiles of one row, which `index` takes."""
-        return SharedMemory(buffer.array[:, None], buffer.dtype)

@@ -21,8 +21,17 @@ import triton.language as tl
 
 from .elman_forms import fma_product, load_input_weight, load_weight, product, product_and_outer, tile_units, zero_tile
 from .elman_forms import zero_outer as zero_square
-from .gluon_interpreter import barrier, device_function, gl, jit, row_by_row
+from .gluon_interpreter import HAS_REINTERPRET, barrier, device_function, gl, jit
 from .numerics import activation, activation_backward
+
+
+@device_function
+def _row_by_row(buffer):
+    """The same shared memory as tiles of one row, which `index` takes."""
+    if HAS_REINTERPRET:
+        return buffer.reinterpret(buffer.dtype, [buffer.shape[0], 1, buffer.shape[1]], buffer.layout)
+    else:
+        return buffer._reinterpret(buffer.dtype, [buffer.shape[0], 1, buffer.shape[1]], buffer.layout)
 
 
 @device_function
@@ -192,7 +201,7 @@ def _head(
         own = tile_units(HEAD)
         bias = gl.load(bias_ptr + own, mask=own < V, other=0.0)
     hidden = gl.allocate_shared_memory(F.acc, [ROWS, F.width], F.shared)
-    hidden_rows = row_by_row(hidden)
+    hidden_rows = _row_by_row(hidden)
     logits = gl.allocate_shared_memory(F.acc, HEAD.shape, HEAD.shared)
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, HEAD.whole_rows))
     classes = gl.arange(0, HEAD.width, layout=gl.SliceLayout(0, HEAD.whole_rows)).expand_dims(0)
@@ -205,7 +214,7 @@ def _head(
         w_back = _load_transpose(weight_ptr, F)
         outer = _zero_outer(F)
         grad_logits = gl.allocate_shared_memory(F.acc, HEAD.shape, HEAD.shared)
-        grad_rows = row_by_row(grad_logits)
+        grad_rows = _row_by_row(grad_logits)
         grad_bias = gl.full(HEAD.shape, 0.0, F.acc, layout=HEAD.whole_rows)
     h = _load_rows(states_ptr, 0, T, rows_h, units_h, F)
     for i in range(0, T, ROWS):
@@ -270,7 +279,7 @@ def _walk_back(
     odd_table = gl.allocate_shared_memory(F.acc, HEAD.table_shape, F.shared)
     even_table.store(gl.full(HEAD.table_shape, 0.0, F.acc, layout=HEAD.whole_states))
     odd_table.store(gl.full(HEAD.table_shape, 0.0, F.acc, layout=HEAD.whole_states))
-    even_rows, odd_rows = row_by_row(even_table), row_by_row(odd_table)
+    even_rows, odd_rows = _row_by_row(even_table), _row_by_row(odd_table)
     carry = zero_tile(F)
     ids = _load_ids(tokens_ptr, T - 1, -1, 0, T, stride_t, F)
     h = ()
