@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from charrnn_fast.kernels import native
 from charrnn_fast.reference.elman import ACTIVATIONS, walk
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -47,12 +48,13 @@ def make_problem(
     batch_first=False,
     vocabulary=V,
     seed=0,
+    device=DEVICE,
 ) -> Problem:
     generator = torch.Generator().manual_seed(seed)
     D = len(reverse)
 
     def random(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(device, dtype)
 
     def rows(tensor):
         """Time-major view of a batch-first buffer, if asked for."""
@@ -63,7 +65,7 @@ def make_problem(
         batch_sizes = torch.randint(1, B + 1, (T,), generator=generator).sort(descending=True).values
         batch_sizes[0] = B
     shape = (int(batch_sizes.sum()),) if packed else (T, B)
-    ids = rows(torch.randint(0, vocabulary, shape, generator=generator).to(DEVICE)) if tokens else None
+    ids = rows(torch.randint(0, vocabulary, shape, generator=generator).to(device)) if tokens else None
     return Problem(
         x=random(vocabulary, D * H) if tokens else rows(random(*shape, D * H)),
         weight_hh=[random(H, H) / H**0.5 for _ in range(D)],
@@ -106,12 +108,12 @@ def torch_rnn(p: Problem) -> list[torch.Tensor]:
     leaves = [t.detach().clone().requires_grad_() for t in (p.x, *p.weight_hh, p.bias[0])]
     h0 = None if p.h0 is None else p.h0.detach().clone().requires_grad_()
     rnn = torch.nn.RNN(D * H, H, bidirectional=True, nonlinearity=p.options["nonlinearity"])
-    rnn.to(DEVICE, p.x.dtype)
+    rnn.to(p.x.device, p.x.dtype)
     parameters = {name: torch.zeros_like(value) for name, value in rnn.named_parameters()}
     states = [p.x.new_zeros(p.grad_h_n.shape[1:]) for _ in range(2)]
     for d, backwards in enumerate(reverse):
         suffix = "_reverse" if backwards else ""
-        identity = torch.eye(D * H, dtype=p.x.dtype, device=DEVICE)[d * H : (d + 1) * H]
+        identity = torch.eye(D * H, dtype=p.x.dtype, device=p.x.device)[d * H : (d + 1) * H]
         units = slice(d * H, (d + 1) * H)
         parameters |= {f"weight_ih_l0{suffix}": identity, f"weight_hh_l0{suffix}": leaves[1 + d]}
         parameters |= {f"bias_ih_l0{suffix}": leaves[-1][units], f"bias_hh_l0{suffix}": p.bias[1, units]}
@@ -165,6 +167,41 @@ def results(p: Problem, forward: Callable, backward: Callable, **options) -> lis
     grads = backward(p.grad_out, p.grad_h_n, out, p.weight_hh, p.h0, **options)
     grad_x, grad_weight, grad_h0, grad_bias = grads
     return [out, h_n, grad_x, *grad_weight, grad_bias, *([] if p.h0 is None else [grad_h0])]
+
+
+def native_forward(x, weight_hh, h0=None, *, bias_ih=None, bias_hh=None, **options):
+    """native.elman_forward with the biases added to the input before it, where on a CPU the projection adds them."""
+    if bias_ih is not None:
+        x = x + (torch.cat(list(bias_ih)) + torch.cat(list(bias_hh)))
+    return native.elman_forward(x, weight_hh, h0, **options)
+
+
+def native_backward(*arguments, need_bias_grad=True, **options):
+    """native.elman_backward with the gradient of a bias, the sum of the input's or of the table's."""
+    grads = native.elman_backward(*arguments, **options)
+    return *grads, grads[0].flatten(0, -2).sum(0, dtype=torch.float64).to(grads[0]) if need_bias_grad else None
+
+
+@dataclass(frozen=True)
+class Launchers:
+    """elman_forward and elman_backward of one backend, with the signature of kernels/triton/elman.py."""
+
+    name: str
+    device: torch.device
+    forward: Callable
+    backward: Callable
+
+    def problem(self, *arguments, **options) -> Problem:
+        return make_problem(*arguments, **options, device=self.device)
+
+    def results(self, p: Problem, **options) -> list[torch.Tensor]:
+        return results(p, self.forward, self.backward, **options)
+
+    def check(self, p: Problem) -> None:
+        check(p, self.results(p))
+
+
+NATIVE = Launchers("native", torch.device("cpu"), native_forward, native_backward)
 
 
 def options_of(case: int) -> dict:

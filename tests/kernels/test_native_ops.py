@@ -4,11 +4,11 @@ import random
 
 import pytest
 import torch
+from generate_problems import Decoder
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from charrnn_fast.kernels import native
-from charrnn_fast.reference.generate import next_token
 
 pytestmark = pytest.mark.skipif(native.available() is not None, reason=f"native: {native.available()}")
 
@@ -86,46 +86,8 @@ def test_cross_entropy_target_out_of_bounds(V, bad):
         native.linear_cross_entropy(torch.randn(3, 4), torch.randn(V, 4), None, torch.tensor([0, bad, 1]))
 
 
-class Decoder:
-    """Random weights of a stack and a head in float64, and the decoder written out step by step."""
-
-    def __init__(self, H: int, V: int, L: int, B: int, P: int, nonlinearity: str):
-        def rand(*shape: int) -> Tensor:
-            return torch.randn(*shape, dtype=torch.float64)
-
-        self.prompt = torch.randint(0, V, (B, P))
-        self.table, self.state = rand(V, H), rand(L, B, H)
-        self.weight_ih = [None, *(rand(H, H) / H**0.5 for _ in range(L - 1))]
-        self.weight_hh = [rand(H, H) / H**0.5 for _ in range(L)]
-        self.bias = [None, *(rand(H) for _ in range(L - 1))]
-        self.head_weight, self.head_bias = rand(V, H), rand(V)
-        self.f, self.nonlinearity = (torch.tanh if nonlinearity == "tanh" else torch.relu), nonlinearity
-
-    def reference(self, num_chars: int, uniforms: Tensor | None, **options) -> tuple[Tensor, Tensor]:
-        state, ids, P = list(self.state), [], self.prompt.shape[1]
-        for step in range(P + num_chars - 1):
-            x = self.table[self.prompt[:, step] if step < P else ids[-1]]
-            for layer, weight in enumerate(self.weight_hh):
-                if layer:
-                    x = x @ self.weight_ih[layer].T + self.bias[layer]
-                x = state[layer] = self.f(x + state[layer] @ weight.T)
-            if step >= P - 1:
-                uniform = None if uniforms is None else uniforms[:, step - P + 1]
-                ids.append(next_token(x @ self.head_weight.T + self.head_bias, uniform, **options))
-        return torch.stack(ids, 1), torch.stack(state)
-
-    def native(self, num_chars: int, dtype: torch.dtype, uniforms: Tensor | None, **options) -> tuple[Tensor, Tensor]:
-        def cast(tensors):
-            return [None if t is None else t.to(dtype) for t in tensors]
-
-        table, head_weight, head_bias, state = cast([self.table, self.head_weight, self.head_bias, self.state])
-        layers = (cast(self.weight_ih), cast(self.weight_hh), cast(self.bias))
-        return native.generate(
-            *(self.prompt, num_chars, table, *layers, head_weight, head_bias, state),
-            uniforms=uniforms,
-            nonlinearity=self.nonlinearity,
-            **options,
-        )
+def decode(decoder: Decoder, *arguments, **options) -> tuple[Tensor, Tensor]:
+    return decoder.run(native.generate, *arguments, device=torch.device("cpu"), **options)
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -133,50 +95,46 @@ class Decoder:
 def test_generate(isa, seed):
     native.set_isa(isa)
     rng = random.Random(seed)
-    torch.manual_seed(seed)
-    B, num_chars = rng.choice((1, 2, 5, 13, 30)), rng.choice((1, 2, 20))
-    decoder = Decoder(
-        *(rng.choice((1, 7, 32, 33, 100, 256)), rng.choice((2, 28, 90)), rng.choice((1, 2, 3)), B, rng.choice((1, 6))),
-        rng.choice(("tanh", "relu")),
-    )
-    uniforms, options = None, {}
-    if seed % 3:
-        uniforms = torch.rand(B, num_chars)
+    count, sizes = rng.choice((1, 2, 20)), {"B": rng.choice((1, 2, 5, 13, 30)), "P": rng.choice((1, 6)), "seed": seed}
+    sizes |= {"H": rng.choice((1, 7, 32, 33, 100, 256)), "V": rng.choice((2, 28, 90)), "L": rng.choice((1, 2, 3))}
+    decoder = Decoder(**sizes, nonlinearity=rng.choice(("tanh", "relu")))
+    sampled, options = bool(seed % 3), {}
+    if sampled:
         options = {"temperature": rng.choice((0.3, 1.0)), "alpha": rng.choice((1.0, 2.0))}
         options["top_k"] = rng.choice((None, 1, 3, 1000))
-    ids, state = decoder.reference(num_chars, uniforms, **options)
+    ids, state = decoder.reference(count, sampled, **options)
     single = []
     for threads in (1, 2):
         torch.set_num_threads(threads)
-        got_ids, got_state = decoder.native(num_chars, torch.float64, uniforms, **options)
+        got_ids, got_state = decode(decoder, count, sampled, **options)
         assert torch.equal(got_ids, ids)
         torch.testing.assert_close(got_state, state, rtol=1e-9, atol=1e-9)
-        single.append(decoder.native(num_chars, torch.float32, uniforms, **options))
+        single.append(decode(decoder, count, sampled, torch.float32, **options))
     assert torch.equal(single[0][0], single[1][0]) and torch.equal(single[0][1], single[1][1])
 
 
 def test_generate_nothing_and_defaults():
-    decoder = Decoder(8, 5, 2, 3, 4, "tanh")
-    ids, state = decoder.native(0, torch.float32, None)
+    decoder = Decoder(8, 5, 2, 3, 4)
+    ids, state = decode(decoder, 0, False, torch.float32)
     assert ids.shape == (3, 0) and torch.equal(state, decoder.state.float())
     decoder.state.zero_()
-    expected = decoder.native(6, torch.float64, None)
-    layers = (decoder.weight_ih, decoder.weight_hh, decoder.bias)
-    got = native.generate(decoder.prompt, 6, decoder.table, *layers, decoder.head_weight, decoder.head_bias)
+    expected = decode(decoder, 6, False)
+    decoder.state = None
+    got = decode(decoder, 6, False)
     assert torch.equal(got[0], expected[0]) and torch.equal(got[1], expected[1])
 
 
 def test_generate_rejects():
-    decoder = Decoder(8, 5, 1, 1, 2, "tanh")
+    decoder = Decoder(8, 5, 1, 1, 2)
     for options in ({"temperature": 0.0}, {"alpha": -1.0}, {"top_k": 0}):
         with pytest.raises(ValueError, match="expected"):
-            decoder.native(3, torch.float32, torch.rand(1, 3), **options)
+            decode(decoder, 3, True, torch.float32, **options)
     decoder.prompt[0, 1] = 5
     with pytest.raises(IndexError, match="out of range"):
-        decoder.native(3, torch.float32, None)
+        decode(decoder, 3, False, torch.float32)
     decoder.prompt = decoder.prompt[:, :0]
     with pytest.raises(ValueError, match="prompt"):
-        decoder.native(3, torch.float32, None)
+        decode(decoder, 3, False, torch.float32)
 
 
 @pytest.mark.parametrize("isa", ISAS)
