@@ -9,9 +9,9 @@ import pytest
 
 from charrnn_fast.bench import host_steps
 
-# Launches of this library's kernels, ATen's operations that launch, Python calls: no more than these. Of ATen's there is
-# a copy of the norm at once (a recorded step has it not), one for each second bias, whose gradient is the first one's,
-# and for two layers the states put together and the products of the second one.
+# Launches of this library's kernels, ATen's operations that launch, Python calls: no more than these. Of ATen's there
+# is a copy of the norm at once (a recorded step has it not), one for each second bias, whose gradient is the first
+# one's, and for two layers the states put together and the products of the second one.
 MOST = {
     "one layer, SGD": (9, 1, 400),
     "one layer, evaluation": (2, 0, 140),
