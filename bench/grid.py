@@ -74,6 +74,11 @@ GRID = [
     Config("packed", 64, 200, 128, 256, packed=True),
 ]
 LM_STEPS = [config for config in GRID if config.name in ("d2l", "ch8", "santa")]
+BEYOND = {
+    "resets": Config("policy", 64, 128, 32, 128),
+    "checkpoint_steps": next(config for config in GRID if config.name == "long"),
+    "lengths": next(config for config in GRID if config.name == "packed"),
+}
 NUM_CHARS = 1000  # that a decoder has to append
 GENERATION = [
     Config(f"H={hidden} B={batch}", batch, NUM_CHARS, 28, hidden, tokens=True)

@@ -1,7 +1,9 @@
-"""Peers from outside PyTorch: JAX, onnxruntime, OpenVINO and FlashRNN, extras of this package; FlagGems and XMA,
-used where they are installed.
+"""Peers from outside PyTorch: JAX, onnxruntime, OpenVINO and FlashRNN, extras of this package; TensorFlow, FlagGems and
+XMA, used where they are installed.
 """
 
+import contextlib
+import os
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -161,6 +163,55 @@ class OpenVino(_CpuLibrary):
         compiled = openvino.Core().compile_model(openvino.Model([by_time], [X]), "CPU", options)
         request, given = compiled.create_infer_request(), data_of(problem.input).detach().contiguous().numpy()
         return lambda: request.infer([given], share_inputs=True, share_outputs=True)[0]
+
+
+class TensorFlow(_CpuLibrary):
+    """tf.scan under XLA, tf.function(jit_compile=True)."""
+
+    name, key, package = "TensorFlow XLA", "tensorflow", "tensorflow"
+    tasks = ("forward", "forward_backward")
+
+    def _scan(self, problem: Problem) -> tuple[Callable, Any, list[Any]]:
+        """The states (T, B, H) as a function of input and weights; these two."""
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")  # or what it finds of the processor lands in the table
+        import tensorflow as tf
+
+        with contextlib.suppress(RuntimeError):  # it may have begun to work, for the row before
+            tf.config.threading.set_intra_op_parallelism_threads(torch.get_num_threads())
+        weight_ih, weight_hh, bias_ih, bias_hh = problem.rnn.parameters()
+        weights = [tf.constant(w.detach().contiguous().numpy()) for w in (weight_ih.T, weight_hh.T, bias_ih + bias_hh)]
+        x = tf.constant((problem.tokens if problem.config.tokens else data_of(problem.input)).detach().numpy())
+
+        def run(x: Any, weights: list[Any]) -> Any:
+            W_xh, W_hh, b_h = weights
+            projected = tf.gather(W_xh, x) + b_h if problem.config.tokens else tf.tensordot(x, W_xh, 1) + b_h
+            state = tf.zeros((problem.config.B, problem.config.H))
+            return tf.scan(lambda h, p: tf.tanh(p + h @ W_hh), projected, state)
+
+        return run, x, weights
+
+    def forward(self, problem: Problem) -> Job:
+        run, x, weights = self._scan(problem)
+        import tensorflow as tf
+
+        compiled = tf.function(run, jit_compile=True)
+        return lambda: compiled(x, weights).numpy()
+
+    def forward_backward(self, problem: Problem) -> Job:
+        run, x, weights = self._scan(problem)
+        import tensorflow as tf
+
+        grad = tf.constant(problem.grad_output.numpy())
+
+        @tf.function(jit_compile=True)
+        def both(x: Any, weights: list[Any]) -> Any:
+            wanted = weights if problem.config.tokens else [x, *weights]
+            with tf.GradientTape() as tape:
+                tape.watch(wanted)
+                outputs = run(x, weights)
+            return tape.gradient(outputs, wanted, grad)
+
+        return lambda: [g.numpy() for g in both(x, weights)]
 
 
 class _GpuLibrary(Peer):

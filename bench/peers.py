@@ -2,7 +2,10 @@
 
 Tasks: "forward", "forward_backward" (gradients of the parameters, and of a dense input), "lm_step" (forward, loss,
 backward, clip, SGD of a character language model), "generation" (greedy, as many characters as the problem has steps)
-and "clip" (of a ClipProblem's gradients).
+and "clip" (of a ClipProblem's gradients). Those of BEYOND are forward and backward of what torch.nn.RNN has no argument
+for and its users write around it: "resets" (a state that is zero before some steps), "checkpoint_steps" (backward from
+the states of every CHECKPOINT_STEPS-th step, of a loss of h_n) and "lengths" (padded sequences with lengths on the
+device).
 """
 
 from collections.abc import Callable
@@ -12,7 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.utils.checkpoint import checkpoint
 
 from charrnn_fast import CharRNN, FusedRNN, clip_grad_norm_
 from charrnn_fast.bench.measure import Job
@@ -25,6 +29,8 @@ from charrnn_fast.reference.language_model import RNNLM
 from charrnn_fast.reference.training import SGD, train_batches
 
 TASKS = ("forward", "forward_backward", "lm_step", "generation", "clip")
+BEYOND = ("resets", "checkpoint_steps", "lengths")
+CHECKPOINT_STEPS = 64
 MAX_COMPILED_STEPS = 40  # torch.compile unrolls the time loop: minutes of compilation beyond this
 PROMPT = 16  # characters that a decoder warms up on
 LEARNING_RATE, CLIP = 0.1, 1.0
@@ -72,7 +78,7 @@ class Peer:
 class _Module(Peer):
     """A torch.nn.RNN-like module."""
 
-    tasks = TASKS
+    tasks = (*TASKS, *BEYOND)
 
     def module(self, problem: Problem) -> nn.Module:
         return problem.rnn
@@ -102,6 +108,17 @@ class _Module(Peer):
                 p.grad = None
             data_of(problem.input).grad = None
             data_of(self.call(module, problem)).backward(grad)
+
+        return job
+
+    def beyond(self, module: Any, x: Tensor, call: Callable[[Tensor], Tensor], grad: Tensor) -> Job:
+        """Forward and backward of what ``call`` makes of x."""
+        x = x.detach().requires_grad_()
+
+        def job() -> None:
+            for leaf in (x, *module.parameters()):
+                leaf.grad = None
+            call(x).backward(grad)
 
         return job
 
@@ -153,6 +170,25 @@ class Ours(_Module):
         parameters, bounds = problem.parameters(), problem.bounds()
         return lambda: clip_grad_norm_(parameters, next(bounds))
 
+    def resets(self, problem: Problem) -> Job:
+        module: Any = self.module(problem)
+        mask = problem.resets
+        return self.beyond(
+            module, problem.padded, lambda x: module.forward_with_resets(x, mask)[0], problem.grad_padded
+        )
+
+    def checkpoint_steps(self, problem: Problem) -> Job:
+        module: Any = self.module(problem)
+        module.checkpoint_steps = CHECKPOINT_STEPS
+        return self.beyond(module, problem.padded, lambda x: module(x)[1], problem.grad_h_n)
+
+    def lengths(self, problem: Problem) -> Job:
+        module: Any = self.module(problem)
+        lengths = problem.lengths
+        return self.beyond(
+            module, problem.padded, lambda x: module.forward_with_lengths(x, lengths)[0], problem.grad_padded
+        )
+
 
 class TorchRNN(_Module):
     """PyTorch alone, as one writes it: nn.RNN on one-hot rows, nn.Linear, cross_entropy, its clip and its SGD."""
@@ -185,6 +221,41 @@ class TorchRNN(_Module):
     def clip(self, problem: ClipProblem) -> Job:
         parameters, bounds = problem.parameters(), problem.bounds()
         return lambda: nn.utils.clip_grad_norm_(parameters, next(bounds))
+
+    def resets(self, problem: Problem) -> Job:
+        """A step at a time, the state masked between."""
+        rnn, keep = problem.rnn, (~problem.resets).to(problem.dtype).unsqueeze(-1)
+
+        def call(x: Tensor) -> Tensor:
+            state, outputs = x.new_zeros(1, problem.config.B, problem.config.H), []
+            for x_t, keep_t in zip(x.split(1), keep, strict=True):
+                output, state = rnn(x_t, state * keep_t)
+                outputs.append(output)
+            return torch.cat(outputs)
+
+        return self.beyond(rnn, problem.padded, call, problem.grad_padded)
+
+    def checkpoint_steps(self, problem: Problem) -> Job:
+        """Pieces under torch.utils.checkpoint."""
+        rnn = problem.rnn
+
+        def call(x: Tensor) -> Tensor:
+            state = x.new_zeros(1, problem.config.B, problem.config.H)
+            for piece in x.split(CHECKPOINT_STEPS):
+                _, state = checkpoint(rnn, piece, state, use_reentrant=False)
+            return state
+
+        return self.beyond(rnn, problem.padded, call, problem.grad_h_n)
+
+    def lengths(self, problem: Problem) -> Job:
+        """Packed and padded again, the lengths copied to the host."""
+        rnn, lengths = problem.rnn, problem.lengths
+
+        def call(x: Tensor) -> Tensor:
+            packed = pack_padded_sequence(x, lengths.cpu(), enforce_sorted=False)
+            return pad_packed_sequence(rnn(packed)[0], total_length=problem.config.T)[0]
+
+        return self.beyond(rnn, problem.padded, call, problem.grad_padded)
 
 
 class Reference(Peer):

@@ -11,6 +11,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from charrnn_fast.bench.grid import Config, Gradients
 
+RESET_EVERY = 50  # steps of an episode
+
 
 @dataclass
 class Problem:
@@ -41,10 +43,37 @@ class Problem:
         return pack_padded_sequence(x, self.config.lengths) if self.config.packed else x
 
     @cached_property
+    def padded(self) -> Tensor:
+        """(T, B, I): normal numbers, up to the longest sequence."""
+        return self._normal(self.config.T, self.config.B, self.config.I)
+
+    @cached_property
+    def lengths(self) -> Tensor:
+        """(B,) int64 on the device, the shortest first."""
+        return self.config.lengths.flip(0).to(self.device)
+
+    @cached_property
+    def resets(self) -> Tensor:
+        """(T, B) bool: an episode begins at a step in RESET_EVERY."""
+        generator = torch.Generator().manual_seed(self.seed)
+        drawn = torch.rand(self.config.T, self.config.B, generator=generator)
+        return (drawn < 1 / RESET_EVERY).to(self.device)
+
+    @cached_property
     def grad_output(self) -> Tensor:
         """(T, B, H), or (N, H) where packed."""
         shape = (self.config.rows,) if self.config.packed else (self.config.T, self.config.B)
         return self._normal(*shape, self.config.H, stream=1)
+
+    @cached_property
+    def grad_padded(self) -> Tensor:
+        """(T, B, H)."""
+        return self._normal(self.config.T, self.config.B, self.config.H, stream=1)
+
+    @cached_property
+    def grad_h_n(self) -> Tensor:
+        """(1, B, H)."""
+        return self._normal(1, self.config.B, self.config.H, stream=1)
 
     def _normal(self, *shape: int, stream: int = 0) -> Tensor:
         # Drawn on the device: a large grid's numbers would take the host longer than timing them.

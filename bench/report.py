@@ -28,6 +28,9 @@ TASKS = {
     "lm_step": "training step",
     "generation": "1,000 characters",
     "clip": "clip",
+    "resets": "resets inside a sequence",
+    "checkpoint_steps": "states of every 64th step kept",
+    "lengths": "lengths on the device",
 }
 BLOCK = re.compile(r"(<!-- results: (\S+) -->\n).*?(<!-- end of results -->)", re.DOTALL)
 SUPERLINEAR = 0.15  # more than the work's exponent by this much is a finding

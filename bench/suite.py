@@ -9,7 +9,7 @@ import torch
 
 from charrnn_fast.bench import grid
 from charrnn_fast.bench.grid import Config, Gradients
-from charrnn_fast.bench.libraries import XMA, FlagGems, FlashRNN, Jax, OnnxRuntime, OpenVino
+from charrnn_fast.bench.libraries import XMA, FlagGems, FlashRNN, Jax, OnnxRuntime, OpenVino, TensorFlow
 from charrnn_fast.bench.measure import (
     CPU,
     ROW_GEMM,
@@ -25,7 +25,7 @@ from charrnn_fast.bench.measure import (
     rotate,
     rounds_in_a_row,
 )
-from charrnn_fast.bench.peers import CompiledReference, Ours, Peer, Reference, TorchRNN
+from charrnn_fast.bench.peers import BEYOND, CompiledReference, Ours, Peer, Reference, TorchRNN
 from charrnn_fast.bench.problems import ClipProblem, Problem
 from charrnn_fast.ops import backends
 
@@ -36,6 +36,7 @@ PEERS: tuple[Peer, ...] = (
     Jax(),
     OnnxRuntime(),
     OpenVino(),
+    TensorFlow(),
     FlashRNN(),
     FlagGems(),
     XMA(),
@@ -43,7 +44,7 @@ PEERS: tuple[Peer, ...] = (
 BASELINE = TorchRNN.name  # the side that memory is compared with
 GEMM = "matrix product"  # no side: timed with them for the row's floor
 TIME_IS_UP = "the time was up"
-MEMORY_TASKS = ("forward_backward", "lm_step")
+MEMORY_TASKS = ("forward_backward", "lm_step", *BEYOND)
 
 
 @dataclass(frozen=True)
@@ -85,19 +86,26 @@ def clip_case(config: Gradients) -> Case:
     return Case("clip", config, flops=3.0 * config.numbers, bytes=3.0 * 4 * config.numbers)
 
 
+def beyond_case(task: str) -> Case:
+    """What torch.nn.RNN has no argument for; the work of the same forward and backward without it."""
+    config = grid.BEYOND[task]
+    return Case(task, config, flops=config.flops(True), bytes=config.bytes(True))
+
+
 ELMAN = [elman_case(config, task) for config in grid.GRID for task in ("forward", "forward_backward")]
 LM = [lm_case(config) for config in grid.LM_STEPS]
 CLIPS = [clip_case(gradients) for gradients in grid.CLIP]
 GENERATION = [generation_case(config) for config in grid.GENERATION]
+BEYOND_ROWS = [beyond_case(task) for task in BEYOND]
 GPU_ELMAN = [
     elman_case(config, task, dtype) for config, dtype in grid.GPU_GRID for task in ("forward", "forward_backward")
 ]
-QUICK = ("d2l", "santa", "stream", "packed", "d2l's", "2,000 tensors", "H=32 B=1", "H=256 B=1")
+QUICK = ("d2l", "santa", "stream", "packed", "policy", "d2l's", "2,000 tensors", "H=32 B=1", "H=256 B=1")
 
 
 def cases(quick: bool) -> list[Case]:
     """All that `charrnn-fast bench` measures beside the sweeps, what matters most first."""
-    found = [*LM, *ELMAN, *CLIPS, *GENERATION]
+    found = [*LM, *ELMAN, *CLIPS, *GENERATION, *BEYOND_ROWS]
     return [case for case in found if case.config.name in QUICK] if quick else found
 
 

@@ -5,10 +5,10 @@ Every round times each side once, in turn, so that a busy machine slows all of t
 
 import pytest
 
-from charrnn_fast.bench.suite import CLIPS, ELMAN, GENERATION, LM, Case, sweep_cases
+from charrnn_fast.bench.suite import BEYOND_ROWS, CLIPS, ELMAN, GENERATION, LM, Case, sweep_cases
 
 
-@pytest.mark.parametrize("case", [*ELMAN, *LM, *CLIPS, *GENERATION], ids=str)
+@pytest.mark.parametrize("case", [*ELMAN, *LM, *CLIPS, *GENERATION, *BEYOND_ROWS], ids=str)
 def test_cpu(case: Case, row):
     assert row(case)["ms"] > 0
 

@@ -19,6 +19,7 @@ from .ops.elman import wrong_batch_sizes
 from .ops.elman_checkpointed import check_steps, checkpointed_stack
 from .ops.elman_stack import elman_stack
 from .ops.elman_torch import TorchRNN, torch_rnn
+from .ops.lengths import stack_with_lengths
 from .ops.resets import episodes
 from .ops.tokens import TOKEN_TYPES, one_hot_rows
 
@@ -213,6 +214,52 @@ class FusedRNN(TorchRNN):
         packed, hidden = self._run(PackedSequence(rows, found.batch_sizes), start, False)
         output = packed.data.index_select(0, found.places).view(steps, batch, -1)
         return output.transpose(0, 1) if self.batch_first else output, hidden.index_select(1, found.last)
+
+    def forward_with_lengths(self, input: Tensor, lengths: Tensor, hx: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """:meth:`forward` of padded sequences whose lengths stay on the input's device, with the results of
+        pack_padded_sequence(enforce_sorted=False), :meth:`forward` and pad_packed_sequence, which copies them to the
+        host and waits. What the input holds beyond a length is not read.
+
+        All T steps of all sequences are walked, in one launch a layer and direction: where lengths are known on the
+        host and differ much, packed input is faster. relu states that grow without bound beyond a length may overflow
+        there, which makes W_hh's gradient NaN. With ``checkpoint_steps`` each layer keeps the output of the one below.
+
+        Args:
+            input: (T, B, I), or (B, T, I) if ``batch_first``.
+            lengths: (B,) int64 in 0..T on the input's device, in any order. After no step h_n is hx.
+            hx: as in :meth:`forward`.
+
+        Returns:
+            output like :meth:`forward`'s, zero beyond each length, and h_n (L*D, B, H), the states after each
+            sequence's own last step (of a direction that walks time backwards, after its first).
+
+        Raises:
+            ValueError: ``lengths`` is no int64 tensor of the input's sequences on its device, or has a length outside
+            0..T (on a CPU; a GPU reports it as ``torch.nn.functional.embedding`` does an id), or the input is
+            unbatched or packed; what :meth:`forward` raises.
+
+        Hooks of the module run for ``forward``.
+        """
+        if not isinstance(input, Tensor) or input.dim() != 3:
+            raise ValueError("forward_with_lengths expects a batched 3-D tensor as input")
+        time_major = input.transpose(0, 1) if self.batch_first else input
+        steps, batch = time_major.shape[:2]
+        if lengths.dtype != torch.int64 or lengths.shape != (batch,) or lengths.device != input.device:
+            raise ValueError(
+                f"lengths: expected int64 ({batch},) on {input.device}, "
+                f"got {lengths.dtype} {tuple(lengths.shape)} on {lengths.device}"
+            )
+        onlooker = watched()
+        if onlooker is None and input.device.type == "cpu" and plain(lengths) and batch > 0:
+            least, most = (int(length) for length in lengths.aminmax())
+            if least < 0 or most > steps:
+                raise ValueError(f"lengths: expected 0 to {steps}, got {least if least < 0 else most}")
+        self._check(input, hx, None, False)
+        if steps == 0 or batch == 0:
+            return self._run(input, hx, False)
+        self._update_flat_weights()
+        output, hidden = stack_with_lengths(self, time_major, lengths, hx, onlooker)
+        return output.transpose(0, 1) if self.batch_first else output, hidden
 
     def _call_impl(self, *args: Any, **kwargs: Any) -> Any:
         """What nn.Module.__call__ runs. To torch.fx's tracers a call is one node, as torch.nn's own modules are."""

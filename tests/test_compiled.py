@@ -138,19 +138,29 @@ class Tagger(nn.Module):
         super().__init__()
         self.rnn = kind(F_IN, H, **options)
 
-    def forward(self, x, lengths, hx=None):
-        output, h_n = self.rnn(pack_padded_sequence(x, lengths, enforce_sorted=False), hx)
-        return output.data, h_n
+    def forward(self, x, lengths, enforce_sorted, hx=None):
+        output, h_n = self.rnn(pack_padded_sequence(x, lengths, enforce_sorted=enforce_sorted), hx)
+        return output.data.sin(), h_n.cos()
 
 
+@pytest.mark.parametrize("options", [{}, {"checkpoint_steps": 2}], ids=str)
 @pytest.mark.parametrize("state", [False, True])
-def test_packed_input_breaks_no_graph(state):
+@pytest.mark.parametrize("enforce_sorted", [False, True])
+def test_packed_input_breaks_no_graph(state, enforce_sorted, options):
     """But at pack_padded_sequence, which the compiler leaves out; at torch.nn.RNN it breaks once more, or gives up."""
-    x, lengths = torch.randn(6, 3, F_IN), torch.tensor([2, 6, 3])
-    given = (x, lengths, torch.randn(1, 3, H)) if state else (x, lengths)
-    ours, theirs = Tagger(FusedRNN, backend="native"), Tagger(nn.RNN)
+    ours, theirs = Tagger(FusedRNN, backend="native", **options), Tagger(nn.RNN)
     theirs.load_state_dict(ours.state_dict())
-    torch.testing.assert_close(torch.compile(ours, backend="aot_eager")(*given), theirs(*given))
+    compiled = torch.compile(ours, backend="aot_eager", dynamic=True)
+    for lengths in ([6, 3, 2], [7, 7, 4, 2]):
+        lengths = torch.tensor(lengths if enforce_sorted else lengths[::-1])
+        x, hx = torch.randn(int(lengths.max()), len(lengths), F_IN), torch.randn(1, len(lengths), H)
+        found, expected = (m(x, lengths, enforce_sorted, hx if state else None) for m in (compiled, theirs))
+        torch.testing.assert_close(found, expected)
+        grads = [
+            torch.autograd.grad(y[0].sum() + y[1].sum(), list(m.parameters()))
+            for y, m in ((found, ours), (expected, theirs))
+        ]
+        torch.testing.assert_close(*grads)
     assert graphs() == 1
     assert all("pack_padded_sequence" in reason for reason in counters["graph_break"]), counters["graph_break"]
 

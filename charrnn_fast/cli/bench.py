@@ -12,7 +12,10 @@ from tqdm import tqdm
 from charrnn_fast.cli.options import find_device
 from charrnn_fast.errors import InputError
 
-PEERS = ("torch.nn.RNN", "reference", "torch.compile", "jax", "onnxruntime", "openvino", "flashrnn", "flaggems", "xma")
+PEERS = (
+    *("torch.nn.RNN", "reference", "torch.compile", "jax", "onnxruntime", "openvino", "tensorflow"),
+    *("flashrnn", "flaggems", "xma"),
+)
 SECONDS = {False: 90.0, True: 30.0}  # from the first row on, by --quick; the row that is under way is finished
 
 

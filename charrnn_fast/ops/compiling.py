@@ -16,6 +16,8 @@ compiler, and it has to be an instance of torch.nn.RNN to users, whose initialis
 import functools
 from typing import Any
 
+import torch
+
 
 def allow_in_graphs(kind: type) -> None:
     """Let the compiler trace into modules of the class ``kind``, a subclass of torch.nn.RNN."""
@@ -38,3 +40,19 @@ def allow_in_graphs(kind: type) -> None:
             return wrap_module(self, value)
 
     builder.wrap_module = wrap
+
+
+def unknown_size() -> Any:
+    """For a registered operator's shapes: a size that only its input's data says, as the number of packed sequences.
+
+    PyTorch takes such a size into its graph where fullgraph or config.capture_dynamic_output_shape_ops asks for it, and
+    else breaks the graph at the operator. Both things that are looked at are private; without them it does so here too.
+    """
+    context = torch.library.get_ctx()
+    try:
+        from torch._library.fake_impl import allocate_size
+
+        sizes = context._shape_env
+    except (ImportError, AttributeError):
+        return context.new_dynamic_size()
+    return context.new_dynamic_size() if sizes is None else allocate_size(sizes)

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from . import backends, compiled_backward
 from .autograd import apply_of, below_autograd_recording, must_recompute, recomputed, saved_tensors, unshared
+from .compiling import unknown_size
 from .context import OPERATORS, REGISTERED, autocast, in_plain_memory, plain, registered_operators_only, watched
 from .elman_layer import Layer, layer_of
 from .elman_torch import layer_by_tensor_operations, layer_by_torch
@@ -243,7 +244,7 @@ def _(
     elif batch_sizes is None:
         batch = input.shape[1]
     else:
-        batch = torch.library.get_ctx().new_dynamic_size()
+        batch = unknown_size()
     out = weights[0].new_empty(*input.shape[: input.dim() - (not is_tokens(input))], directions * hidden)
     return out, out.new_empty(directions, batch, hidden)
 

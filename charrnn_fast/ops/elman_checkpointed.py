@@ -19,8 +19,9 @@ from torch import Tensor
 
 from . import compiled_backward
 from .autograd import apply_of, below_autograd_recording, must_recompute, recomputed, saved_tensors, unshared
+from .compiling import unknown_size
 from .context import OPERATORS, autocast, exported, in_plain_memory, plain, registered_operators_only, watched
-from .elman_stack import alike, as_batch_first, elman_stack
+from .elman_stack import OneLayer, alike, as_batch_first, elman_stack
 from .parts import Parts
 from .tokens import TOKEN_TYPES
 
@@ -105,7 +106,7 @@ class Stack:
         self, input: Tensor, h0: Tensor | None, weights: Sequence[Tensor], batch_sizes: Tensor | None, directions: int
     ) -> tuple[Tensor, Tensor]:
         """One layer with ``directions``, which need not be the stack's."""
-        layer = _Layer(self, weights, directions)
+        layer = OneLayer(self.backend, self.nonlinearity, weights, directions)
         return elman_stack(layer, input, h0, batch_sizes, input.dtype in TOKEN_TYPES, watched())
 
     def forward(
@@ -140,18 +141,6 @@ class Stack:
         places = torch.arange(8, dtype=torch.uint8, device=output.device)
         bits = ((masks[layer].unsqueeze(-1) >> places) & 1).flatten(-2)[..., : output.shape[-1]]
         return output * bits.to(output.dtype).div_(1 - self.dropout if self.dropout < 1 else 1)
-
-
-class _Layer:
-    """What elman_stack reads of a module with one layer."""
-
-    num_layers, batch_first, dropout, training = 1, False, 0.0, False
-
-    def __init__(self, stack: Stack, weights: Sequence[Tensor], directions: int):
-        self._flat_weights, self.backend = list(weights), stack.backend
-        self.bidirectional, self.bias = directions == 2, len(weights) > 2 * directions
-        self.hidden_size, self.input_size = weights[0].shape
-        self.mode = f"RNN_{stack.nonlinearity.upper()}"
 
 
 def _bits(noise: Tensor) -> Tensor:
@@ -370,7 +359,7 @@ def _(
     elif batch_sizes is None:
         batch = input.shape[1]
     else:
-        batch = torch.library.get_ctx().new_dynamic_size()
+        batch = unknown_size()
     total = input.shape[0] if batch_sizes is None else batch_sizes.shape[0]
     out = weights[0].new_empty(*input.shape[: 2 if batch_sizes is None else 1], directions * hidden)
     kept = out.new_empty(cells * ((total + steps - 1) // steps) * batch * hidden)

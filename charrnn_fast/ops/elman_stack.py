@@ -47,6 +47,33 @@ def elman_stack(
     return _watched_stack(rnn, input, hx, weights, batch_sizes, tokens, onlooker)
 
 
+class OneLayer:
+    """What elman_stack reads of a module, for a layer alone; weights: of each direction W_ih, W_hh, no bias or both."""
+
+    num_layers, batch_first, dropout, training = 1, False, 0.0, False
+
+    def __init__(
+        self,
+        backend: str,
+        nonlinearity: str,
+        weights: Sequence[Any],
+        directions: int = 1,
+        checkpoint_steps: int | None = None,
+    ):
+        self._flat_weights, self.backend, self.checkpoint_steps = list(weights), backend, checkpoint_steps
+        self.bidirectional, self.bias = directions == 2, len(weights) > 2 * directions
+        self.hidden_size, self.input_size = weights[0].shape
+        self.mode = f"RNN_{nonlinearity.upper()}"
+
+    @classmethod
+    def of(cls, rnn: Any, layer: int, direction: int) -> "OneLayer":
+        """A layer of a module in one of its directions, as a forward one."""
+        each = 4 if rnn.bias else 2
+        place = layer * (2 if rnn.bidirectional else 1) + direction
+        weights = rnn._flat_weights[place * each : (place + 1) * each]
+        return cls(rnn.backend, _ACTIVATIONS[rnn.mode], weights, 1, rnn.checkpoint_steps)
+
+
 def _layer(
     rnn: Any, input: Tensor, hx: Tensor | None, weights: Sequence[Any], batch_sizes: Tensor | None, tokens: bool
 ) -> Layer | None:

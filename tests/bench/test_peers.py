@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from charrnn_fast.bench.grid import Config, Gradients
-from charrnn_fast.bench.libraries import XMA, FlagGems, FlashRNN, Jax
-from charrnn_fast.bench.peers import TASKS, CompiledReference, Ours, Reference, TorchRNN
+from charrnn_fast.bench.libraries import XMA, FlagGems, FlashRNN, Jax, TensorFlow
+from charrnn_fast.bench.peers import BEYOND, TASKS, CompiledReference, Ours, Reference, TorchRNN
 from charrnn_fast.bench.problems import ClipProblem, Problem
 from charrnn_fast.bench.suite import PEERS
 
@@ -34,12 +34,13 @@ def test_forward_gives_the_same_outputs(peer, config):
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.name)
-def test_backward_gives_the_same_gradients(config):
+@pytest.mark.parametrize("library", [Jax(), TensorFlow()], ids=lambda p: p.name)
+def test_backward_gives_the_same_gradients(library, config):
     problem = Problem(config)
-    if (why := Jax().why_not(problem, "forward_backward")) is not None:
+    if (why := library.why_not(problem, "forward_backward")) is not None:
         pytest.skip(why)
     theirs = Reference().job(problem, "forward_backward")()
-    found = Jax().job(problem, "forward_backward")()
+    found = library.job(problem, "forward_backward")()
     flat = [array for part in found for array in (part if isinstance(part, tuple) else (part,))]
     for array, wanted in zip(flat, theirs, strict=True):
         np.testing.assert_allclose(np.asarray(array), wanted.numpy(), atol=1e-4)
@@ -54,6 +55,22 @@ def test_language_model_tasks_run_again_and_again(peer, task):
     if task == "generation":
         wanted = Reference().job(Problem(CONFIGS[0]), task)()
         assert found.shape == (3, 5) and (isinstance(peer, TorchRNN) or torch.equal(found, wanted))
+
+
+@pytest.mark.parametrize("task", BEYOND)
+def test_both_sides_give_the_same_gradients_of_what_one_has_no_argument_for(task, monkeypatch):
+    problem, found = Problem(Config("varied", 4, 150, 4, 6, packed=True)), []
+    for peer in (Ours(), TorchRNN()):
+        grads = []
+
+        def beyond(module, x, call, grad, grads=grads):
+            leaves = [x.requires_grad_(), *module.parameters()]
+            return lambda: grads.extend(torch.autograd.grad(call(x), leaves, grad))
+
+        monkeypatch.setattr(peer, "beyond", beyond)
+        peer.job(problem, task)()
+        found.append(grads)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("peer", [Ours(), TorchRNN(), Reference()], ids=lambda p: p.name)
@@ -72,7 +89,7 @@ def test_compiled_step_is_the_references_step():
 
 @pytest.mark.parametrize("peer", PEERS, ids=lambda p: p.name)
 def test_what_a_peer_cannot_do_has_a_reason(peer):
-    for task in TASKS:
+    for task in (*TASKS, *BEYOND):
         problem = ClipProblem(GRADIENTS) if task == "clip" else Problem(PACKED)
         reason = peer.why_not(problem, task)
         assert reason is None or (reason and not reason.endswith("."))

@@ -78,6 +78,12 @@ CASES = {
     ),
     "no steps": lambda: FusedRNN(4, 8)(torch.randn(0, 2, 4)),
     "token ids that are no int64 or int32": lambda: FusedRNN(4, 8).forward_tokens(torch.randn(9, 2)),
+    "`forward_with_lengths` of lengths on another device than the input": lambda: FusedRNN(4, 8).forward_with_lengths(
+        torch.randn(9, 2, 4), torch.ones(2, dtype=torch.int64, device="meta")
+    ),
+    "`forward_with_resets` and `forward_with_lengths` of unbatched or packed input": lambda: FusedRNN(
+        4, 8
+    ).forward_with_lengths(torch.randn(9, 4), torch.ones(1, dtype=torch.int64)),
     "a change of the output in place before its backward": _changed_in_place,
     "a decomposition of packed input": _decomposed_packed,
     "the reference form of a model with dropout": lambda: CharRNN(5, 4, dropout=0.1).to_reference(),
