@@ -41,11 +41,11 @@ STAGES = (
     Stage("environment", 0.05, "machine, versions, rates, and which path every size takes"),
     Stage("tests", 0.20, "pytest -m gpu"),
     Stage("parity", 0.10, "errors against fp64 at large sizes, beside torch.nn.RNN's"),
-    Stage("grid", 0.28, "the grid against torch.nn.RNN: named sizes, sweeps, H x B x T x dtype"),
+    Stage("grid", 0.24, "the grid against torch.nn.RNN: named sizes, sweeps, H x B x T x dtype"),
     Stage("language_model", 0.12, "training steps, the scratch recipe, clip, generation"),
     Stage("kernels", 0.05, "our kernels beside cuDNN's own, by the profiler"),
     Stage("registers", 0.07, "registers and spills of the compiled kernels against bench/results/static.json", True),
-    Stage("chip", 0.08, "the recurrence across the chip: its tiles and torch.nn.RNN, timed"),
+    Stage("chip", 0.12, "across the chip: the decoder, the recurrence's tiles and torch.nn.RNN, timed"),
     Stage("tiles", 0.05, "neighbours of the shipped tiles, timed"),
 )
 

@@ -1,4 +1,5 @@
-"""The recurrence across the chip on hardware: its tiles and what they could be, timed by turns, and torch.nn.RNN.
+"""What goes across the chip on hardware, timed by turns: the recurrence, what its tiles could be and torch.nn.RNN; the
+decoder and that of one program.
 
 Without a CUDA device one tiny size is interpreted, a step a launch.
 """
@@ -13,6 +14,9 @@ from charrnn_fast.bench.gate_tiles import KINDS, target_of
 from charrnn_fast.bench.measure import Spread, alternate
 from charrnn_fast.kernels.triton.elman_grid import choose_grid_tile, elman_grid_backward, elman_grid_forward
 from charrnn_fast.kernels.triton.elman_grid_tiles import GRID_TILES, GridTile, grid_width
+from charrnn_fast.kernels.triton.generate import one_program
+from charrnn_fast.kernels.triton.generate_grid import generate_grid
+from charrnn_fast.kernels.triton.generate_grid_tiles import GenerateGridTile, grid_tile
 from charrnn_fast.kernels.triton.launch import processors_of
 
 # (kind, H, T, B), what matters most first.
@@ -22,6 +26,7 @@ SIZES = [
 TINY = [("fp32", 40, 2, 3)]
 TINY_TILE = GridTile("mma3", 16, 8, 2, 1.0, "tiny")
 Jobs = dict[str, Callable[[], Any]]
+ONE = 0x3FF0000000000000  # the bits of 1.0 in double precision
 
 
 def candidates(kind: str, hidden_size: int, shipped: GridTile, target: str) -> list[GridTile]:
@@ -116,3 +121,75 @@ def _against(
         row[f"{step}_us_a_step"] = 1e6 * Spread.of(times["other"]).median / T
         row[f"{step}_ratio"] = {"low": spread.low, "median": spread.median, "high": spread.high}
     return row
+
+
+# (kind, H, ids, B), what matters most first; V = 90.
+DECODED = [("fp32", 256, 1000, 1), ("fp32", 512, 1000, 1), ("16bit", 512, 1000, 1)]
+DECODED_TINY = [("fp32", 20, 1, 1)]
+
+
+def _decoder_tiles(shipped: GenerateGridTile) -> dict[str, GenerateGridTile]:
+    """The shipped one, and it with one thing changed."""
+    return {
+        "shipped": shipped,
+        "one counter": replace(shipped, by_part=False),
+        f"{12 - shipped.warps} warps": replace(shipped, warps=12 - shipped.warps),
+    }
+
+
+def decoders(device: torch.device) -> Iterator[dict[str, Any]]:
+    """For every size, greedy and drawing: microseconds an id of one program a sequence and of each tile of a grid."""
+    on_gpu = device.type == "cuda"
+    for kind, H, N, B in DECODED if on_gpu else DECODED_TINY:
+        for sampled in (False, True):
+            row: dict[str, Any] = {
+                "name": f"decoder {kind} H{H} B={B} {'drawing' if sampled else 'greedy'}",
+                "wrong": "",
+            }
+            jobs, rejected = _decoders(KINDS[kind][0], H, N, B, sampled, device)  # compiling takes most of the time
+            row |= rejected
+            names = [name for name in jobs if name != "one program"]
+            texts = [jobs[name]() for name in names]
+            row["wrong"] = "; ".join(n for n, ids in zip(names, texts, strict=True) if not torch.equal(ids, texts[0]))
+            times = alternate(jobs, 0.2 if on_gpu else 0.0, device, least=5 if on_gpu else 1)
+            yield row | {f"{name}: us an id": 1e6 * Spread.of(found).median / N for name, found in times.items()}
+
+
+def _decoders(
+    dtype: torch.dtype, H: int, N: int, B: int, sampled: bool, device: torch.device
+) -> tuple[Jobs, dict[str, str]]:
+    """A decoder of one program, and those across the chip that run; errors of those that do not, by name."""
+    V, P, generator = 90, 8 if device.type == "cuda" else 1, torch.Generator(device).manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator, device=device).to(dtype)
+
+    prompt = torch.randint(V, (B, P), generator=generator, device=device)
+    table, weight_hh, head, bias = random(V, H), random(H, H) / H**0.5, 3 * random(V, H) / H**0.5, random(V)
+    uniforms = torch.rand(B, N, generator=generator, device=device, dtype=torch.float64) if sampled else None
+    given = (prompt, N, table, [None], [weight_hh], [None], head, bias, None)
+    options: dict[str, Any] = {"uniforms": uniforms, "sharpness": ONE, "top_k": None, "tanh": True}
+    shipped = grid_tile(H, 4)
+    if shipped is None:
+        raise ValueError(f"no tile for hidden size {H}")
+
+    def across(tile: GenerateGridTile) -> Callable[[], torch.Tensor]:
+        def run() -> torch.Tensor:
+            found = generate_grid(prompt, N, table, weight_hh, head, bias, None, **options, tile=tile)
+            if found is None:
+                raise RuntimeError("no team of programs runs at once")
+            return found[0]
+
+        return run
+
+    jobs: Jobs = {"one program": lambda: one_program(*given, **options)[0]}
+    jobs["one program"]()
+    rejected: dict[str, str] = {}
+    for name, tile in _decoder_tiles(shipped).items():
+        try:
+            across(tile)()
+        except Exception as error:  # whatever the compiler or the driver raises: this candidate is none
+            rejected[f"{name}: error"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        else:
+            jobs[name] = across(tile)
+    return jobs, rejected

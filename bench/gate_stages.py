@@ -294,7 +294,8 @@ def tiles(context: Context) -> None:
 
 
 def chip(context: Context) -> None:
-    """The recurrence across the chip, its tiles and torch.nn.RNN timed by turns."""
+    """The recurrence across the chip, its tiles and torch.nn.RNN timed by turns; before it the decoder, both ways."""
+    _keep(context, "decoders", gate_chip.decoders(context.device), "wrong")
     _keep(context, "chip", gate_chip.rows(context.device), "wrong")
 
 

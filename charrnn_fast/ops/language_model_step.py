@@ -46,7 +46,7 @@ def why_not(weights: Weights, optimizer: torch.optim.Optimizer | None = None, *,
             return "a weight is not contiguous"
     if torch.is_autocast_enabled(device.type):
         return "there is autocast"
-    sizes = {"hidden_size": hidden, "num_classes": classes, "backend": backend}
+    sizes: dict[str, Any] = {"hidden_size": hidden, "num_classes": classes, "backend": backend}
     if backends.choose("language_model_step", device, dtype, **sizes) != "triton":
         found = backends.explain(dtype=dtype, device=device, operation="language_model_step", **sizes)
         return found.why_not["triton"]

@@ -294,11 +294,31 @@ def product(w, rows_ptr, k, mask_rows, late, buffer, F: tl.constexpr):
 
 @device_function
 def announce(counters_ptr, first_unit, F: tl.constexpr):
-    """Count this program in, after all that its threads stored; at the counter of the part of k that its units are."""
+    """Count this program in, after all that its threads stored; at the counter of the part of k that its units are.
+
+    One thread adds after one barrier. Triton 3.9's own addition has a barrier before it as well, 3.6's has none.
+    """
     barrier()
     if F.by_part:
         counters_ptr += first_unit // F.part * COUNTER_STRIDE
-    gl.atomic_add(counters_ptr, 1, sem="release", scope="gpu")
+    if INTERPRETED:
+        gl.atomic_add(counters_ptr, 1, sem="release", scope="gpu")
+    else:
+        gl.inline_asm_elementwise(
+            """{
+            .reg .pred first;
+            .reg .b32 thread;
+            mov.u32 thread, %tid.x;
+            setp.eq.u32 first, thread, 0;
+            @first red.release.gpu.global.add.u32 [$1], 1;
+            mov.b32 $0, 0;
+            }""",
+            "=r,l",
+            [counters_ptr],
+            dtype=gl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @device_function

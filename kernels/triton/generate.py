@@ -94,19 +94,40 @@ def generate(
             raise ValueError(f"expected all tensors on {device}, got one on {tensor.device}")
     if (why := generate_limits(V, dtype)) is not None:
         raise RuntimeError(f"generate: {why}")
-    acc_type = torch.float64 if dtype == torch.float64 else torch.float32
     if B == 0:
         empty = torch.empty((0, num_tokens), dtype=torch.int64, device=device)
         return empty, torch.empty((L, 0, H), dtype=dtype, device=device)
     sharpness = struct.unpack("q", struct.pack("d", alpha / temperature))[0]
     k = top_k if uniforms is not None and top_k is not None and top_k < V else None
     tanh = nonlinearity == "tanh"
+    options = {"uniforms": uniforms, "sharpness": sharpness, "top_k": k, "tanh": tanh}
     if generate_grid_limits(H, V, L, B, dtype, device) is None:
         given = (prompt, num_tokens, table, weight_hh[0], head_weight, head_bias, state)
-        options = {"uniforms": uniforms, "sharpness": sharpness, "top_k": k, "tanh": tanh}
         if (found := generate_grid(*given, **options, one_by_one=False)) is not None:
             return found
+    return one_program(prompt, num_tokens, table, weight_ih, weight_hh, bias, head_weight, head_bias, state, **options)
 
+
+def one_program(
+    prompt: Tensor,
+    num_tokens: int,
+    table: Tensor,
+    weight_ih: Sequence[Tensor | None],
+    weight_hh: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    state: Tensor | None,
+    *,
+    uniforms: Tensor | None,
+    sharpness: int,
+    top_k: int | None,
+    tanh: bool,
+) -> tuple[Tensor, Tensor]:
+    """As generate, each sequence by a program of its own, B >= 1. sharpness, top_k and tanh as of generate_grid."""
+    (B, P), (V, H), L = prompt.shape, table.shape, len(weight_hh)
+    device, dtype = table.device, table.dtype
+    acc_type = torch.float64 if dtype == torch.float64 else torch.float32
     tile = generate_tile(H, V, L, acc_type.itemsize)
     ids = torch.empty((B, num_tokens), dtype=torch.int64, device=device)
     states = torch.zeros((B, 2, L, tile.depth), dtype=acc_type, device=device)
@@ -120,19 +141,19 @@ def generate(
         *_weights(tile, table, weight_ih, weight_hh, bias, head_weight, head_bias),
         None if uniforms is None else uniforms.to(torch.float64).contiguous(),
         states,
-        None if k is None else torch.empty((B, tile.block_v), dtype=acc_type, device=device),
+        None if top_k is None else torch.empty((B, tile.block_v), dtype=acc_type, device=device),
         ids,
         P,
         num_tokens,
         V,
         L,
-        k or 0,
+        top_k or 0,
         sharpness,
         **tile.constants(),
         TANH=tanh,
         STACKED=L > 1,
         SAMPLE=uniforms is not None,
-        TOP_K=k is not None,
+        TOP_K=top_k is not None,
         **tile.launch_options(target_of(device)[0]),
     )
     last = states[:, (P + num_tokens - 1) % 2, :, :H]

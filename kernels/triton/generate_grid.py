@@ -36,7 +36,7 @@ def generate_grid_reason(hidden_size: int, batch: int, dtype: torch.dtype, devic
     return (
         f"a grid by FMA: {programs} programs of {tile.warps} warps a sequence, each with {tile.units} rows of W_hh "
         f"({hidden_size * tile.units * max(dtype.itemsize, 4)} bytes) in registers, one exchange an id (predicted "
-        f"{grid_us(tile, hidden_size, batch, processors_of(device)):.1f} us an id, one program {one:.1f} measured)"
+        f"{grid_us(tile, hidden_size, batch, processors_of(device)):.1f} us an id, one program at least {one:.1f})"
     )
 
 

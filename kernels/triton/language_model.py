@@ -11,6 +11,7 @@ gradient, a target outside makes the loss NaN.
 import functools
 import struct
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -135,7 +136,7 @@ class _Call:
     def loss(self, h0: Tensor | None, h_n: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
         losses, h_n = self._rows(h0, h_n, ignore_index, None)
         loss = self.empty()
-        self._sums(1, None, losses, loss, None, Weights(*(None,) * 6), (None,) * 6, 0)  # type: ignore[arg-type]
+        self._sums(1, None, losses, loss, None, (None,) * 6, (None,) * 6, 0)
         return loss, h_n
 
     def gradients(
@@ -150,7 +151,7 @@ class _Call:
         H, V = self.H, self.V
         partial = self.empty(self.programs, 2 * V * H + H * H + H + V)
         losses, h_n = self._rows(h0, h_n, ignore_index, partial)
-        loss, grads = self.empty(), Weights(*[None if w is None else torch.empty_like(w) for w in self.weights])
+        loss, grads = self.empty(), _like(self.weights)
         blocks = sum(-(-numel // SUM_ELEMENTS) for numel in (V * H, H * H, V * H, H, V))
         squares = self.empty(blocks) if any(trained) else None
         bits = sum(bool(t) << i for i, t in enumerate(trained))
@@ -196,7 +197,7 @@ class _Call:
         losses: Tensor,
         loss: Tensor,
         squares: Tensor | None,
-        grads: Weights,
+        grads: Sequence[Tensor | None],
         steps: Sequence[Tensor | None],
         trained: int,
     ) -> None:
@@ -234,8 +235,8 @@ class _Call:
         moments = (
             (None,) * 6 if adam is None else [m if t else None for m, t in zip(adam.moments, trained, strict=True)]
         )
-        numbers = (0.0 if max_norm is None else max_norm, 0.0 if isinstance(lr, Tensor) else lr)
-        numbers += (0.9, 0.999, 1e-8) if adam is None else (adam.beta1, adam.beta2, adam.eps)
+        numbers = [0.0 if max_norm is None else max_norm, 0.0 if isinstance(lr, Tensor) else lr]
+        numbers += [0.9, 0.999, 1e-8] if adam is None else [adam.beta1, adam.beta2, adam.eps]
         start(
             language_model_update_kernel,
             (sum(-(-numel // UPDATE_ELEMENTS) for numel in numels), 1, 1),
@@ -256,6 +257,12 @@ class _Call:
             BLOCK=UPDATE_ELEMENTS,
             **launch_options(UPDATE_WARPS, self.target),
         )
+
+
+def _like(weights: Weights) -> Weights:
+    """Tensors for what belongs to each of them."""
+    found: list[Any] = [None if w is None else torch.empty_like(w) for w in weights]
+    return Weights(*found)
 
 
 @functools.cache

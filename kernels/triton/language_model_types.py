@@ -35,8 +35,9 @@ def windows(X: Tensor, Y: Tensor) -> Batch:
     """The batch of ids X and their successors Y, each (B, T) of an integer type, any strides; nothing is copied."""
     if X.dim() != 2 or X.shape != Y.shape:
         raise ValueError(f"targets must be {tuple(X.shape)} as tokens are, (B, T), got {tuple(Y.shape)}")
-    (rows, steps), strides = X.shape, (*X.stride(), *Y.stride())
-    return Batch(X, Y, None, steps, rows, strides)
+    rows, steps = X.shape
+    (tokens_b, tokens_t), (targets_b, targets_t) = X.stride(), Y.stride()
+    return Batch(X, Y, None, steps, rows, (tokens_b, tokens_t, targets_b, targets_t))
 
 
 def positions(corpus: Tensor, starts: Tensor, num_steps: int) -> Batch:

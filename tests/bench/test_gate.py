@@ -39,6 +39,8 @@ def test_every_stage_runs_to_its_end_without_a_gpu(tmp_path):
     assert stages["language_model"]["scratch_recipe"]["validation_perplexity"] > 1
     assert all(row["recorded"] is not None for row in stages["registers"]["registers"])
     assert [row["notable"] for row in stages["tiles"]["tiles"] if "forward_ratio" in row]
+    for row in stages["chip"]["decoders"]:
+        assert all(row[f"{name}: us an id"] > 0 for name in ("one program", "shipped", "one counter", "8 warps"))
     for row in stages["chip"]["chip"]:
         assert row["ours_us_a_step"] > 0 and row["theirs_us_a_step"] > 0
         assert len(row["candidates"]) >= 3 and all(each["backward_ratio"] for each in row["candidates"])

@@ -226,3 +226,15 @@ def test_a_signature_that_is_not_as_expected_is_not_launched():
     kernel = Kernel(types=("*fp32", "i64", "i32"))
     compiled = kernel[1]()
     assert record_of(compiled, kernel.params, (torch.zeros(4), 5, 32)) is None
+
+
+def test_a_parameter_of_64_bits_has_them_whatever_its_value(as_on_a_gpu):
+    """The decoder's sharpness, the bits of a double: 0.0 is as narrow as an int32."""
+    of_bits = SimpleNamespace(do_not_specialize=True, annotation_type="i64")
+    kernel, x = Kernel(types=("*fp32", "i64", "i32")), torch.zeros(64)
+    kernel.params = (kernel.params[0], of_bits, kernel.params[2])
+    launch = Launch(kernel)
+    for bits in (0, 0x3FF0000000000000, 7, -(2**63)):
+        launch((1, 1, 1), GPU, x, bits, 32)
+        assert kernel.launched == 1
+    assert as_on_a_gpu.given[1] == -(2**63)

@@ -62,7 +62,7 @@ def gathered(corpus, starts, T):
 @pytest.mark.parametrize(
     ("V", "H", "B", "T", "nonlinearity", "adam", "clip", "carried", "second_bias"),
     [
-        (28, 32, 5, 6, "tanh", False, 1.0, False, False),
+        (28, 32, 4, 3, "tanh", False, 1.0, False, False),
         (28, 20, 4, 5, "relu", True, None, True, True),
         (97, 9, 2, 9, "tanh", True, 0.05, True, False),
         (5, 33, 3, 1, "relu", False, 0.05, False, True),
@@ -70,14 +70,14 @@ def gathered(corpus, starts, T):
     ],
 )
 def test_steps_are_the_references(V, H, B, T, nonlinearity, adam, clip, carried, second_bias):
-    """Loss, norm, state and every parameter after each of three steps, from a corpus and where its windows begin."""
+    """Loss, state and every parameter after each of two steps, from a corpus and where its windows begin."""
     model, net = make(V, H, nonlinearity=nonlinearity, second_bias=second_bias)
     ours, theirs = optimizers(model, net, adam, 0.01 if adam else 0.5)
     weights, corpus = weights_of(model), corpus_of(V)
     assert why_not(weights, ours) is None
-    step, starts = LanguageModelStep(weights, ours, clip), torch.randint(120 - 3 * T - 1, (B,)).to(DEVICE)
+    starts = torch.randint(120 - 2 * T - 1, (B,)).to(DEVICE)
     step = LanguageModelStep(weights, ours, clip, nonlinearity=nonlinearity)
-    places = [starts + i * T for i in range(3)]
+    places = [starts, starts + T]
     batches = [gathered(corpus, s, T) for s in places]
     state = torch.zeros(B, H, device=DEVICE) if carried else None
     expected = train_batches(net, batches, theirs, clip, carry_state=carried)
@@ -233,7 +233,7 @@ def why_not_in_autocast(weights: Weights) -> str | None:
 
 
 @pytest.mark.parametrize("adam", [False, True])
-@pytest.mark.parametrize("steps", [9, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("steps", [5, pytest.param(200, marks=pytest.mark.slow)])
 def test_the_curve_is_the_references(adam, steps):
     """A tiny form of the recipes: three distinct batches over and over."""
     V, H, T = 6, 8, 2
