@@ -6,6 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from charrnn_fast.kernels import native
+from charrnn_fast.kernels.triton.elman import elman_backward, elman_forward
+from charrnn_fast.kernels.triton.elman_grid import grid_pass
+from charrnn_fast.kernels.triton.launch import Pass
 from charrnn_fast.reference.elman import ACTIVATIONS, walk
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -202,6 +205,25 @@ class Launchers:
 
 
 NATIVE = Launchers("native", torch.device("cpu"), native_forward, native_backward)
+
+
+def _on_grid(forward, of_type, weight_hh, tile, steps_per_launch, nonlinearity="tanh", **_) -> Pass | None:
+    if tile is None:
+        return None
+    sizes = (weight_hh[0].shape[0], of_type.dtype, of_type.device, nonlinearity == "tanh")
+    return grid_pass(forward, tile, *sizes, steps_per_launch)
+
+
+def grid_forward(x, weight_hh, h0=None, *, tile=None, steps_per_launch=None, **options):
+    """elman_forward across the chip by a tile (None: the chosen one), so many steps a launch."""
+    how = _on_grid(True, x, weight_hh, tile, steps_per_launch, **options)
+    return elman_forward(x, weight_hh, h0, how=how, **options)
+
+
+def grid_backward(grad_out, grad_h_n, out, weight_hh, h0=None, *, tile=None, steps_per_launch=None, **options):
+    """elman_backward likewise."""
+    how = _on_grid(False, out, weight_hh, tile, steps_per_launch, **options)
+    return elman_backward(grad_out, grad_h_n, out, weight_hh, h0, how=how, **options)
 
 
 def options_of(case: int) -> dict:

@@ -8,11 +8,10 @@ import functools
 import torch
 from torch import Tensor
 
-from . import elman
 from .elman_grid import launch_teams, new_counters
 from .generate_grid_kernels import GenerateForm, generate_grid_kernel, grid_form
 from .generate_grid_tiles import GenerateGridTile, grid_tile, grid_us, one_program_us, why_not_grid
-from .launch import processors_of, target_of
+from .launch import TYPES, processors_of, target_of
 
 
 def generate_grid_limits(
@@ -44,7 +43,7 @@ def generate_grid_reason(hidden_size: int, batch: int, dtype: torch.dtype, devic
 def _form(
     tile: GenerateGridTile, hidden_size: int, vocab: int, dtype: torch.dtype, sample: bool, top_k: bool, tanh: bool
 ) -> GenerateForm:
-    return grid_form(tile, hidden_size, vocab, elman._TYPES[dtype], sample, top_k, tanh)
+    return grid_form(tile, hidden_size, vocab, TYPES[dtype], sample, top_k, tanh)
 
 
 def _shared_memory(

@@ -223,11 +223,11 @@ def test_rows_beyond_which_the_kernels_are_slower_go_to_torch(monkeypatch):
     monkeypatch.setattr(backends, "interpreted", lambda device: None)
     taken = []
 
-    def forward(x, weight_hh, *arguments, **options):
+    def launch(self, grid, device, x, *arguments):
         taken.append(x.shape[1])
         raise NotImplementedError
 
-    monkeypatch.setattr(elman_grid, "elman_grid_forward", forward)
+    monkeypatch.setattr(elman_grid.GridLaunch, "__call__", launch)
     rnn = FusedRNN(2, 384)
     most = backends.most_rows("auto", "triton", torch.device("cpu"), torch.float32, 384)
     assert most == 128
