@@ -6,9 +6,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from charrnn_fast.lm import at_once
 from charrnn_fast.lm.as_built import why_called
+from charrnn_fast.lm.batches import Batch
 from charrnn_fast.lm.recurrent import RecurrentLM
 from charrnn_fast.ops import backends
 from charrnn_fast.ops import generate as decoder
@@ -101,7 +103,12 @@ class CharRNN(RecurrentLM, form="fused"):
     def _reads_a_table(self, tokens: Tensor, state: Tensor | None) -> bool:
         """Whether one layer on a learned embedding, both as they were built, is the recurrence on `_weight_of_ids`."""
         embed, rnn = self.embed, self.rnn
-        if self.num_layers > 1 or tokens.dim() != 2 or not 0 < self.vocab_size <= tokens.numel():
+        if (
+            isinstance(tokens, Proxy)
+            or self.num_layers > 1
+            or tokens.dim() != 2
+            or not 0 < self.vocab_size <= tokens.numel()
+        ):
             return False
         if embed is None or embed.padding_idx is not None or embed.scale_grad_by_freq or embed.sparse:
             return False
@@ -131,6 +138,12 @@ class CharRNN(RecurrentLM, form="fused"):
     def step_at_once(self, optimizer: Any, clip: float | None, look: at_once.Look | None) -> at_once.StepAtOnce:
         """A whole training step, where `why_not_at_once` has nothing against it; see at_once.py."""
         return at_once.at_once(self, optimizer, clip, look)
+
+    def evaluated_at_once(self, batch: Batch, state: Any, into: Tensor | None) -> tuple[Tensor, Any] | None:
+        """The loss of a batch and the next state, put `into` a tensor if there is one, without gradients and in two
+        launches; None where that does not apply.
+        """
+        return at_once.evaluated_at_once(self, batch, state, into)
 
     def is_the_forms_own(self) -> bool:
         """Whether what a training step asks of the model is what this file says, nowhere replaced."""
