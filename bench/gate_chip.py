@@ -12,7 +12,8 @@ import torch
 
 from charrnn_fast.bench.gate_tiles import KINDS, target_of
 from charrnn_fast.bench.measure import Spread, alternate
-from charrnn_fast.kernels.triton.elman_grid import choose_grid_tile, elman_grid_backward, elman_grid_forward
+from charrnn_fast.kernels.triton.elman import elman_backward, elman_forward
+from charrnn_fast.kernels.triton.elman_grid import choose_grid_tile, grid_pass
 from charrnn_fast.kernels.triton.elman_grid_tiles import GRID_TILES, GridTile, grid_width
 from charrnn_fast.kernels.triton.generate import one_program
 from charrnn_fast.kernels.triton.generate_grid import generate_grid
@@ -49,12 +50,13 @@ def _jobs(kind: str, H: int, T: int, B: int, tile: GridTile, device: torch.devic
     generator = torch.Generator(device).manual_seed(0)
     x, grad = (torch.randn(T, B, H, generator=generator, device=device).to(dtype) for _ in range(2))
     weights = [(torch.randn(H, H, generator=generator, device=device) / H**0.5).to(dtype)]
-    out, _ = elman_grid_forward(x, weights, tile=tile)
+    forth, back = (grid_pass(forward, tile, H, dtype, device, True) for forward in (True, False))
+    out, _ = elman_forward(x, weights, how=forth)
 
     def backward() -> torch.Tensor:
-        return elman_grid_backward(grad, None, out, weights, need_weight_grad=False, need_bias_grad=False, tile=tile)[0]
+        return elman_backward(grad, None, out, weights, need_weight_grad=False, need_bias_grad=False, how=back)[0]
 
-    return {"forward": lambda: elman_grid_forward(x, weights, tile=tile)[0], "backward": backward}
+    return {"forward": lambda: elman_forward(x, weights, how=forth)[0], "backward": backward}
 
 
 def _torch_rnn(kind: str, H: int, T: int, B: int, device: torch.device) -> Callable[[], Any]:

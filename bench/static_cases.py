@@ -473,6 +473,7 @@ def generate_grid_case(target: str, kind: str, hidden: int, vocab: int, sampled:
 def all_cases(target: str) -> list[Case]:
     """Of every kernel that is shipped."""
     makers: list[Callable[[str], list[Case]]] = [elman_cases, elman_sum_cases]
+    makers.append(load("static_language_model", "bench").language_model_cases)
     if target not in TILES_OF:
         makers += [elman_grid_cases, linear_cross_entropy_cases, sum_cases, clip_cases, generate_cases]
         makers += [generate_grid_cases, windows_cases]

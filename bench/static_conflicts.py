@@ -36,6 +36,22 @@ STATEMENTS = (
     ),
     Statement("token rows fp64", f"{FMA_DOT}: so it is on sm_120, whose Triton has no DMMA"),
     Statement(
+        r"language model H\d+ V\d+ warps8 ",
+        "eight warps of few units each: lanes share out a state, and quarters of a warp that want the same of it wait; "
+        "unknown as below",
+        unknown=4,
+    ),
+    Statement(
+        "language model H",
+        "a row of the gradient's table, whichever token's it is: lanes at neighbouring units meet no conflict",
+        unknown=8,
+    ),
+    Statement(
+        "language model (sums|update) ",
+        "sums over warps are exchanged with the summed axis innermost; once a program, the loss's by one of them",
+        unknown=8,
+    ),
+    Statement(
         "generate grid ",
         "the chosen id's row of the table in shared memory, 32 or 64 bytes side by side",
         unknown=1,

@@ -284,6 +284,14 @@ def _triton_generate_slower(device: torch.device, dtype: torch.dtype, sizes: Siz
     return None
 
 
+def _triton_language_model_limits(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> str | None:
+    if (why := triton_cannot_run_on(device)) is not None:
+        return why
+    from charrnn_fast.kernels.triton.language_model import language_model_limits
+
+    return language_model_limits(sizes.hidden_size, sizes.num_classes, dtype, device)
+
+
 def _triton_generate_how(device: torch.device, dtype: torch.dtype, sizes: Sizes) -> str:
     from charrnn_fast.kernels.triton.generate import generate_reason
 
@@ -327,6 +335,8 @@ TABLE: dict[str, tuple[Backend, ...]] = {
     ),
     # Forward, loss and gradients of a one-layer model in one call; "torch": elman and linear_cross_entropy.
     "language_model_loss": (Backend("native", _native_one_call_limits, shortcut=True), _TORCH),
+    # A training step of such a model, update included, or its loss alone; "torch": the operations it is made of.
+    "language_model_step": (Backend("triton", _triton_language_model_limits, _triton_slower, shortcut=True), _TORCH),
     "clip_grad_norm_": (
         Backend("triton", _triton_limits, _triton_slower),
         Backend("native", _native_limits),

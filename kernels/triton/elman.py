@@ -9,26 +9,18 @@ adds to no gradient of the table. Every result is bitwise repeatable.
 """
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
-import triton.language as tl
 
-from . import elman_tiles
+from . import elman_grid, elman_tiles
 from .elman_forms import Form
 from .elman_kernels import elman_backward_kernel, elman_forward_kernel
 from .elman_sums import sum_gradients
 from .elman_tiles import Tile, next_power_of_2
-from .launch import INTERPRETED, KINDS, Launch, processors_of, target_of
+from .launch import INTERPRETED, KINDS, TYPES, Launch, Pass, processors_of, target_of
 from .targets import AMD
-
-_TYPES = {
-    torch.float64: tl.float64,
-    torch.float32: tl.float32,
-    torch.float16: tl.float16,
-    torch.bfloat16: tl.bfloat16,
-}
 
 
 @functools.lru_cache(4096)  # batch sizes may be any number of numbers
@@ -48,20 +40,7 @@ def choose_tile(
     return tile
 
 
-@dataclass(frozen=True)
-class _Pass:
-    """How one of the two kernels runs for calls of one kind: batch rows of a program, and its launch by whether offsets
-    inside a tile need int64.
-    """
-
-    rows: int
-    narrow: Launch
-    wide: Launch
-    sum_steps: int = 0  # backward: the most steps of which it sums the gradient of W itself
-    sums: "_Pass | None" = None  # that kernel
-
-
-def _pass_of(kernel: Any, tile: Tile, hidden_size: int, dtype: torch.dtype, device: torch.device, **options) -> _Pass:
+def _pass_of(kernel: Any, tile: Tile, hidden_size: int, dtype: torch.dtype, device: torch.device, **options) -> Pass:
     def launch(wide: bool) -> Launch:
         form = Form(
             hidden=hidden_size,
@@ -69,7 +48,7 @@ def _pass_of(kernel: Any, tile: Tile, hidden_size: int, dtype: torch.dtype, devi
             lanes_n=tile.lanes_n,
             lanes_k=tile.lanes_k,
             warps=tile.warps,
-            dtype=_TYPES[dtype],
+            dtype=TYPES[dtype],
             mma=tile.form != "fma",
             three=tile.form == "mma3",
             in_shared=tile.in_shared,
@@ -78,7 +57,7 @@ def _pass_of(kernel: Any, tile: Tile, hidden_size: int, dtype: torch.dtype, devi
         )
         return Launch(kernel, F=form, **tile.launch_options(target_of(device)[0]))
 
-    return _Pass(tile.rows, launch(False), launch(True))
+    return Pass(tile.rows, launch(False), launch(True))
 
 
 @functools.lru_cache(4096)  # batch sizes may be any number of numbers
@@ -91,13 +70,11 @@ def _forward_pass(
     tanh: bool,
     features: int,
     ids: torch.dtype | None,
-) -> _Pass | None:
-    """features: I where the kernel makes the input's product, else 0. ids: the type of token ids. None: no program can
-    hold this hidden size.
-    """
+) -> Pass:
+    """features: I where the kernel makes the input's product, else 0. ids: the type of token ids."""
     tile = choose_tile(hidden_size, dtype, precision, device, rows)
     if tile is None:
-        return None
+        return elman_grid.choose_grid_pass(True, hidden_size, dtype, precision, device, rows, tanh)
     ahead = tile.ahead_inputs if features else tile.ahead
     return _shared_pass(elman_forward_kernel, tile, hidden_size, dtype, device, ids, tanh, ahead, features)
 
@@ -105,10 +82,10 @@ def _forward_pass(
 @functools.lru_cache(4096)
 def _backward_pass(
     hidden_size: int, dtype: torch.dtype, precision: str, device: torch.device, rows: int, directions: int, tanh: bool
-) -> _Pass | None:
+) -> Pass:
     tile = choose_tile(hidden_size, dtype, precision, device, rows)
     if tile is None:
-        return None
+        return elman_grid.choose_grid_pass(False, hidden_size, dtype, precision, device, rows, tanh)
     options = (elman_backward_kernel, tile, hidden_size, dtype, device, None, tanh)
     found = _shared_pass(*options, tile.ahead)
     programs = directions * -(-(rows // directions) // tile.rows)
@@ -127,7 +104,7 @@ def _shared_pass(
     tanh: bool,
     ahead: int,
     features: int = 0,
-) -> _Pass:
+) -> Pass:
     """One for all numbers of rows that get this tile: what was compiled for a launch is known to that launch alone."""
     return _pass_of(kernel, tile, hidden_size, dtype, device, ahead=ahead, tanh=tanh, inputs=features)
 
@@ -150,15 +127,8 @@ def elman_limits(
     if not target_of(device)[0]:
         return f"no tile sizes for {torch.cuda.get_device_name(device)}"
     if choose_tile(hidden_size, dtype, precision, device) is None:
-        return _grid().grid_limits(hidden_size, dtype, precision, device)
+        return elman_grid.grid_limits(hidden_size, dtype, precision, device)
     return None
-
-
-def _grid():
-    """The launchers of the recurrence across the chip, for what no program can hold; they import this module."""
-    from . import elman_grid
-
-    return elman_grid
 
 
 @functools.lru_cache(4096)
@@ -169,7 +139,7 @@ def most_rows(hidden_size: int, dtype: torch.dtype, precision: str, device: torc
     """
     if choose_tile(hidden_size, dtype, precision, device) is not None:
         return float("inf")
-    return _grid().grid_most_rows(hidden_size, dtype, precision, device)
+    return elman_grid.grid_most_rows(hidden_size, dtype, precision, device)
 
 
 @functools.lru_cache(4096)
@@ -196,7 +166,7 @@ def elman_reason(
     """The tile for a hidden size that elman_limits allows, and why it is that one. rows: batch times directions."""
     tile = choose_tile(hidden_size, dtype, precision, torch.device(device), rows)
     if tile is None:
-        return _grid().grid_reason(hidden_size, dtype, precision, device, rows)
+        return elman_grid.grid_reason(hidden_size, dtype, precision, device, rows)
     name = {"fma": "FMA", "mma": "tensor cores", "mma3": "tensor cores in three products"}[tile.form]
     return f"{name}, {tile.rows} rows and {tile.warps} warps a program ({tile.why})"
 
@@ -231,6 +201,7 @@ def elman_forward(
     reverse=(False,),
     out: torch.Tensor | None = None,
     precision: str = "ieee",
+    how: Pass | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """h_t = f(x_t + bias_ih[d] + bias_hh[d] + h_{t-1} @ weight_hh[d]^T) over all steps of D directions, in one launch.
 
@@ -240,7 +211,8 @@ def elman_forward(
     tokens: (T, B) or packed (N,), int64 or int32. batch_sizes: (T,) int64 on the CPU, active rows of each step,
     non-increasing; None for padded input. reverse: D bools. out: buffer for the result, may be x.
     precision: of float32 products, "ieee" or, where ten bits of mantissa are allowed, "tf32", which is used where it is
-    faster. One dtype for all floats; sums and tanh of 16-bit floats are taken in float32.
+    faster. One dtype for all floats; sums and tanh of 16-bit floats are taken in float32. how: in place of what the
+    tables choose, as elman_grid.grid_pass makes it.
 
     Returns out (T, B, D*H) or (N, D*H), direction d in columns d*H:(d+1)*H, and h_n (D, B, H), the state after each
     row's own last step of the walk.
@@ -254,17 +226,13 @@ def elman_forward(
     B = rows.shape[1] if batch_sizes is None else int(batch_sizes[0]) if T else 0
     empty, features = T * B * H == 0, 0 if weight_ih is None else x.shape[-1]
     ids = None if tokens is None else tokens.dtype
-    how = None if empty else _forward_pass(H, dtype, precision, device, B * D, nonlinearity == "tanh", features, ids)
     if how is None and not empty:
-        biases = {"bias_ih": bias_ih, "bias_hh": bias_hh}
-        across = {"batch_sizes": batch_sizes, "nonlinearity": nonlinearity, "reverse": reverse, "precision": precision}
-        return _grid().elman_grid_forward(x, weight_hh, h0, tokens=tokens, out=out, **biases, **across)
-
+        how = _forward_pass(H, dtype, precision, device, B * D, nonlinearity == "tanh", features, ids)
     if out is None:
         shape = (*(x.shape[:-1] if tokens is None else tokens.shape), D * H)
         out = torch.empty(shape, dtype=dtype, device=device)
     h_n = torch.empty((D, B, H), dtype=dtype, device=device)
-    if how is None:
+    if empty or how is None:
         return out, h_n.zero_() if h0 is None else h_n.copy_(h0)
 
     if tokens is None:
@@ -313,6 +281,7 @@ def elman_backward(
     need_weight_grad: bool = True,
     need_bias_grad: bool = True,
     precision: str = "ieee",
+    how: Pass | None = None,
 ) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None, torch.Tensor, torch.Tensor | None]:
     """Gradients of elman_forward, from its results alone: f'(pre_t) is 1 - h_t^2, or [h_t > 0] for relu.
 
@@ -335,14 +304,10 @@ def elman_backward(
     T = out.shape[0] if batch_sizes is None else len(batch_sizes)
     B = out.shape[1] if batch_sizes is None else int(batch_sizes[0]) if T else 0
     empty = T * B * H == 0
-    how = None if empty else _backward_pass(H, dtype, precision, device, B * D, D, nonlinearity == "tanh")
     if how is None and not empty:
-        needs = {"need_weight_grad": need_weight_grad, "need_bias_grad": need_bias_grad, "num_tokens": num_tokens}
-        across = {"batch_sizes": batch_sizes, "nonlinearity": nonlinearity, "reverse": reverse, "precision": precision}
-        return _grid().elman_grid_backward(grad_out, grad_h_n, out, weight_hh, h0, tokens=tokens, **needs, **across)
-
+        how = _backward_pass(H, dtype, precision, device, B * D, D, nonlinearity == "tanh")
     grad_h0 = torch.empty((D, B, H), dtype=dtype, device=device)
-    if how is None:
+    if empty or how is None:
         grad_x = torch.zeros_like(out) if tokens is None else out.new_zeros((V, D * H))
         grad_weight = tuple(torch.zeros_like(w) for w in weight_hh) if need_weight_grad else None
         grad_bias = out.new_zeros(D * H) if need_bias_grad else None

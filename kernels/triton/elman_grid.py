@@ -1,8 +1,8 @@
-"""Launchers of the recurrence across the chip (elman_grid_kernels.py: the algorithm; elman_grid_tiles.py: the choice).
+"""Launches of the recurrence across the chip (elman_grid_kernels.py: the algorithm; elman_grid_tiles.py: the choice).
 
-Arguments and results are those of elman.py's launchers. A launch has no more teams of programs than run at once, by the
-driver's own count for the compiled kernel; the others go in launches after it. Where not one team fits, or a driver
-refuses after all, the steps are launched one by one, which is slow and asks for nothing of the sort.
+elman.py's launchers call them as they call the kernels of one program. A launch has no more teams of programs than run
+at once, by the driver's own count for the compiled kernel; the others go in launches after it. Where not one team fits,
+or a driver refuses after all, the steps are launched one by one, which is slow and asks for nothing of the sort.
 
 With CHARRNN_GRID_DEBUG=1 in the environment every call waits for the device and raises a RuntimeError if a program
 waited for the others in vain. Without it such a call ends as well, with NaN for results.
@@ -16,12 +16,10 @@ from typing import Any
 
 import torch
 
-from . import elman
 from .elman_grid_forms import COUNTER_STRIDE, GridForm
 from .elman_grid_kernels import elman_grid_backward_kernel, elman_grid_forward_kernel
 from .elman_grid_tiles import Chip, GridTile, find_grid_tile, programs_at_once
-from .elman_sums import sum_gradients
-from .launch import INTERPRETED, KINDS, codes_of, on_device, processors_of, start, target_of
+from .launch import INTERPRETED, KINDS, TYPES, Pass, codes_of, on_device, processors_of, start, target_of
 from .targets import NVIDIA
 
 MOST_ROWS = 128  # of cuDNN's measured batches
@@ -81,7 +79,7 @@ def _form(tile: GridTile, hidden_size: int, dtype: torch.dtype, tanh: bool, wide
         units=tile.units,
         rows=tile.rows,
         warps=tile.warps,
-        dtype=elman._TYPES[dtype],
+        dtype=TYPES[dtype],
         mma=tile.form != "fma",
         three=tile.form == "mma3",
         most_chains=tile.chains,
@@ -193,203 +191,65 @@ def new_counters(teams: int, form: GridForm, device: torch.device) -> torch.Tens
     return torch.zeros((1 + teams * form.counters, COUNTER_STRIDE.value), dtype=torch.int32, device=device)
 
 
-def _tile(
-    name: str, tile: GridTile | None, hidden_size: int, dtype: torch.dtype, precision: str, device: torch.device, rows
-) -> GridTile:
-    tile = tile or choose_grid_tile(hidden_size, dtype, precision, device, rows)
-    for fewer in (MOST_ROWS, 1):  # too many rows to be faster than cuDNN, and asked for all the same
-        tile = tile or choose_grid_tile(hidden_size, dtype, precision, device, fewer)
-    if tile is None:
-        raise RuntimeError(f"{name}: {grid_limits(hidden_size, dtype, precision, device, rows)}")
-    return tile
+class GridLaunch:
+    """A kernel of the recurrence across the chip, called as the `Launch` of the kernel of one program is: with the grid
+    and the arguments of that one, which are brought into this one's order.
 
-
-def _sizes(rows: torch.Tensor, batch_sizes: torch.Tensor | None) -> tuple[int, int]:
-    """Steps and batch of time-major or packed rows."""
-    if batch_sizes is None:
-        return rows.shape[0], rows.shape[1]
-    return len(batch_sizes), int(batch_sizes[0]) if len(batch_sizes) else 0
-
-
-def _of_directions(*groups) -> list[torch.Tensor | None]:
-    """Two of each group; the last tensor serves for those that are not there."""
-    found: list[torch.Tensor | None] = []
-    for tensors in groups:
-        found += (None, None) if tensors is None else (tensors[0].contiguous(), tensors[-1].contiguous())
-    return found
-
-
-def _reversed(reverse) -> int:
-    """Bit d is set if direction d walks time backwards."""
-    return sum(1 << d for d, flag in enumerate(reverse) if flag)
-
-
-def _row_strides(rows: torch.Tensor | None) -> tuple[int, int]:
-    """From step to step and from row to row; packed rows have one for both."""
-    return (0, 0) if rows is None else (rows.stride(0), rows.stride(-2))
-
-
-def _is_wide(rows: int, *tensors: torch.Tensor | None) -> bool:
-    """Whether int32 is too small for the offsets inside a tile of so many rows."""
-    return any(tensor is not None and rows * tensor.stride(-2) >= 2**31 for tensor in tensors)
-
-
-def elman_grid_forward(
-    x: torch.Tensor,
-    weight_hh,
-    h0: torch.Tensor | None = None,
-    *,
-    bias_ih=None,
-    bias_hh=None,
-    tokens: torch.Tensor | None = None,
-    batch_sizes: torch.Tensor | None = None,
-    nonlinearity: str = "tanh",
-    reverse=(False,),
-    out: torch.Tensor | None = None,
-    precision: str = "ieee",
-    tile: GridTile | None = None,
-    steps_per_launch: int | None = None,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """As elman.elman_forward with projected input or tokens, W_hh shared out among programs that exchange the state.
-
-    tile: instead of the chosen one. steps_per_launch: how many steps a launch makes, None for all; 1 lets the programs
-    run in any order. Interpreted it is 1 wherever there is more than one program.
-    Raises ValueError for a last stride that is not 1 or tensors on several devices, RuntimeError past grid_limits.
+    steps_per_launch: how many steps a launch makes, None for all; 1 lets the programs run in any order. Interpreted it
+    is 1 wherever there is more than one program.
     """
-    D, H = len(weight_hh), weight_hh[0].shape[0]
-    dtype, device = x.dtype, x.device
-    elman._check(device, x=None if tokens is not None else x, h0=h0, out=out)
-    T, B = _sizes(x if tokens is None else tokens, batch_sizes)
-    tile = _tile("elman_grid_forward", tile, H, dtype, precision, device, B * D)
-    if out is None:
-        out = torch.empty((*(x.shape[:-1] if tokens is None else tokens.shape), D * H), dtype=dtype, device=device)
-    h_n = torch.empty((D, B, H), dtype=dtype, device=device)
-    if T == 0 or B == 0 or H == 0:
-        return out, h_n.zero_() if h0 is None else h_n.copy_(h0)
 
-    wide = _is_wide(tile.rows, None if tokens is not None else x, h0, out)
-    wide |= tokens is not None and x.shape[0] * x.stride(0) >= 2**31
-    teams = -(-B // tile.rows) * D
-    form = _form(tile, H, dtype, nonlinearity == "tanh", wide)
-    counters = new_counters(teams, form, device)
-    pointers = (
-        x,
-        tokens,
-        *_of_directions(weight_hh, bias_ih, bias_hh),
-        h0,
-        None if batch_sizes is None else elman._steps_table(batch_sizes, device),
-        out,
-        h_n,
-        counters,
-    )
-    strides = (
-        *((*_row_strides(x), 1) if tokens is None else (x.stride(0), 0, x.stride(1))),
-        *((0, 0) if tokens is None else (tokens.stride(0), tokens.stride(-1))),
-        *(h0.stride()[:2] if h0 is not None else (0, 0)),
-        *_row_strides(out),
-    )
-    sizes = (T, B, x.shape[0], _reversed(reverse))
-    launch_teams(
-        elman_grid_forward_kernel,
-        lambda *launch: (*pointers, *sizes, *launch, *strides),
-        teams,
-        T,
-        steps_per_launch,
-        counters,
-        form,
-        tile.launch_options(target_of(device)[0]),
-    )
-    return out, h_n
+    __slots__ = ("form", "kernel", "options", "steps_per_launch")
+
+    def __init__(self, kernel: Any, form: GridForm, options: dict[str, object], steps_per_launch: int | None):
+        self.kernel, self.form, self.options, self.steps_per_launch = kernel, form, options, steps_per_launch
+
+    def __call__(self, grid: tuple[int, int, int], device: torch.device, *arguments: Any) -> None:
+        """grid: row teams, directions, 1."""
+        teams = grid[0] * grid[1]
+        counters = new_counters(teams, self.form, device)
+        if self.kernel is elman_grid_forward_kernel:  # without weight_ih
+            pointers = (*arguments[:4], *arguments[6:14])
+            (T, *others), strides = arguments[14:18], arguments[18:]
+            sizes, steps = (T, *others), T
+        else:  # without the partial sums of W's gradient; the last step gives the gradient of h0
+            pointers = arguments[:11]
+            (T, B, reverse), strides = arguments[12:15], arguments[15:]
+            sizes, steps = (T, B, grid[1], reverse), T + 1
+
+        def of_launch(*launch: int) -> tuple[Any, ...]:
+            return *pointers, counters, *sizes, *launch, *strides
+
+        launch_teams(self.kernel, of_launch, teams, steps, self.steps_per_launch, counters, self.form, self.options)
 
 
-def elman_grid_backward(
-    grad_out: torch.Tensor | None,
-    grad_h_n: torch.Tensor | None,
-    out: torch.Tensor,
-    weight_hh,
-    h0: torch.Tensor | None = None,
-    *,
-    tokens: torch.Tensor | None = None,
-    num_tokens: int | None = None,
-    batch_sizes: torch.Tensor | None = None,
-    nonlinearity: str = "tanh",
-    reverse=(False,),
-    need_weight_grad: bool = True,
-    need_bias_grad: bool = True,
-    precision: str = "ieee",
-    tile: GridTile | None = None,
+def grid_pass(
+    forward: bool,
+    tile: GridTile,
+    hidden_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    tanh: bool,
     steps_per_launch: int | None = None,
-) -> tuple[torch.Tensor, tuple[torch.Tensor, ...] | None, torch.Tensor, torch.Tensor | None]:
-    """As elman.elman_backward, W_hh shared out among programs that exchange d_t; grad_W by a matrix product afterwards.
+) -> Pass:
+    """One of the two kernels with a tile. steps_per_launch: as in `GridLaunch`."""
+    kernel = elman_grid_forward_kernel if forward else elman_grid_backward_kernel
+    options = tile.launch_options(target_of(device)[0])
+    narrow, wide = (
+        GridLaunch(kernel, _form(tile, hidden_size, dtype, tanh, wide), options, steps_per_launch)
+        for wide in (False, True)
+    )
+    return Pass(tile.rows, narrow, wide)
 
-    tile, steps_per_launch: as in elman_grid_forward.
-    Raises ValueError for a last stride that is not 1 or tensors on several devices, RuntimeError past grid_limits.
+
+def choose_grid_pass(
+    forward: bool, hidden_size: int, dtype: torch.dtype, precision: str, device: torch.device, rows: int, tanh: bool
+) -> Pass:
+    """One of the two kernels for so many rows, also where they are too many to be faster than cuDNN. Raises
+    RuntimeError past grid_limits of one row.
     """
-    D, H = len(weight_hh), weight_hh[0].shape[0]
-    dtype, device = out.dtype, out.device
-    elman._check(device, grad_out=grad_out, grad_h_n=grad_h_n, h0=h0)
-    if tokens is not None and num_tokens is None:
-        raise ValueError("num_tokens: expected the rows of the table with tokens, got None")
-    out = out.contiguous()  # grad_x has its strides, which the kernel counts on
-    V = num_tokens or 0
-    T, B = _sizes(out, batch_sizes)
-    tile = _tile("elman_grid_backward", tile, H, dtype, precision, device, B * D)
-    grad_h0 = torch.empty((D, B, H), dtype=dtype, device=device)
-    if T == 0 or B == 0 or H == 0:
-        grad_x = torch.zeros_like(out) if tokens is None else out.new_zeros((V, D * H))
-        zeros = tuple(torch.zeros_like(w) for w in weight_hh) if need_weight_grad else None
-        grad_bias = out.new_zeros(D * H) if need_bias_grad else None
-        return grad_x, zeros, grad_h0.zero_() if grad_h_n is None else grad_h0.copy_(grad_h_n), grad_bias
-
-    grad_x = torch.empty_like(out)
-    row_teams = -(-B // tile.rows)
-    acc_type = torch.float64 if dtype == torch.float64 else torch.float32
-    h_prev = torch.empty_like(grad_x) if need_weight_grad and batch_sizes is not None else None
-    partial_bias = torch.empty((row_teams, D * H), dtype=acc_type, device=device)
-    wide = _is_wide(tile.rows, grad_out, grad_h_n, out, h0)
-    form = _form(tile, H, dtype, nonlinearity == "tanh", wide)
-    counters = new_counters(row_teams * D, form, device)
-    pointers = (
-        grad_out,
-        grad_h_n,
-        out,
-        *_of_directions(weight_hh),
-        h0,
-        None if batch_sizes is None else elman._steps_table(batch_sizes, device),
-        grad_x,
-        h_prev,
-        grad_h0,
-        partial_bias,
-        counters,
-    )
-    strides = (
-        *_row_strides(grad_out),
-        *(grad_h_n.stride()[:2] if grad_h_n is not None else (0, 0)),
-        *_row_strides(out),
-        *(h0.stride()[:2] if h0 is not None else (0, 0)),
-    )
-    sizes = (T, B, D, _reversed(reverse))
-    launch_teams(
-        elman_grid_backward_kernel,
-        lambda *launch: (*pointers, *sizes, *launch, *strides),
-        row_teams * D,
-        T + 1,
-        steps_per_launch,
-        counters,
-        form,
-        tile.launch_options(target_of(device)[0]),
-    )
-    grad_x, grad_weight, grad_bias = sum_gradients(
-        grad_x,
-        out,
-        h0,
-        h_prev,
-        partial_bias,
-        None,
-        tokens=tokens,
-        num_tokens=V,
-        reverse=reverse,
-        need_weight_grad=need_weight_grad,
-        need_bias_grad=need_bias_grad,
-    )
-    return grad_x, grad_weight, grad_h0, grad_bias
+    for fewer in (rows, MOST_ROWS, 1):
+        tile = choose_grid_tile(hidden_size, dtype, precision, device, fewer)
+        if tile is not None:
+            return grid_pass(forward, tile, hidden_size, dtype, device, tanh)
+    raise RuntimeError(f"elman: {grid_limits(hidden_size, dtype, precision, device, rows)}")

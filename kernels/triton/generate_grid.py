@@ -9,11 +9,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from . import elman
 from .elman_grid import launch_teams, new_counters
 from .generate_grid_kernels import GenerateForm, generate_grid_kernel, grid_form
 from .generate_grid_tiles import GenerateGridTile, grid_tile, grid_us, one_program_us, why_not_grid
-from .launch import processors_of, target_of
+from .launch import TYPES, processors_of, target_of
 
 
 def generate_grid_limits(
@@ -57,7 +56,7 @@ def _form(
     top_k: bool,
     tanh: bool,
 ) -> GenerateForm:
-    return grid_form(tile, hidden_size, vocab, elman._TYPES[dtype], sample, top_k, tanh=tanh, layers=layers)
+    return grid_form(tile, hidden_size, vocab, TYPES[dtype], sample, top_k, tanh=tanh, layers=layers)
 
 
 def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:

@@ -30,7 +30,7 @@ class SharedMemory:
     """What allocate_shared_memory returns: an array, or a view of one, that tensors are stored to and loaded from."""
 
     def __init__(self, array: np.ndarray, dtype: tl.dtype) -> None:
-        self.array, self.dtype = array, dtype
+        self.array, self.dtype, self.layout = array, dtype, None
 
     @property
     def shape(self) -> list[int]:
@@ -99,7 +99,8 @@ def _stand_in() -> types.SimpleNamespace:
     layouts = ("BlockedLayout", "SliceLayout", "DotOperandLayout", "NVMMADistributedLayout", "SwizzledSharedLayout")
     same = ("constexpr", "float16", "bfloat16", "float32", "float64", "int1", "int32", "int64")
     # The interpreter replaces these while a kernel runs, so they are looked up at each call.
-    called = "load store where program_id num_programs expand_dims exp exp2 abs fma minimum maximum atomic_add permute"
+    called = "load store where program_id num_programs expand_dims cast permute atomic_add"
+    called += " exp exp2 log abs fma minimum maximum"
 
     def late(name):
         return lambda *arguments, **options: getattr(tl, name)(*arguments, **options)

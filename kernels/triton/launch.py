@@ -7,10 +7,12 @@ first call goes that way; what it was compiled for is written down, and calls wh
 
 import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+import triton.language as tl
 
 from ..native import library
 from . import numerics
@@ -19,6 +21,12 @@ from .targets import AMD
 INTERPRETED: bool = numerics.INTERPRETED.value
 # Rows of the tile tables by dtype; float32 has one for each precision of its products.
 KINDS = {torch.float64: "fp64", torch.float16: "16bit", torch.bfloat16: "16bit"}
+TYPES = {
+    torch.float64: tl.float64,
+    torch.float32: tl.float32,
+    torch.float16: tl.float16,
+    torch.bfloat16: tl.bfloat16,
+}
 DRIVER = "libcuda.so.1"
 
 
@@ -104,6 +112,19 @@ class Launch:
             self._compiled = None
         elif len(forms) < _MOST_FORMS:
             forms.append(record)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How one of the recurrence's two kernels runs for calls of one kind: batch rows of a program (or a team of them),
+    and its launch by whether offsets inside a tile need int64.
+    """
+
+    rows: int
+    narrow: Callable[..., None]  # as Launch.__call__
+    wide: Callable[..., None]
+    sum_steps: int = 0  # backward: the most steps of which it sums the gradient of W itself
+    sums: "Pass | None" = None  # that kernel
 
 
 _kept: dict[tuple[Any, ...], Launch] = {}

@@ -2,10 +2,10 @@
 
 import pytest
 import torch
-from elman_problems import biases, check, make_problem, oracle, results
+from elman_problems import biases, check, grid_backward, grid_forward, make_problem, oracle, results
 
 from charrnn_fast.kernels.triton import elman_grid
-from charrnn_fast.kernels.triton.elman_grid import choose_grid_tile, elman_grid_backward, elman_grid_forward
+from charrnn_fast.kernels.triton.elman_grid import choose_grid_tile
 from charrnn_fast.kernels.triton.elman_grid_tiles import GRID_TILES, grid_width
 from charrnn_fast.kernels.triton.launch import processors_of, target_of
 
@@ -45,7 +45,7 @@ def test_every_tile_in_one_launch(kind, H):
             options = {"reverse": (False, True), "nonlinearity": "tanh", "seed": case}
             options |= {"tokens": case % 2 == 1, "packed": case // 2 % 2 == 1, "with_h0": case % 3 != 0}
             p = make_problem(9, H, dtype=dtype, B=11, **options)
-            check(p, results(p, elman_grid_forward, elman_grid_backward, tile=tile))
+            check(p, results(p, grid_forward, grid_backward, tile=tile))
 
 
 @pytest.mark.parametrize("kind", ["tf32", "ieee", "bf16"])
@@ -57,8 +57,8 @@ def test_long_sequences(kind, T, B, H):
     if tile is None:
         pytest.skip("the device is too small for a team")
     p = make_problem(T, H, dtype=dtype, B=B)
-    found = results(p, elman_grid_forward, elman_grid_backward, tile=tile)
-    single = results(p, elman_grid_forward, elman_grid_backward, tile=tile, steps_per_launch=1)
+    found = results(p, grid_forward, grid_backward, tile=tile)
+    single = results(p, grid_forward, grid_backward, tile=tile, steps_per_launch=1)
     for index, (ours, right) in enumerate(zip(found, single, strict=True)):
         if index == 4:
             torch.testing.assert_close(ours, right, rtol=2e-2, atol=2e-2 * float(right.abs().max()))
@@ -70,7 +70,7 @@ def test_tf32_against_fp64():
     for H in (256, 512, 1024):
         p = make_problem(50, H, B=16)
         tile = tiles_of("tf32", H)[0]
-        found = results(p, elman_grid_forward, elman_grid_backward, tile=tile)
+        found = results(p, grid_forward, grid_backward, tile=tile)
         for ours, right in zip(found, oracle(p.to(torch.float64)), strict=True):
             assert (ours.double() - right).abs().max() <= 2e-2 * right.abs().max()
 
@@ -80,9 +80,9 @@ def test_a_thousand_runs_are_bitwise_equal(kind, H, B):
     dtype, precision = KINDS[kind]
     p = make_problem(20, H, dtype=dtype, B=B)
     options = {"precision": precision, "tile": tiles_of(kind, H)[0]}
-    first = results(p, elman_grid_forward, elman_grid_backward, **options)
+    first = results(p, grid_forward, grid_backward, **options)
     for _ in range(1000):
-        again = results(p, elman_grid_forward, elman_grid_backward, **options)
+        again = results(p, grid_forward, grid_backward, **options)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
@@ -91,7 +91,7 @@ def test_beside_kernels_on_other_streams_and_in_a_graph():
     tile = tiles_of("tf32", 512)[0]
 
     def run():
-        return elman_grid_forward(p.x, p.weight_hh, p.h0, **biases(p), **p.options, tile=tile)[0]
+        return grid_forward(p.x, p.weight_hh, p.h0, **biases(p), **p.options, tile=tile)[0]
 
     wanted, busy = run(), torch.randn(4096, 4096, device="cuda")
     streams = [torch.cuda.Stream() for _ in range(3)]
@@ -128,7 +128,7 @@ def test_the_driver_counts_no_fewer_programs_than_are_computed():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(elman_grid, "_asked_of_driver", note)
         elman_grid._resident_of.clear()
-        results(p, elman_grid_forward, elman_grid_backward, tile=tiles_of("tf32", 1024)[0])
+        results(p, grid_forward, grid_backward, tile=tiles_of("tf32", 1024)[0])
     assert len(asked) == 2
     assert all(count is not None and count >= 1 for count in asked)
 
@@ -137,7 +137,7 @@ def test_the_driver_counts_no_fewer_programs_than_are_computed():
 def test_sizes_at_which_other_libraries_give_up(T, B, H):
     """cuDNN refuses 65,536 steps, MIOpen is wrong beyond B = 100 or B * T = 65,536."""
     p = make_problem(T, H, B=B, with_h0=False, dtype=torch.bfloat16)
-    out, h_n = elman_grid_forward(p.x, p.weight_hh, tile=tiles_of("bf16", H)[0])
+    out, h_n = grid_forward(p.x, p.weight_hh, tile=tiles_of("bf16", H)[0])
     assert torch.equal(out[-1], h_n[0])
     h = out[-2].double() if T > 1 else torch.zeros(B, H, device="cuda", dtype=torch.float64)
     wanted = torch.tanh(p.x[-1].double() + h @ p.weight_hh[0].double().T)

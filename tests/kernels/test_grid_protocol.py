@@ -214,7 +214,7 @@ PROCESSES = textwrap.dedent("""
     import torch
     torch.set_num_threads(1)
     sys.path.insert(0, sys.argv[1])
-    from elman_problems import biases, make_problem
+    from elman_problems import biases, grid_backward, grid_forward, make_problem
     from grid_programs import Own, late_announcements, shared
     from charrnn_fast.kernels.triton import elman_grid, elman_grid_kernels
     from charrnn_fast.kernels.triton.elman_grid_tiles import GridTile
@@ -226,12 +226,12 @@ PROCESSES = textwrap.dedent("""
     )
 
     def forward(p, **options):
-        return elman_grid.elman_grid_forward(p.x, p.weight_hh, p.h0, **biases(p), **p.options, tile=TILE, **options)
+        return grid_forward(p.x, p.weight_hh, p.h0, **biases(p), **p.options, tile=TILE, **options)
 
     def backward(p, out, **options):
         more = {"num_tokens": p.x.shape[0]} if p.options["tokens"] is not None else {}
         given = p.grad_out, p.grad_h_n, out, p.weight_hh, p.h0
-        return elman_grid.elman_grid_backward(*given, **p.options, **more, tile=TILE, **options)
+        return grid_backward(*given, **p.options, **more, tile=TILE, **options)
 
     def program(n, p, out, grad_x, counters, found):
         for name in ("elman_grid_forward_kernel", "elman_grid_backward_kernel"):
@@ -242,8 +242,8 @@ PROCESSES = textwrap.dedent("""
         own = slice(16 * n, 16 * n + 16)
         _, h_n = forward(p, out=out)
         found[0][..., own] = h_n[..., own]
-        empty_like, given = torch.empty_like, [grad_x]
-        torch.empty_like = lambda tensor: given.pop() if given else empty_like(tensor)  # what is exchanged comes first
+        empty, given = torch.empty, [grad_x]  # what is exchanged is the first that is shaped as the output
+        torch.empty = lambda shape, **kind: given.pop() if given and shape == out.shape else empty(shape, **kind)
         _, _, grad_h0, _ = backward(p, out)
         found[1][..., own] = grad_h0[..., own]
 

@@ -203,6 +203,36 @@ LOSS_LAUNCHES = textwrap.dedent("""
 """)
 
 
+STEP_LAUNCHES = textwrap.dedent("""
+    from charrnn_fast.kernels.triton.language_model import language_model_loss, language_model_step
+    from charrnn_fast.kernels.triton.language_model_kernels import language_model_kernel
+    from charrnn_fast.kernels.triton.language_model_types import Adam, Moments, Weights, positions, windows
+    from charrnn_fast.kernels.triton.language_model_update_kernels import language_model_sums_kernel
+    from charrnn_fast.kernels.triton.language_model_update_kernels import language_model_update_kernel
+
+    def zeros(*sizes):
+        return Weights(*[None if None in size else torch.zeros(size) for size in sizes])
+
+    H, V = 8, 5
+    weights = zeros((H, V), (H, H), (V, H), (H,), (H,), (V,))
+    corpus = torch.zeros(4000, dtype=torch.uint8)
+    for B, T, lr in ((1, 1, 0.1), (2, 16, 1.0), (33, 5, 1e-3), (1024, 17, 2.0)):
+        batch = positions(corpus, torch.zeros(B, dtype=torch.int64), T)
+        language_model_step(weights, batch, torch.zeros(B, H), trained=[True] * 6, lr=lr, max_norm=lr)
+    kernels = language_model_kernel, language_model_sums_kernel, language_model_update_kernel
+    for kernel in kernels:
+        assert compilations(kernel) == 1, f"{kernel.__name__}: {compilations(kernel)} compilations"
+
+    weights = zeros((H, V), (H, H), (V, H), (H,), (None,), (None,))
+    ids = torch.zeros(3, 4, dtype=torch.int64)
+    state = [None if w is None else Moments(torch.zeros_like(w), torch.zeros_like(w), torch.zeros(())) for w in weights]
+    trained, lr = [True, True, False, True, False, False], torch.tensor(0.1)
+    adam = Adam(state, 0.9, 0.999, 1e-8)
+    language_model_step(weights, windows(ids, ids), trained=trained, lr=lr, adam=adam, nonlinearity="relu")
+    language_model_loss(weights, windows(ids, ids))
+""")
+
+
 def check(*arguments: str) -> None:
     result = run("--check", *arguments)
     assert result.returncode == 0, result.stderr[-2000:] + "\n".join(
@@ -246,6 +276,11 @@ def test_launchers_compile_what_they_launch_and_once_for_all_lengths():
 @pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu_linear_cross_entropy.py launches them")
 def test_launchers_of_the_loss_compile_what_they_launch_and_once_for_all_row_counts():
     run_script(DRIVER + LOSS_LAUNCHES)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="test_language_model_step.py launches them")
+def test_launchers_of_a_training_step_compile_what_they_launch_and_once_for_all_batches():
+    run_script(DRIVER + STEP_LAUNCHES)
 
 
 def test_record_covers_both_ends_of_the_supported_versions():

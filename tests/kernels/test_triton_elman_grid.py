@@ -6,10 +6,10 @@ they make all steps in one launch too.
 
 import pytest
 import torch
-from elman_problems import DEVICE, V, biases, check, make_problem, options_of, results
+from elman_problems import DEVICE, V, biases, check, grid_backward, grid_forward, make_problem, options_of, results
 
 from charrnn_fast.kernels.triton import elman, elman_grid
-from charrnn_fast.kernels.triton.elman_grid import elman_grid_backward, elman_grid_forward, grid_limits
+from charrnn_fast.kernels.triton.elman_grid import grid_limits
 from charrnn_fast.kernels.triton.elman_grid_tiles import GridTile
 
 MMA = GridTile("mma", 16, 8, 4, 1.0, "test")
@@ -21,7 +21,7 @@ SIZES = (16, 31, 40, 100)  # 1, 2, 3 and 7 programs, the last three with a ragge
 
 def kernels(p, tile=None, **options):
     tile = tile or TILE_OF[p.x.dtype]
-    return results(p, elman_grid_forward, elman_grid_backward, tile=tile, **options)
+    return results(p, grid_forward, grid_backward, tile=tile, **options)
 
 
 @pytest.mark.parametrize(("H", "first", "cases"), [(16, 0, 8), (31, 6, 8), (40, 14, 4), (100, 18, 2)])
@@ -71,15 +71,15 @@ def test_all_steps_in_one_launch_by_one_program():
 
 def test_absent_gradients_count_as_zero():
     p = make_problem(3, 31, packed=True, reverse=(False, True))
-    out, _ = elman_grid_forward(p.x, p.weight_hh, p.h0, **biases(p), **p.options, tile=MMA3)
+    out, _ = grid_forward(p.x, p.weight_hh, p.h0, **biases(p), **p.options, tile=MMA3)
     zero_out, zero_h_n = torch.zeros_like(p.grad_out), torch.zeros_like(p.grad_h_n)
     for given, full in (
         ((p.grad_out, None), (p.grad_out, zero_h_n)),
         ((None, p.grad_h_n), (zero_out, p.grad_h_n)),
         ((None, None), (zero_out, zero_h_n)),
     ):
-        found = elman_grid_backward(*given, out, p.weight_hh, p.h0, **p.options, tile=MMA3)
-        wanted = elman_grid_backward(*full, out, p.weight_hh, p.h0, **p.options, tile=MMA3)
+        found = grid_backward(*given, out, p.weight_hh, p.h0, **p.options, tile=MMA3)
+        wanted = grid_backward(*full, out, p.weight_hh, p.h0, **p.options, tile=MMA3)
         assert torch.equal(found[0], wanted[0])
         assert all(torch.equal(a, b) for a, b in zip(found[1], wanted[1], strict=True))
         assert torch.equal(found[2], wanted[2])
@@ -87,11 +87,11 @@ def test_absent_gradients_count_as_zero():
 
 def test_gradients_only_if_needed():
     p = make_problem(3, 31)
-    out, _ = elman_grid_forward(p.x, p.weight_hh, p.h0, **biases(p), **p.options, tile=MMA3)
+    out, _ = grid_forward(p.x, p.weight_hh, p.h0, **biases(p), **p.options, tile=MMA3)
     given = p.grad_out, p.grad_h_n, out, p.weight_hh, p.h0
     options = p.options | {"tile": MMA3}
-    found = elman_grid_backward(*given, **options, need_weight_grad=False, need_bias_grad=False)
-    wanted = elman_grid_backward(*given, **options)
+    found = grid_backward(*given, **options, need_weight_grad=False, need_bias_grad=False)
+    wanted = grid_backward(*given, **options)
     assert found[1] is None
     assert found[3] is None
     assert torch.equal(found[0], wanted[0])
@@ -101,9 +101,9 @@ def test_gradients_only_if_needed():
 def test_out_may_be_the_input_itself():
     for case in (0, 2, 6):
         p = make_problem(4, 31, **options_of(case))
-        out, h_n = elman_grid_forward(p.x, p.weight_hh, p.h0, **biases(p), **p.options, tile=MMA3)
+        out, h_n = grid_forward(p.x, p.weight_hh, p.h0, **biases(p), **p.options, tile=MMA3)
         x = p.x.clone()
-        in_place, h_n_in_place = elman_grid_forward(x, p.weight_hh, p.h0, **biases(p), **p.options, out=x, tile=MMA3)
+        in_place, h_n_in_place = grid_forward(x, p.weight_hh, p.h0, **biases(p), **p.options, out=x, tile=MMA3)
         assert in_place.data_ptr() == x.data_ptr()
         assert torch.equal(in_place, out)
         assert torch.equal(h_n_in_place, h_n)
@@ -188,14 +188,14 @@ def test_gradcheck_through_the_launchers():
     class Recurrence(torch.autograd.Function):
         @staticmethod
         def forward(ctx, x, weight, bias, h0):
-            out, h_n = elman_grid_forward(x, [weight], h0, bias_ih=[bias], tile=FMA)
+            out, h_n = grid_forward(x, [weight], h0, bias_ih=[bias], tile=FMA)
             ctx.save_for_backward(out, weight, h0)
             return out, h_n
 
         @staticmethod
         def backward(ctx, grad_out, grad_h_n):
             out, weight, h0 = ctx.saved_tensors
-            grads = elman_grid_backward(grad_out.contiguous(), grad_h_n.contiguous(), out, [weight], h0, tile=FMA)
+            grads = grid_backward(grad_out.contiguous(), grad_h_n.contiguous(), out, [weight], h0, tile=FMA)
             return grads[0], grads[1][0], grads[3], grads[2]
 
     def random(*shape):
@@ -215,17 +215,17 @@ def test_where_there_is_no_grid():
     weight, rows = [torch.zeros(4096, 4096, device=DEVICE)], torch.zeros(1, 1, 4096, device=DEVICE)
     message = r"hidden size 4096 is too large for one program \(torch.float32\), and a grid"
     with pytest.raises(RuntimeError, match=message):
-        elman_grid_forward(rows, weight)
+        grid_forward(rows, weight)
     with pytest.raises(RuntimeError, match=message):
-        elman_grid_backward(None, None, rows, weight)
+        grid_backward(None, None, rows, weight)
 
 
 def test_arguments_out_of_reach_are_refused():
     p = make_problem(2, 31)
     with pytest.raises(ValueError, match=r"x: expected a last stride of 1, got strides"):
-        elman_grid_forward(p.x.transpose(1, 2).contiguous().transpose(1, 2), p.weight_hh, tile=MMA3)
+        grid_forward(p.x.transpose(1, 2).contiguous().transpose(1, 2), p.weight_hh, tile=MMA3)
     with pytest.raises(ValueError, match=r"h0: expected a tensor on .*, got meta"):
-        elman_grid_forward(p.x, p.weight_hh, p.h0.to("meta"), tile=MMA3)
+        grid_forward(p.x, p.weight_hh, p.h0.to("meta"), tile=MMA3)
 
 
 def test_rows_up_to_which_a_grid_is_taken():
