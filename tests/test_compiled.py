@@ -143,9 +143,11 @@ class Tagger(nn.Module):
         return output.data.sin(), h_n.cos()
 
 
-@pytest.mark.parametrize("options", [{}, {"checkpoint_steps": 2}], ids=str)
-@pytest.mark.parametrize("state", [False, True])
-@pytest.mark.parametrize("enforce_sorted", [False, True])
+@pytest.mark.parametrize(
+    ("state", "enforce_sorted", "options"),
+    [(False, False, {}), (False, True, {}), (True, True, {}), (False, True, {"checkpoint_steps": 2})],
+    ids=str,
+)
 def test_packed_input_breaks_no_graph(state, enforce_sorted, options):
     """But at pack_padded_sequence, which the compiler leaves out; at torch.nn.RNN it breaks once more, or gives up."""
     ours, theirs = Tagger(FusedRNN, backend="native", **options), Tagger(nn.RNN)
@@ -165,8 +167,7 @@ def test_packed_input_breaks_no_graph(state, enforce_sorted, options):
     assert all("pack_padded_sequence" in reason for reason in counters["graph_break"]), counters["graph_break"]
 
 
-@pytest.mark.parametrize("options", [{}, {"checkpoint_steps": 4}], ids=str)
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(("packed", "options"), [(False, {}), (True, {}), (True, {"checkpoint_steps": 4})], ids=str)
 def test_compiled_autograd(packed, options):
     """The backward pass read by the compiler: torch.nn.RNN's gradients, and no more graphs than of its pass."""
     torch.manual_seed(0)

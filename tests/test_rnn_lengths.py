@@ -128,11 +128,10 @@ def test_nothing_is_asked_of_the_device():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("options", [{}, {"checkpoint_steps": 4}], ids=str)
-def test_one_compiled_graph(options):
+def test_one_compiled_graph():
     """With the kernels; a number that is read, or a size that depends on lengths, would break it."""
     torch._dynamo.reset()
-    rnn = FusedRNN(3, 5, 2, bidirectional=True, backend="native", **options)
+    rnn = FusedRNN(3, 5, 2, bidirectional=True, backend="native", checkpoint_steps=4)
     run = torch.compile(rnn.forward_with_lengths, fullgraph=True, dynamic=True, backend="aot_eager")
     for steps, lengths in ((9, [5, 9, 1, 7]), (12, [3, 12, 12, 5, 6])):
         x, lengths = torch.randn(steps, len(lengths), 3), torch.tensor(lengths)
