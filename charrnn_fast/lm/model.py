@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.fx import Proxy
 
 from charrnn_fast.lm import at_once
 from charrnn_fast.lm.as_built import why_called
@@ -103,21 +102,19 @@ class CharRNN(RecurrentLM, form="fused"):
     def _reads_a_table(self, tokens: Tensor, state: Tensor | None) -> bool:
         """Whether one layer on a learned embedding, both as they were built, is the recurrence on `_weight_of_ids`."""
         embed, rnn = self.embed, self.rnn
-        if (
-            isinstance(tokens, Proxy)
-            or self.num_layers > 1
-            or tokens.dim() != 2
-            or not 0 < self.vocab_size <= tokens.numel()
-        ):
+        if embed is None or self.num_layers > 1:
             return False
-        if embed is None or embed.padding_idx is not None or embed.scale_grad_by_freq or embed.sparse:
+        # Asked first: to a compiler a question about sizes is part of what it compiles.
+        if not addressable(tokens, state, embed.weight, *rnn._parameters.values()):
+            return False
+        if tokens.dim() != 2 or not 0 < self.vocab_size <= tokens.numel():
+            return False
+        if embed.padding_idx is not None or embed.scale_grad_by_freq or embed.sparse:
             return False
         if tokens.dtype not in TOKEN_TYPES or (state is not None and state.shape != (1, len(tokens), self.hidden_size)):
             return False
         weight, device = embed.weight, embed.weight.device
         if weight.dtype not in (torch.float32, torch.float64) or in_autocast(device.type):
-            return False
-        if not addressable(tokens, state, weight, *rnn.parameters()):
             return False
         backend = getattr(rnn, "backend", "auto")
         sizes = {"hidden_size": self.hidden_size, "batch_size": len(tokens), "backend": backend}
@@ -172,10 +169,12 @@ class CharRNN(RecurrentLM, form="fused"):
         own, of_head = rnn._parameters, head._parameters
         bias_hh = own["bias_hh_l0"]
         if self.embed is not None:  # whose table is not made in vain
+            if not torch.is_grad_enabled() or not self._reads_a_table(tokens, state):
+                return None
             sizes = {"hidden_size": self.hidden_size, "batch_size": len(tokens), "num_classes": self.vocab_size}
             weight = self.embed.weight
             name = backends.choose("language_model_loss", weight.device, weight.dtype, **sizes, backend=rnn.backend)
-            if name == "torch" or not torch.is_grad_enabled() or not self._reads_a_table(tokens, state):
+            if name == "torch":
                 return None
         weight_ih = own["weight_ih_l0"] if self.embed is None else self._weight_of_ids()
         of_cell = (weight_ih, own["weight_hh_l0"], own["bias_ih_l0"])

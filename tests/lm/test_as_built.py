@@ -243,6 +243,23 @@ def test_a_changed_model_is_no_checkpoint(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("options", [{}, {"embedding": 3}])
+def test_compiled_for_other_sizes_it_is_not_compiled_again(options):
+    """No question about sizes is asked of a compiler: fewer characters than symbols, or more, are one graph."""
+    model, graphs = _model(**options), []
+
+    def counted(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    loss = torch.compile(lambda x, y: model.loss(x, y)[0], fullgraph=True, dynamic=True, backend=counted)
+    for rows, steps in ((B, T), (3, 3), (7, T)):
+        x, y = X[:rows, :steps].clone(), Y[:rows, :steps].clone()
+        torch.testing.assert_close(loss(x, y), model.loss(x, y)[0])
+    assert len(graphs) == 1
+
+
 @pytest.mark.parametrize("hooked", [False, True])
 def test_compiled_in_one_graph(hooked):
     """The question is one that torch.compile can answer when it traces."""
