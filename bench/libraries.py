@@ -209,7 +209,8 @@ class TensorFlow(_CpuLibrary):
             with tf.GradientTape() as tape:
                 tape.watch(wanted)
                 outputs = run(x, weights)
-            return tape.gradient(outputs, wanted, grad)
+            # Of a table's, rows and their places; a dense one is what an optimiser takes.
+            return [tf.convert_to_tensor(g) for g in tape.gradient(outputs, wanted, grad)]
 
         return lambda: [g.numpy() for g in both(x, weights)]
 
