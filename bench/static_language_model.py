@@ -47,7 +47,7 @@ def rows_case(target: str, H: int, V: int, grads: bool) -> Case:
 def sums_case(target: str, H: int, V: int, adam: bool) -> Case:
     forms = load("language_model_forms")
     types: dict[str, str | tuple[str, ...]] = {f"grad_{name}_ptr": "*fp32" for name in NAMES}
-    types |= {f"{name}_ptr": "*fp32" for name in ("partial", "losses", "loss", "squares")}
+    types |= {f"{name}_ptr": "*fp32" for name in ("partial", "losses", "loss", "squares", "upstream")}
     types |= {f"step_{i}_ptr": "*fp32" for i in range(6)} if adam else {}
     constants = {"H": H, "V": V, "TRAINED": 63, "BLOCK_P": forms.SUM_PROGRAMS, "BLOCK": forms.SUM_ELEMENTS}
     return _case(target, "sums", f"H{H} V{V}", types, constants, forms.SUM_WARPS, (("programs", 1024),))
