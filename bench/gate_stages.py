@@ -144,7 +144,7 @@ def parity(context: Context) -> None:
             break
 
 
-def _measure(context: Context, cases: Sequence[Case], run: Run) -> None:
+def _run_cases(context: Context, cases: Sequence[Case], run: Run) -> None:
     """Rows into the result as they come; a row that could not be measured for another reason than time is a finding."""
     rows, sweeps = context.result.setdefault("rows", []), context.result.setdefault("sweeps", [])
     for row in suite.measure_all(cases, run, context.until):
@@ -196,7 +196,7 @@ def grid_stage(context: Context) -> None:
     cases = [*suite.ELMAN, *suite.sweep_cases(quick=False), *suite.GPU_ELMAN]
     if context.tiny:
         cases = [_tiny(case) for case in (*suite.ELMAN[:2], suite.ELMAN[-1], suite.sweep_cases(True)[0], *cases[-2:])]
-    _measure(context, cases, run)
+    _run_cases(context, cases, run)
 
 
 def _per_step(model: LanguageModel, sampler: Windows, epochs: int) -> float:
@@ -254,7 +254,7 @@ def language_model(context: Context) -> None:
     """Training steps by hand and by Trainer, the whole recipe, clip and generation."""
     run = replace(_run(context, ["fp32"], 0.4), ours=Ours())
     prepare: Callable[[Case], Case] = _tiny if context.tiny else (lambda case: case)
-    _measure(context, [prepare(case) for case in suite.LM[: 1 if context.tiny else None]], run)
+    _run_cases(context, [prepare(case) for case in suite.LM[: 1 if context.tiny else None]], run)
     for case in suite.LM[: 1 if context.tiny else None]:
         config = prepare(case).config
         if isinstance(config, Config) and not context.is_over:
@@ -262,7 +262,7 @@ def language_model(context: Context) -> None:
     if not context.is_over:
         _scratch_recipe(context)
     rest = [*suite.CLIPS[: 1 if context.tiny else None], *suite.GENERATION[: 1 if context.tiny else None]]
-    _measure(context, [prepare(case) for case in rest], run)
+    _run_cases(context, [prepare(case) for case in rest], run)
 
 
 def _keep(context: Context, name: str, rows: Iterable[dict[str, Any]], fault: str) -> None:

@@ -52,7 +52,7 @@ RUNS = [
 ]
 
 
-def measure(run: Run, folder: Path) -> dict:
+def train(run: Run, folder: Path) -> dict:
     """Train unless the folder holds the finished run; its figures, curve and decoded text."""
     history_file = folder / "history.json"
     if not history_file.exists() or len(json.loads(history_file.read_text())) < run.epochs:
@@ -121,7 +121,7 @@ def main() -> int:
     content = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"runs": {}}
     for run in RUNS:
         if options.only is None or run.name in options.only:
-            content["runs"][run.name] = measure(run, options.runs / run.name)
+            content["runs"][run.name] = train(run, options.runs / run.name)
             content["machine"] = {
                 "processor": platform.machine(),
                 "cores": os.cpu_count(),

@@ -53,7 +53,7 @@ def _quartiles(values: list[float], scale: float = 1.0) -> str:
     return f"{middle:.2f} ({low:.2f}-{high:.2f})"
 
 
-def _measure(rank: int, meeting: str, seconds: float) -> None:
+def _run_rank(rank: int, meeting: str, seconds: float) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=meeting, rank=rank, world_size=2)
     processes = Processes()
@@ -89,7 +89,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         arguments = (f"file://{folder}/meeting", options.seconds)
-        multiprocessing.spawn(_measure, arguments, nprocs=2)
+        multiprocessing.spawn(_run_rank, arguments, nprocs=2)
 
 
 if __name__ == "__main__":

@@ -309,7 +309,7 @@ class FusedRNN(TorchRNN):
             if self.batch_first:
                 steps, batch = batch, steps
             # A compiler is not asked about sizes: whatever is asked of one fixes it in the graph.
-            if onlooker is None and not tokens and steps < backends.LEAST_CPU_STEPS and self._is_brief(input):
+            if onlooker is None and not tokens and steps < backends.LEAST_CPU_STEPS and self._runs_on_torch(input):
                 return super().forward(input, hx)
             first: Any = self._flat_weights[0]
             if tokens:
@@ -321,14 +321,14 @@ class FusedRNN(TorchRNN):
                 self._check(input, hx, None, tokens)
             return stack(self, input, hx, None, tokens, onlooker)
         unbatched = dims == 2 and not tokens and onlooker is None
-        if unbatched and input.size(0) < backends.LEAST_CPU_STEPS and self._is_brief(input):
+        if unbatched and input.size(0) < backends.LEAST_CPU_STEPS and self._runs_on_torch(input):
             return super().forward(input, hx)
         input, hx = self._batched(input, hx, tokens)
         self._check(input, hx, None, tokens)
         output, hidden = stack(self, input, hx, None, tokens, onlooker)
         return output.squeeze(0 if self.batch_first else 1), hidden.squeeze(1)
 
-    def _is_brief(self, input: Tensor) -> bool:
+    def _runs_on_torch(self, input: Tensor) -> bool:
         """Whether few steps are "auto"'s: on a CPU torch's own path costs less than entering the kernels' does."""
         return type(input) is Tensor and input.device.type == "cpu" and backends.requested(self.backend) == "auto"
 

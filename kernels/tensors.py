@@ -100,7 +100,7 @@ def _by_python(
         all(map(_side_by_side, tensors)),
         _apart(tensors if others is None else others),
         all(x.data_ptr() % 16 == 0 for x in every if x.numel()),
-        others is not None and all(map(_alike, tensors, others)),
+        others is not None and all(map(_same_layout, tensors, others)),
     )
     bits = sum(answer << bit for bit, answer in enumerate(answers)) | sum(1 << kind for kind in set(kinds)) << 8
     return bits, sum(x.numel() for x in tensors)
@@ -110,7 +110,7 @@ def _kind(tensor: Tensor) -> int:
     return KINDS.index(tensor.dtype) if tensor.dtype in KINDS else _OTHER_KIND
 
 
-def _alike(a: Tensor, b: Tensor) -> bool:
+def _same_layout(a: Tensor, b: Tensor) -> bool:
     return (a.device, a.dtype, a.shape, a.stride()) == (b.device, b.dtype, b.shape, b.stride())
 
 

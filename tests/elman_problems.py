@@ -17,7 +17,7 @@ V = 5
 
 
 @dataclass
-class Problem:
+class ElmanProblem:
     """Arguments of elman_forward and the gradients that elman_backward is given."""
 
     x: torch.Tensor
@@ -28,13 +28,13 @@ class Problem:
     grad_out: torch.Tensor
     grad_h_n: torch.Tensor
 
-    def to(self, dtype: torch.dtype) -> "Problem":
+    def to(self, dtype: torch.dtype) -> "ElmanProblem":
         def cast(tensor):
             return None if tensor is None else tensor.to(dtype)
 
         weights = [cast(w) for w in self.weight_hh]
         gradients = cast(self.grad_out), cast(self.grad_h_n)
-        return Problem(cast(self.x), weights, cast(self.h0), cast(self.bias), self.options, *gradients)
+        return ElmanProblem(cast(self.x), weights, cast(self.h0), cast(self.bias), self.options, *gradients)
 
 
 def make_problem(
@@ -52,7 +52,7 @@ def make_problem(
     vocabulary=V,
     seed=0,
     device=DEVICE,
-) -> Problem:
+) -> ElmanProblem:
     generator = torch.Generator().manual_seed(seed)
     D = len(reverse)
 
@@ -69,7 +69,7 @@ def make_problem(
         batch_sizes[0] = B
     shape = (int(batch_sizes.sum()),) if packed else (T, B)
     ids = rows(torch.randint(0, vocabulary, shape, generator=generator).to(device)) if tokens else None
-    return Problem(
+    return ElmanProblem(
         x=random(vocabulary, D * H) if tokens else rows(random(*shape, D * H)),
         weight_hh=[random(H, H) / H**0.5 for _ in range(D)],
         h0=random(D, B, H) if with_h0 else None,
@@ -80,7 +80,7 @@ def make_problem(
     )
 
 
-def oracle(p: Problem) -> list[torch.Tensor]:
+def oracle(p: ElmanProblem) -> list[torch.Tensor]:
     """out, h_n, grads of x (or the table), weight_hh, a bias and h0 (if there is one), through plain operations."""
     x, *weights, bias = leaves = [t.detach().clone().requires_grad_() for t in (p.x, *p.weight_hh, p.bias.sum(0))]
     h0 = None if p.h0 is None else p.h0.detach().clone().requires_grad_()
@@ -104,7 +104,7 @@ def oracle(p: Problem) -> list[torch.Tensor]:
     return [out.detach(), h_n.detach(), *torch.autograd.grad(loss, leaves if h0 is None else [*leaves, h0])]
 
 
-def torch_rnn(p: Problem) -> list[torch.Tensor]:
+def torch_rnn(p: ElmanProblem) -> list[torch.Tensor]:
     """The same from torch.nn.RNN in p's dtype: both its directions, the input through an identity as weight_ih."""
     D, H = len(p.weight_hh), p.weight_hh[0].shape[0]
     reverse, batch_sizes, ids = p.options["reverse"], p.options["batch_sizes"], p.options["tokens"]
@@ -133,7 +133,7 @@ def torch_rnn(p: Problem) -> list[torch.Tensor]:
     return [out.detach(), h_n.detach(), *torch.autograd.grad(loss, leaves if h0 is None else [*leaves, h0])]
 
 
-def biases(p: Problem) -> dict:
+def biases(p: ElmanProblem) -> dict:
     """bias_ih and bias_hh, one tensor a direction."""
     return {name: each.chunk(len(p.weight_hh)) for name, each in zip(("bias_ih", "bias_hh"), p.bias, strict=True)}
 
@@ -143,7 +143,7 @@ def error(found: torch.Tensor, exact: torch.Tensor) -> float:
     return ((found.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30)).item()
 
 
-def check(p: Problem, found: list[torch.Tensor]) -> None:
+def check(p: ElmanProblem, found: list[torch.Tensor]) -> None:
     """At most twice torch.nn.RNN's own error, and 4 units of the dtype's precision for where that is next to none.
 
     found: out, h_n, gradients of x, weight_hh, a bias and h0, as `oracle` returns them.
@@ -161,7 +161,7 @@ def check(p: Problem, found: list[torch.Tensor]) -> None:
         assert error(ours, right) <= bound, name
 
 
-def results(p: Problem, forward: Callable, backward: Callable, **options) -> list[torch.Tensor]:
+def results(p: ElmanProblem, forward: Callable, backward: Callable, **options) -> list[torch.Tensor]:
     """What the launchers `forward` and `backward` make of a problem, in the order of `oracle`."""
     options = p.options | options
     out, h_n = forward(p.x, p.weight_hh, p.h0, **biases(p), **options)
@@ -194,13 +194,13 @@ class Launchers:
     forward: Callable
     backward: Callable
 
-    def problem(self, *arguments, **options) -> Problem:
+    def problem(self, *arguments, **options) -> ElmanProblem:
         return make_problem(*arguments, **options, device=self.device)
 
-    def results(self, p: Problem, **options) -> list[torch.Tensor]:
+    def results(self, p: ElmanProblem, **options) -> list[torch.Tensor]:
         return results(p, self.forward, self.backward, **options)
 
-    def check(self, p: Problem) -> None:
+    def check(self, p: ElmanProblem) -> None:
         check(p, self.results(p))
 
 

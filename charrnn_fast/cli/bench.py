@@ -64,7 +64,7 @@ def _bench(options: argparse.Namespace) -> int:
         return 0
     if options.out.exists() and not options.out.is_dir():
         raise InputError(f"--out {options.out} is a file: expected a folder")
-    content = _measure(options, device)
+    content = _run_suite(options, device)
     from charrnn_fast.bench import report
 
     report.write(content, options.out / f"{device.type}.json")
@@ -76,7 +76,7 @@ def _bench(options: argparse.Namespace) -> int:
     return 0
 
 
-def _measure(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
+def _run_suite(options: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Every row within the time, behind a progress bar; what a recorded run holds."""
     from charrnn_fast.bench import measure, report, suite
 

@@ -54,7 +54,7 @@ def asking_for(backend: str) -> Iterator[None]:
             os.environ["CHARRNN_BACKEND"] = before
 
 
-class Problem:
+class Operands:
     """Operands of all operations: random numbers of a seed, in float64 on the CPU and in a dtype on a device."""
 
     def __init__(self, device: torch.device, dtype: torch.dtype):
@@ -87,7 +87,7 @@ class Problem:
         return F.cross_entropy(logits.flatten(0, 1), self.targets.flatten())
 
 
-def _elman(p: Problem) -> tuple[list[Tensor], list[Tensor]]:
+def _elman(p: Operands) -> tuple[list[Tensor], list[Tensor]]:
     w = p.here()
     out, last = elman(p.tokens.to(p.device), None, w[0], w[1], w[2])
     right = p.reference_states()
@@ -96,7 +96,7 @@ def _elman(p: Problem) -> tuple[list[Tensor], list[Tensor]]:
     return [out, *ours], [right, *theirs]
 
 
-def _linear_cross_entropy(p: Problem) -> tuple[list[Tensor], list[Tensor]]:
+def _linear_cross_entropy(p: Operands) -> tuple[list[Tensor], list[Tensor]]:
     w, states = p.here(), p.reference_states().detach().to(p.dtype)
     ours = linear_cross_entropy(
         states.flatten(0, 1).to(p.device), w[3], p.targets.flatten().to(p.device), linear_bias=w[4]
@@ -106,14 +106,14 @@ def _linear_cross_entropy(p: Problem) -> tuple[list[Tensor], list[Tensor]]:
     return [ours, *torch.autograd.grad(ours, w[3:])], [right, *torch.autograd.grad(right, p.weights[3:])]
 
 
-def _language_model_loss(p: Problem) -> tuple[list[Tensor], list[Tensor]]:
+def _language_model_loss(p: Operands) -> tuple[list[Tensor], list[Tensor]]:
     w = p.here()
     ours, _ = language_model_loss(p.tokens, p.targets, None, *w)
     right = p.reference_loss()
     return [ours, *torch.autograd.grad(ours, w)], [right, *torch.autograd.grad(right, p.weights)]
 
 
-def _clip(p: Problem, step: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+def _clip(p: Operands, step: bool = False) -> tuple[list[Tensor], list[Tensor]]:
     w, right = p.here(), [x.detach().clone() for x in p.weights]
     for x in w:
         x.grad = x.detach().clone()
@@ -126,7 +126,7 @@ def _clip(p: Problem, step: bool = False) -> tuple[list[Tensor], list[Tensor]]:
     return [ours, *(x.grad for x in w if x.grad is not None)], [norm, *(x * scale for x in right)]
 
 
-def _generate(p: Problem) -> tuple[list[Tensor], list[Tensor]]:
+def _generate(p: Operands) -> tuple[list[Tensor], list[Tensor]]:
     w = [x.detach() for x in p.here()]
     prompt = p.tokens.T.contiguous()
     ours = []
@@ -147,7 +147,7 @@ def _generate(p: Problem) -> tuple[list[Tensor], list[Tensor]]:
     return ours, right
 
 
-OPERATIONS: dict[str, Callable[[Problem], tuple[list[Tensor], list[Tensor]]]] = {
+OPERATIONS: dict[str, Callable[[Operands], tuple[list[Tensor], list[Tensor]]]] = {
     "elman": _elman,
     "linear_cross_entropy": _linear_cross_entropy,
     "language_model_loss": _language_model_loss,
@@ -159,7 +159,7 @@ OPERATIONS: dict[str, Callable[[Problem], tuple[list[Tensor], list[Tensor]]]] = 
 
 def run(device: torch.device, dtype: torch.dtype, names: list[str]) -> list[Outcome]:
     """Every operation on each of the backends that run here."""
-    outcomes, problem = [], Problem(device, dtype)
+    outcomes, problem = [], Operands(device, dtype)
     for backend in names:
         for operation, compute in OPERATIONS.items():
             with asking_for(backend):
@@ -167,7 +167,7 @@ def run(device: torch.device, dtype: torch.dtype, names: list[str]) -> list[Outc
     return outcomes
 
 
-def _tried(operation: str, backend: str, compute: Callable[[Problem], Any], p: Problem) -> Outcome:
+def _tried(operation: str, backend: str, compute: Callable[[Operands], Any], p: Operands) -> Outcome:
     if operation == "language_model_loss":
         w = p.here()
         if backend != "native" or why_not(p.tokens, p.targets, None, w) is not None:

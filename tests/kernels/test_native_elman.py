@@ -7,7 +7,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from elman_problems import DIRECTIONS, NATIVE, Problem, error, oracle
+from elman_problems import DIRECTIONS, NATIVE, ElmanProblem, error, oracle
 from torch import Tensor
 
 from charrnn_fast.kernels import native
@@ -69,11 +69,11 @@ def test_tokens_outside_the_table():
             native.elman_forward(torch.randn(11, 4), [torch.randn(4, 4)], tokens=tokens)
 
 
-def make(H: int, B: int, T: int, dtype: torch.dtype = torch.float32, **options) -> Problem:
+def make(H: int, B: int, T: int, dtype: torch.dtype = torch.float32, **options) -> ElmanProblem:
     return NATIVE.problem(T, H, B=B, dtype=dtype, **options)
 
 
-def drawn(rng: random.Random) -> Problem:
+def drawn(rng: random.Random) -> ElmanProblem:
     return make(
         rng.choice(SIZES),
         rng.choice((1, 2, 5, 13, 24, 70)),
@@ -159,14 +159,14 @@ def test_unknown_instruction_set_is_named(monkeypatch):
         NATIVE.results(make(33, 5, 2))
 
 
-def by_the_kernels_alone(p: Problem) -> list[Tensor]:
+def by_the_kernels_alone(p: ElmanProblem) -> list[Tensor]:
     """torch's own operations may not run on several threads in a forked child."""
     out, h_n = native.elman_forward(p.x, p.weight_hh, p.h0)
     grad_x, grad_weights, grad_h0 = native.elman_backward(p.grad_out, p.grad_h_n, out, p.weight_hh, p.h0)
     return [out, h_n, grad_x, *grad_weights, grad_h0]
 
 
-def _put(queue, problem: Problem) -> None:
+def _put(queue, problem: ElmanProblem) -> None:
     queue.put([value.numpy() for value in by_the_kernels_alone(problem)])
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from elman_problems import (
     DEVICE,
-    Problem,
+    ElmanProblem,
     V,
     biases,
     error,
@@ -36,13 +36,13 @@ def tiles_of_this_test():
     elman.forget_tiles()
 
 
-def kernels(p: Problem, precision="ieee") -> list[torch.Tensor]:
+def kernels(p: ElmanProblem, precision="ieee") -> list[torch.Tensor]:
     found = results(p, elman_forward, elman_backward, precision=precision)
     assert p.options["tokens"] is not None or found[2].stride() == found[0].stride()  # of grad_x and out
     return found
 
 
-def check(p: Problem) -> None:
+def check(p: ElmanProblem) -> None:
     compare(p, kernels(p))
 
 

@@ -20,7 +20,7 @@ NAMES = ("loss", "grad_hidden", "grad_weight", "grad_bias")
 
 
 @dataclass
-class Problem:
+class LossProblem:
     hidden: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor | None
@@ -29,7 +29,7 @@ class Problem:
     reduction: str = "mean"
     ignore_index: int = -100
 
-    def to(self, dtype: torch.dtype) -> "Problem":
+    def to(self, dtype: torch.dtype) -> "LossProblem":
         floats = (self.hidden, self.weight, self.bias, self.grad_loss)
         hidden, weight, bias, grad_loss = (None if t is None else t.to(dtype) for t in floats)
         return replace(self, hidden=hidden, weight=weight, bias=bias, grad_loss=grad_loss)
@@ -37,7 +37,7 @@ class Problem:
 
 def make_problem(
     N, H, V, *, dtype=torch.float32, bias=True, reduction="mean", ignored=0.3, gain=1.0, seed=0, ignore_index=-100
-) -> Problem:
+) -> LossProblem:
     """Logits of the order of `gain`; `ignored`: share of the rows that do not count, never all of them."""
     generator = torch.Generator().manual_seed(seed)
 
@@ -48,17 +48,17 @@ def make_problem(
     target[1:][torch.rand(N - 1, generator=generator) < ignored] = ignore_index
     grad_loss = random(N) if reduction == "none" else random()
     tensors = (random(N, H), random(V, H) * (gain / H**0.5), random(V) if bias else None)
-    return Problem(*tensors, target.to(DEVICE), grad_loss, reduction, ignore_index)
+    return LossProblem(*tensors, target.to(DEVICE), grad_loss, reduction, ignore_index)
 
 
-def by_torch(p: Problem) -> list[torch.Tensor]:
+def by_torch(p: LossProblem) -> list[torch.Tensor]:
     """Loss and gradients by autograd through torch's operations, in p's dtype."""
     leaves = [t.detach().clone().requires_grad_() for t in (p.hidden, p.weight, p.bias) if t is not None]
     loss = F.cross_entropy(F.linear(*leaves), p.target, reduction=p.reduction, ignore_index=p.ignore_index)
     return [loss.detach(), *torch.autograd.grad(loss, leaves, p.grad_loss)]
 
 
-def by_kernels(p: Problem, precision="ieee") -> list[torch.Tensor]:
+def by_kernels(p: LossProblem, precision="ieee") -> list[torch.Tensor]:
     found = kernels.linear_cross_entropy(
         *(p.hidden, p.weight, p.bias, p.target, p.ignore_index, p.reduction),
         grad_loss=p.grad_loss,
@@ -75,7 +75,7 @@ def error(found: torch.Tensor, exact: torch.Tensor, summed: torch.Tensor | None 
     ).item()
 
 
-def summed_magnitudes(p: Problem) -> list[torch.Tensor]:
+def summed_magnitudes(p: LossProblem) -> list[torch.Tensor]:
     """What by_torch's results are sums of, without the signs, which cancel: a sum is rounded at the scale of these."""
     p = p.to(torch.float64)
     logits = F.linear(p.hidden, p.weight, p.bias)
@@ -88,7 +88,7 @@ def summed_magnitudes(p: Problem) -> list[torch.Tensor]:
     return [loss, terms @ p.weight.abs(), terms.T @ p.hidden.abs(), *([] if p.bias is None else [terms.sum(0)])]
 
 
-def check(p: Problem, precision="ieee") -> None:
+def check(p: LossProblem, precision="ieee") -> None:
     """At most twice torch's own error, and 4 units of the dtype's precision for where that is next to none."""
     exact, theirs, ours = by_torch(p.to(torch.float64)), by_torch(p), by_kernels(p, precision)
     slack = (32 if p.hidden.dtype == torch.float64 else 4) * torch.finfo(p.hidden.dtype).eps
