@@ -3,7 +3,7 @@
 from .static_cases import TARGETS, TILES_OF, Case, load
 
 # Of d2l's recipe first; then every tile at the largest sizes that it is for.
-SIZES = ((32, 28), (32, 32), (32, 97), (64, 28), (64, 64), (64, 128))
+SIZES = ((32, 28), (32, 32), (32, 97), (64, 28), (64, 64), (64, 128), (128, 28), (128, 32))
 NAMES = ("weight_ih", "weight_hh", "head_weight", "bias_ih", "bias_hh", "head_bias")
 
 
