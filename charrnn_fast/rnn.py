@@ -17,7 +17,7 @@ from .ops.compiling import allow_in_graphs
 from .ops.context import OPERATORS, exported_to_onnx, plain, traced, watched
 from .ops.elman import wrong_batch_sizes
 from .ops.elman_checkpointed import check_steps, checkpointed_stack
-from .ops.elman_stack import elman_stack
+from .ops.elman_stack import by_torchs_operator, elman_stack
 from .ops.elman_torch import TorchRNN, torch_rnn
 from .ops.lengths import stack_with_lengths
 from .ops.resets import episodes
@@ -308,9 +308,6 @@ class FusedRNN(TorchRNN):
             steps, batch = input.size(0), input.size(1)
             if self.batch_first:
                 steps, batch = batch, steps
-            # A compiler is not asked about sizes: whatever is asked of one fixes it in the graph.
-            if onlooker is None and not tokens and steps < backends.LEAST_CPU_STEPS and self._runs_on_torch(input):
-                return super().forward(input, hx)
             first: Any = self._flat_weights[0]
             if tokens:
                 usual = input.dtype in TOKEN_TYPES
@@ -319,13 +316,18 @@ class FusedRNN(TorchRNN):
             layers = self.num_layers * (2 if self.bidirectional else 1)
             if not usual or (hx is not None and hx.shape != (layers, batch, self.hidden_size)):
                 self._check(input, hx, None, tokens)
+            # A compiler is not asked about sizes: whatever is asked of one fixes it in the graph.
+            if onlooker is None and not tokens and steps < backends.LEAST_CPU_STEPS and self._runs_on_torch(input):
+                return by_torchs_operator(self, input, hx)
             return stack(self, input, hx, None, tokens, onlooker)
-        unbatched = dims == 2 and not tokens and onlooker is None
-        if unbatched and input.size(0) < backends.LEAST_CPU_STEPS and self._runs_on_torch(input):
-            return super().forward(input, hx)
+        few = dims == 2 and not tokens and onlooker is None and input.size(0) < backends.LEAST_CPU_STEPS
+        by_torch = few and self._runs_on_torch(input)
         input, hx = self._batched(input, hx, tokens)
         self._check(input, hx, None, tokens)
-        output, hidden = stack(self, input, hx, None, tokens, onlooker)
+        if by_torch:
+            output, hidden = by_torchs_operator(self, input, hx)
+        else:
+            output, hidden = stack(self, input, hx, None, tokens, onlooker)
         return output.squeeze(0 if self.batch_first else 1), hidden.squeeze(1)
 
     def _runs_on_torch(self, input: Tensor) -> bool:

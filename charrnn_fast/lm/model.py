@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx import Proxy
 
 from charrnn_fast.lm import at_once
 from charrnn_fast.lm.as_built import why_called
@@ -101,7 +102,12 @@ class CharRNN(RecurrentLM, form="fused"):
     def _reads_a_table(self, tokens: Tensor, state: Tensor | None) -> bool:
         """Whether one layer on a learned embedding, both as they were built, is the recurrence on `_weight_of_ids`."""
         embed, rnn = self.embed, self.rnn
-        if self.num_layers > 1 or tokens.dim() != 2 or not 0 < self.vocab_size <= tokens.numel():
+        if (
+            isinstance(tokens, Proxy)
+            or self.num_layers > 1
+            or tokens.dim() != 2
+            or not 0 < self.vocab_size <= tokens.numel()
+        ):
             return False
         if embed is None or embed.padding_idx is not None or embed.scale_grad_by_freq or embed.sparse:
             return False

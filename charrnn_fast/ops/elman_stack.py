@@ -47,6 +47,15 @@ def elman_stack(
     return _watched_stack(rnn, input, hx, weights, batch_sizes, tokens, onlooker)
 
 
+def by_torchs_operator(rnn: Any, input: Tensor, hx: Tensor | None) -> tuple[Tensor, Tensor]:
+    """What torch.nn.RNN's forward ends in, without its way there; input (T, B, I) or, as the module says, (B, T, I)."""
+    if hx is None:
+        layers = rnn.num_layers * (2 if rnn.bidirectional else 1)
+        hx = input.new_zeros(layers, input.size(0 if rnn.batch_first else 1), rnn.hidden_size)
+    options = (rnn.bias, rnn.num_layers, rnn.dropout, rnn.training, rnn.bidirectional, rnn.batch_first)
+    return torch_rnn(input, hx, rnn._flat_weights, None, _ACTIVATIONS[rnn.mode], *options)
+
+
 class OneLayer:
     """What elman_stack reads of a module, for a layer alone; weights: of each direction W_ih, W_hh, no bias or both."""
 
