@@ -122,8 +122,13 @@ def _jobs() -> Iterator[tuple[str, Callable[[], object]]]:
             )
             step = TrainingStep(model, optimizer, 1.0)
             yield f"{name}, {kind}", _walking(step, corpus)
+            if name == "two layers" and kind == "SGD":
+                yield f"{name}, evaluation", _walking(Evaluation(model), corpus)
             if name == "one layer":
                 yield f"{name}, evaluation", _walking(Evaluation(model), corpus)
+                at_once = TrainingStep(model, optimizer, 1.0)
+                at_once.prepare()
+                yield f"{name}, at once", _walking(at_once, corpus)
                 fixed = partial(dependencies, model, optimizer)
                 yield f"{name}, replayed", _walking(RecordedSteps(step, _Nothing(), fixed, model.zero_state), corpus)
 

@@ -13,6 +13,8 @@ from typing import Any
 from torch import Tensor
 
 from charrnn_fast.lm.distributed import Processes
+from charrnn_fast.ops import language_model_step
+from charrnn_fast.ops.language_model_step import Batch as Places
 from charrnn_fast.ops.windows import windows
 
 Pair = tuple[Tensor, Tensor]
@@ -29,6 +31,10 @@ class Batch(ABC):
     @abstractmethod
     def windows(self) -> Pair:
         """X and Y (B, T) int64: the ids, and those that follow them."""
+
+    @abstractmethod
+    def places(self) -> Places:
+        """Where the ids are, for a kernel that reads them there."""
 
     @abstractmethod
     def inputs(self) -> tuple[Tensor, ...]:
@@ -82,6 +88,9 @@ class Ids(Batch):
     def windows(self) -> Pair:
         return self.X, self.Y
 
+    def places(self) -> Places:
+        return language_model_step.windows(self.X, self.Y)
+
     def inputs(self) -> tuple[Tensor, ...]:
         return self.X, self.Y
 
@@ -116,6 +125,9 @@ class Positions(Batch):
         """X and Y, two views of one gather."""
         tokens, targets = windows(self.corpus, self.starts, self.num_steps)
         return tokens.t(), targets.t()
+
+    def places(self) -> Places:
+        return language_model_step.positions(self.corpus, self.starts, self.num_steps)
 
     def inputs(self) -> tuple[Tensor, ...]:
         return (self.starts,)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from charrnn_fast.lm.at_once import Look, StepAtOnce
+from charrnn_fast.lm.batches import Batch
 
 State: TypeAlias = Any  # (L, B, H), or what a model whose rnn was replaced carries: an LSTM a tuple; None for zeros
 
@@ -76,6 +77,12 @@ class LanguageModel(Protocol):
     def step_at_once(self, optimizer: Any, clip: float | None, look: Look | None) -> StepAtOnce:
         """A whole training step, where `why_not_at_once` has nothing against it. clip: the largest global norm of the
         gradients of all that the optimizer holds, None for none. look: asked with loss and norm before an update.
+        """
+        ...
+
+    def evaluated_at_once(self, batch: Batch, state: State, into: Tensor | None) -> tuple[Tensor, State] | None:
+        """The loss of a batch and the next state, put `into` a tensor if there is one, without gradients and in fewer
+        launches than `loss`; None where the form has no such way.
         """
         ...
 

@@ -10,6 +10,7 @@ from torch.fx import Proxy
 
 from charrnn_fast.lm import at_once
 from charrnn_fast.lm.as_built import why_called
+from charrnn_fast.lm.batches import Batch
 from charrnn_fast.lm.recurrent import RecurrentLM
 from charrnn_fast.ops import backends
 from charrnn_fast.ops import generate as decoder
@@ -137,6 +138,12 @@ class CharRNN(RecurrentLM, form="fused"):
     def step_at_once(self, optimizer: Any, clip: float | None, look: at_once.Look | None) -> at_once.StepAtOnce:
         """A whole training step, where `why_not_at_once` has nothing against it; see at_once.py."""
         return at_once.at_once(self, optimizer, clip, look)
+
+    def evaluated_at_once(self, batch: Batch, state: Any, into: Tensor | None) -> tuple[Tensor, Any] | None:
+        """The loss of a batch and the next state, put `into` a tensor if there is one, without gradients and in two
+        launches; None where that does not apply.
+        """
+        return at_once.evaluated_at_once(self, batch, state, into)
 
     def is_the_forms_own(self) -> bool:
         """Whether what a training step asks of the model is what this file says, nowhere replaced."""

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 
 from charrnn_fast.lm.as_built import PARTS, why_called, why_changed
 from charrnn_fast.lm.at_once import Look, StepAtOnce
+from charrnn_fast.lm.batches import Batch
 from charrnn_fast.lm.reference_model import ReferenceCharRNN
 from charrnn_fast.ops.context import plain
 from charrnn_fast.ops.tokens import TOKEN_TYPES, check_tokens, one_hot_rows
@@ -140,6 +141,10 @@ class RecurrentLM(nn.Module):
     def step_at_once(self, optimizer: Any, clip: float | None, look: Look | None) -> StepAtOnce:
         """There is none."""
         raise RuntimeError(self.why_not_at_once(optimizer, look is not None))
+
+    def evaluated_at_once(self, batch: Batch, state: Any, into: Tensor | None) -> tuple[Tensor, Any] | None:
+        """None: there is no other way than `loss`."""
+        return None
 
     def sgd_step_(self, parameters: list[Tensor], max_norm: float | None, lr: float | Tensor) -> Tensor | None:
         """None: PyTorch clips, and its SGD takes the step."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from charrnn_fast.lm.at_once import Look, StepAtOnce
+from charrnn_fast.lm.batches import Batch
 from charrnn_fast.reference import generate as reference_generate
 from charrnn_fast.reference.clip_grad_norm import clip_grad_norm
 from charrnn_fast.reference.language_model import RNNLM
@@ -54,6 +55,10 @@ class ReferenceCharRNN(RNNLM):
     def step_at_once(self, optimizer: Any, clip: float | None, look: Look | None) -> StepAtOnce:
         """There is none."""
         raise RuntimeError(_PLAIN)
+
+    def evaluated_at_once(self, batch: Batch, state: Any, into: Tensor | None) -> tuple[Tensor, Any] | None:
+        """None: there is no other way than `loss`."""
+        return None
 
     def sgd_step_(self, parameters: list[Tensor], max_norm: float | None, lr: float | Tensor) -> Tensor | None:
         """None: the clip is the clip, and the optimizer takes the step."""

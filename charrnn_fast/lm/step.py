@@ -200,7 +200,10 @@ class Evaluation:
     @torch.no_grad()
     def __call__(self, batch: Batch | Pair, state: State = None, into: Tensor | None = None) -> tuple[Tensor, State]:
         """A batch and the state -> its mean loss, a scalar, and the next state, put `into` a tensor if there is one."""
-        loss, state = loss_of(self.model, as_batch(batch), state)
+        batch = as_batch(batch)
+        if (found := self.model.evaluated_at_once(batch, state, into)) is not None:
+            return found
+        loss, state = loss_of(self.model, batch, state)
         return loss, put(state, into)
 
     run = __call__

@@ -36,6 +36,7 @@ from charrnn_fast.lm.records import WHAT_TO_TRY, EpochRecord, EpochSoFar, StepRe
 from charrnn_fast.lm.schedule import Schedule
 from charrnn_fast.lm.step import Evaluation, TrainingStep, train_batches
 from charrnn_fast.lm.training_options import check_options
+from charrnn_fast.ops import backends
 
 MAX_RESTORES = 8  # of one run, each halving the learning rate
 MAX_SKIPPED = 100  # updates in a row at an epoch's beginning: more will not help
@@ -394,7 +395,7 @@ class Trainer:
             graph_batches,
             accumulate=self.accumulate,
             bf16=self.precision == "bf16",
-            guard=self.on_nan != "stop" or self.model.device.type == "cpu",
+            guard=self.on_nan != "stop" or (self.model.device.type == "cpu" and backends.requested() != "triton"),
             processes=self.processes,
         )
 

@@ -20,8 +20,8 @@ from .precision import rnn_precision, tf32_for_rnns
 NAMES = ("auto", "triton", "native", "torch")
 
 # Fewer steps than this on a CPU are left to torch's own operator, called without torch.nn.RNN's way to it: 0.9 to 1.05
-# times as fast as torch.nn.RNN, by turns on a busy machine. Entering the kernels costs more than entering its loop. With
-# them, forward with and without gradients and forward+backward at H = 32, 128, 512 and B = 1, 16 would be T=1
+# times as fast as torch.nn.RNN, by turns on a busy machine. Entering the kernels costs more than entering its loop.
+# With them, forward with and without gradients and forward+backward at H = 32, 128, 512 and B = 1, 16 would be T=1
 # 0.4-0.7 times as fast as it, T=2 0.5-0.9, T=3 0.6-1.0, T=4 0.6-1.2, T=8 0.9-1.8.
 LEAST_CPU_STEPS = 4
 

@@ -27,8 +27,8 @@ def stack_with_lengths(
         lengths: (B,) int64 on its device, in 0..T; after no step the state is hx's, or zero.
     """
     steps, batch = input.shape[:2]
-    sequence = torch.arange(batch, device=input.device)
-    step = torch.arange(steps, device=input.device).unsqueeze(1)
+    sequence = torch.arange(batch, dtype=torch.int64, device=input.device)
+    step = torch.arange(steps, dtype=torch.int64, device=input.device).unsqueeze(1)
     inside = step < lengths  # (T, B)
     beyond, empty = ~inside.unsqueeze(-1), (lengths == 0).unsqueeze(-1)
     last = torch.where(lengths == 0, lengths, lengths - 1) * batch + sequence  # (B,), rows of (T*B, H)

@@ -123,7 +123,10 @@ REASONS = {
     "an update is made for 2 batches": lambda: (CharRNN(7, 5), {"graph_batches": 2}),
     "forward and loss are under autocast": lambda: (CharRNN(7, 5), {"bf16": True}),
     "gradients are shared with other processes": lambda: (CharRNN(7, 5), {"processes": Processes.__new__(Processes)}),
-    "it is there for the native kernels on a CPU": lambda: (CharRNN(7, 5, backend="torch"), {}),
+    "it is there for the native kernels on a CPU and the Triton kernels on a GPU": lambda: (
+        CharRNN(7, 5, backend="torch"),
+        {},
+    ),
 }
 
 
