@@ -23,6 +23,7 @@ from .context import addressable
 from .elman import elman
 from .elman_layer import token_table
 from .linear_cross_entropy import linear_cross_entropy
+from .tokens import check_tokens
 
 
 def why_not(
@@ -99,9 +100,12 @@ def language_model_loss(
     everything again by `elman` and `linear_cross_entropy`.
 
     Raises: IndexError for a token or target outside 0..V-1, ValueError for another nonlinearity. On a GPU such a token
-    counts as a zero row, and such a target makes the loss NaN.
+    fails a device assertion, unless ids are known to be in range, and such a target makes the loss NaN.
     """
-    apply = _apply_by_triton if weight_ih.is_cuda or backends.requested(backend) == "triton" else _apply
+    apply = _apply
+    if weight_ih.is_cuda or backends.requested(backend) == "triton":
+        apply = _apply_by_triton
+        check_tokens(tokens, weight_ih.shape[1])
     return apply(tokens, targets, nonlinearity, h0, weight_ih, weight_hh, bias_ih, bias_hh, head_weight, head_bias)
 
 
