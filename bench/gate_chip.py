@@ -177,7 +177,7 @@ def _decoders(
 
     def across(tile: GenerateGridTile) -> Callable[[], torch.Tensor]:
         def run() -> torch.Tensor:
-            found = generate_grid(prompt, N, table, weight_hh, head, bias, None, **options, tile=tile)
+            found = generate_grid(*given, **options, tile=tile)
             if found is None:
                 raise RuntimeError("no team of programs runs at once")
             return found[0]

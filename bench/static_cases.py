@@ -421,26 +421,41 @@ def generate_grid_cases(target: str) -> list[Case]:
     """The decoding kernel across the chip by H and V: greedy, and drawing with an H that does not fill the programs."""
     tiles = load("generate_grid_tiles")
     return [
-        generate_grid_case(target, kind, hidden, vocab, sampled)
+        generate_grid_case(target, kind, hidden, vocab, sampled, 1)
         for hidden in (256, 384, 512, 1024, 2048)
         for kind in ("fp32", "bf16")
         for vocab, sampled in ((28, False), (90, True))
-        if target in tiles.grid_tile(hidden, 4).targets
+        if target in tiles.NVIDIA
+    ] + [
+        generate_grid_case(target, kind, hidden, vocab, sampled, layers)
+        for kind, hidden, vocab, sampled, layers in (
+            ("fp32", 512, 28, False, 2),
+            ("fp32", 512, 90, True, 2),
+            ("bf16", 512, 90, True, 2),
+            ("fp32", 256, 90, True, 4),
+            ("fp32", 256, 90, True, 2),
+            ("fp32", 768, 90, True, 1),
+        )
+        if target in tiles.NVIDIA
     ]
 
 
-def generate_grid_case(target: str, kind: str, hidden: int, vocab: int, sampled: bool) -> Case:
-    tile = load("generate_grid_tiles").grid_tile(hidden, 4)
+def generate_grid_case(target: str, kind: str, hidden: int, vocab: int, sampled: bool, layers: int) -> Case:
+    tile = load("generate_grid_tiles").grid_tile(hidden, 4, layers)
     dtype = {"fp32": triton.language.float32, "bf16": triton.language.bfloat16}[kind]
-    form = load("generate_grid_kernels").grid_form(tile, hidden - sampled, vocab, dtype, sampled, sampled)
+    form = load("generate_grid_kernels").grid_form(
+        tile, hidden - sampled, vocab, dtype, sampled, sampled, layers=layers
+    )
     types: dict[str, str | tuple[str, ...]] = dict.fromkeys(("table_ptr", "weight_ptr", "head_ptr"), f"*{kind}")
     types |= {"head_bias_ptr": f"*{kind}", "states_ptr": "*fp32", "partials_ptr": "*fp32", "counters_ptr": "*i32"}
     types |= {"prompt_ptr": "*i64", "ids_ptr": "*i64", "sharpness_bits": "i64"}
     types |= {"uniforms_ptr": "*fp64"} if sampled else {}
+    types |= dict.fromkeys(("weight_ih_ptr", "bias_ptr"), f"*{kind}") if layers > 1 else {}
+    of_layers = f" L{layers}" if layers > 1 else ""
     choice = "sampled" if sampled else "greedy"
     values = {"P": 1, "N": 1000, "V": vocab, "top_k": 3, "first_step": 0, "num_steps": 1001, "first_team": 0}
     return Case(
-        name=f"generate grid {kind} H{hidden} V{vocab} units{tile.units} warps{tile.warps} {choice}",
+        name=f"generate grid {kind} H{hidden} V{vocab}{of_layers} units{tile.units} warps{tile.warps} {choice}",
         target=target,
         module="generate_grid_kernels",
         kernel="generate_grid_kernel",

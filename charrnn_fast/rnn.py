@@ -220,9 +220,10 @@ class FusedRNN(TorchRNN):
         pack_padded_sequence(enforce_sorted=False), :meth:`forward` and pad_packed_sequence, which copies them to the
         host and waits. What the input holds beyond a length is not read.
 
-        All T steps of all sequences are walked, in one launch a layer and direction: where lengths are known on the
-        host and differ much, packed input is faster. relu states that grow without bound beyond a length may overflow
-        there, which makes W_hh's gradient NaN. With ``checkpoint_steps`` each layer keeps the output of the one below.
+        All T steps of all sequences are walked, in one launch a layer and direction, so the work is that of padded
+        input; the copies of rows that packing and padding make of each step take longer than that on a CPU. relu states
+        that grow without bound beyond a length may overflow there, which makes W_hh's gradient NaN. With
+        ``checkpoint_steps`` each layer keeps the output of the one below.
 
         Args:
             input: (T, B, I), or (B, T, I) if ``batch_first``.

@@ -1,16 +1,11 @@
 """A stack of Elman layers that keeps the states of every k-th step for backward and computes the others anew there.
 
-The steps are cut into parts of k. Forward is the stack's ordinary one; of it are kept the input and, for each layer and
-direction, the states that a part begins with. Backward goes from the last part to the first: it runs a part again,
-recorded, through all layers, and hands the gradient of the states that it began with to the part before. A layer with
-two directions needs all steps of the layer below, which are computed anew for it and are gone when it is done; each of
-its directions is walked from its own end, as a forward one over turned rows.
-
-Whatever runs the stack runs its parts, through elman_stack.py, so every backend, type and kind of input has this.
+elman_recomputed.py has the two passes; here are what autograd records and what compilers see, one operator for all
+layers.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Sequence
+from dataclasses import astuple
 from typing import Any
 
 import torch
@@ -21,9 +16,8 @@ from . import compiled_backward
 from .autograd import apply_of, below_autograd_recording, must_recompute, recomputed, saved_tensors, unshared
 from .compiling import unknown_size
 from .context import OPERATORS, autocast, exported, in_plain_memory, plain, registered_operators_only, watched
-from .elman_stack import OneLayer, alike, as_batch_first, elman_stack
-from .parts import Parts
-from .tokens import TOKEN_TYPES
+from .elman_recomputed import Backward, Stack, bits_of
+from .elman_stack import alike, as_batch_first, elman_stack
 
 
 def checkpointed_stack(
@@ -51,7 +45,7 @@ def checkpointed_stack(
         # What dropout would draw for the layer's output, in its order: torch.nn.RNN's random numbers.
         shape = input.shape[: 2 if batch_sizes is None else 1]
         ones = weights[0].new_ones((*shape, directions * rnn.hidden_size))
-        masks.append(_bits(F.dropout(ones, dropout, True)))
+        masks.append(bits_of(F.dropout(ones, dropout, True)))
     if onlooker is None:
         return _apply(stack, batch_first, batch_sizes, masks, input, hx, *weights)
     output, h_n, _ = _checkpointed_op(input, hx, batch_sizes, weights, masks, *astuple(stack))
@@ -63,202 +57,6 @@ def check_steps(steps: Any) -> int | None:
     if steps is not None and (isinstance(steps, bool) or not isinstance(steps, int) or steps < 1):
         raise ValueError(f"checkpoint_steps: expected a positive number of steps or None, got {steps!r}")
     return steps
-
-
-@dataclass(frozen=True)
-class Stack:
-    """L layers with D directions, and how they run. Weights are flat: for each layer and direction W_ih, W_hh and no
-    bias or both. masks: None kept, or for each layer but the last the bits of what dropout leaves of its output.
-    """
-
-    backend: str
-    nonlinearity: str
-    num_layers: int
-    directions: int
-    dropout: float  # 0 where none is drawn
-    steps: int  # k
-
-    def run(
-        self,
-        input: Tensor,
-        hx: Tensor | None,
-        weights: Sequence[Tensor],
-        batch_sizes: Tensor | None,
-        masks: Sequence[Tensor],
-        num_layers: int | None = None,
-        watch: Callable[[Tensor], None] | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """The output of the first ``num_layers`` layers, (T, B, D*H) or packed (N, D*H), and their last states. By what
-        runs them without checkpoints, recorded where gradients are enabled. watch: called with each layer's output.
-        """
-        directions, each = self.directions, len(weights) // self.num_layers
-        output, states = input, []
-        for i in range(num_layers or self.num_layers):
-            output = self.dropped(output, masks, i - 1)
-            h0 = None if hx is None else hx[i * directions : (i + 1) * directions]
-            output, state = self.layer(output, h0, weights[i * each : (i + 1) * each], batch_sizes, directions)
-            states.append(state)
-            if watch is not None:
-                watch(output)
-        return output, torch.cat(states)
-
-    def layer(
-        self, input: Tensor, h0: Tensor | None, weights: Sequence[Tensor], batch_sizes: Tensor | None, directions: int
-    ) -> tuple[Tensor, Tensor]:
-        """One layer with ``directions``, which need not be the stack's."""
-        layer = OneLayer(self.backend, self.nonlinearity, weights, directions)
-        return elman_stack(layer, input, h0, batch_sizes, input.dtype in TOKEN_TYPES, watched())
-
-    def forward(
-        self,
-        input: Tensor,
-        hx: Tensor | None,
-        weights: Sequence[Tensor],
-        batch_sizes: Tensor | None,
-        masks: Sequence[Tensor],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Output, h_n (L*D, B, H), and the states kept, (L*D, ceil(T/k), B, H) in the order of each walk; they have one
-        dimension, as a compiler would make a program of its own for each of theirs that happens to be 1.
-        """
-        parts, between = Parts(input, batch_sizes, self.steps), []
-
-        def watch(output: Tensor) -> None:
-            for direction, own in enumerate(output.chunk(self.directions, -1)):
-                between.append(parts.states_between(own, direction == 1))
-
-        with torch.no_grad():
-            output, h_n = self.run(input, hx, weights, batch_sizes, masks, watch=watch)
-        kept = h_n.new_empty(len(h_n), parts.count, *h_n.shape[1:])
-        for own, states in zip(kept, between, strict=True):
-            own[1:] = states
-        kept[:, 0] = 0 if hx is None else hx
-        return output, h_n, kept.view(-1)
-
-    def dropped(self, output: Tensor, masks: Sequence[Tensor], layer: int) -> Tensor:
-        """The layer's output, or a gradient of what dropout made of it, times what dropout drew: 0 or 1 / (1 - p)."""
-        if layer < 0 or not masks:
-            return output
-        places = torch.arange(8, dtype=torch.uint8, device=output.device)
-        bits = ((masks[layer].unsqueeze(-1) >> places) & 1).flatten(-2)[..., : output.shape[-1]]
-        return output * bits.to(output.dtype).div_(1 - self.dropout if self.dropout < 1 else 1)
-
-
-def _bits(noise: Tensor) -> Tensor:
-    """(..., C) -> (..., ceil(C/8)) uint8, a bit for each number, 1 where it is not 0."""
-    bits = F.pad((noise != 0).to(torch.uint8), (0, -noise.shape[-1] % 8)).unflatten(-1, (-1, 8))
-    return (bits << torch.arange(8, dtype=torch.uint8, device=noise.device)).sum(-1, dtype=torch.uint8)
-
-
-class _Backward:
-    """One backward pass; arguments as Stack.forward has them, with the states that it kept."""
-
-    def __init__(
-        self,
-        stack: Stack,
-        input: Tensor,
-        hx: Tensor | None,
-        weights: Sequence[Tensor],
-        batch_sizes: Tensor | None,
-        masks: Sequence[Tensor],
-        kept: Tensor,
-        needs_grad: Sequence[bool],
-    ):
-        self.stack, self.input, self.hx, self.masks = stack, input, hx, masks
-        self.needs_input, self.needs_hx, *needs_weights = needs_grad
-        self.parts = Parts(input, batch_sizes, stack.steps)
-        cells = stack.num_layers * stack.directions
-        self.kept = kept.view(cells, self.parts.count, self.parts.active(0), -1)
-        self.weights = [w.detach().requires_grad_(needs) for w, needs in zip(weights, needs_weights, strict=True)]
-        self.of_weights: list[Tensor | None] = [None] * len(weights)
-        self.of_states: list[Tensor | None] = [None] * cells
-
-    def run(self, grad_out: Tensor | None, grad_h_n: Tensor | None) -> list[Tensor | None]:
-        """Gradients of (input, hx, *weights), None where none is needed."""
-        stack, layers = self.stack, range(self.stack.num_layers)
-        grad_input: Tensor | None = None
-        if stack.directions == 1:
-            grad_input = torch.empty_like(self.input) if self.needs_input else None
-            self._through(layers, 0, self.input, grad_out, grad_h_n, grad_input)
-        else:
-            for i in reversed(layers):
-                below = self.input if i == 0 else self._dropped_output(i)
-                grad_input = torch.empty_like(below) if i > 0 or self.needs_input else None
-                columns = (None, None) if grad_out is None else grad_out.chunk(2, -1)
-                for direction in range(2):
-                    self._through(range(i, i + 1), direction, below, columns[direction], grad_h_n, grad_input)
-                if i > 0:
-                    assert grad_input is not None
-                    grad_out = stack.dropped(grad_input, self.masks, i - 1)
-        grad_hx = torch.cat([g for g in self.of_states if g is not None]) if self.needs_hx else None
-        return [grad_input, grad_hx, *self.of_weights]
-
-    def _dropped_output(self, layer: int) -> Tensor:
-        """The input of a layer above the first, by all layers below it once more."""
-        stack = self.stack
-        with torch.no_grad():
-            weights, sizes = self.weights, self.parts.batch_sizes
-            output, _ = stack.run(self.input, self.hx, weights, sizes, self.masks, num_layers=layer)
-            return stack.dropped(output, self.masks, layer - 1)
-
-    def _through(
-        self,
-        layers: range,  # upon each other, if this is the only direction
-        direction: int,
-        x: Tensor,  # their input
-        grad_out: Tensor | None,  # of this direction's output
-        grad_h_n: Tensor | None,  # of the whole stack's
-        grad_x: Tensor | None,  # where the gradient of x goes: written by direction 0, added to by direction 1
-    ) -> None:
-        stack, parts, backwards = self.stack, self.parts, direction == 1
-        each = len(self.weights) // (stack.num_layers * stack.directions)
-        cells = [i * stack.directions + direction for i in layers]
-        own = slice(cells[0], cells[-1] + 1)
-        places = [p for cell in cells for p in range(cell * each, (cell + 1) * each) if self.weights[p].requires_grad]
-        grad_state: Tensor | None = None
-        for part in reversed(range(parts.count)):
-            needs_state = part > 0 or self.needs_hx
-            state = self.kept[own, part, : parts.active(part)].detach().requires_grad_(needs_state)
-            rows = first = parts.rows(x, part, backwards).detach().requires_grad_(grad_x is not None)
-            with torch.enable_grad():
-                last = []
-                for j, cell in enumerate(cells):
-                    if j > 0:
-                        rows = stack.dropped(rows, [parts.rows(m, part, False) for m in self.masks], cell - 1)
-                    weights = self.weights[cell * each : (cell + 1) * each]
-                    rows, h_n = stack.layer(rows, state[j : j + 1], weights, parts.sizes(part), 1)
-                    last.append(h_n)
-                results = [rows, torch.cat(last)]
-            upstream = [
-                None if grad_out is None else parts.rows(grad_out, part, backwards),
-                self._grad_of_last(part, None if grad_h_n is None else grad_h_n[own], grad_state),
-            ]
-            given = [(y, g) for y, g in zip(results, upstream, strict=True) if g is not None]
-            leaves = [leaf for leaf in (first, state, *(self.weights[p] for p in places)) if leaf.requires_grad]
-            found = iter(torch.autograd.grad([y for y, _ in given], leaves, [g for _, g in given]))
-            if grad_x is not None:
-                parts.put(grad_x, part, backwards, next(found))
-            grad_state = next(found) if needs_state else None
-            for place in places:
-                before, more = self.of_weights[place], next(found)
-                self.of_weights[place] = more if before is None else before + more
-        if self.needs_hx:
-            assert grad_state is not None
-            for j, cell in enumerate(cells):
-                self.of_states[cell] = grad_state[j : j + 1]
-
-    def _grad_of_last(self, part: int, of_h_n: Tensor | None, of_next: Tensor | None) -> Tensor | None:
-        """Of the states that a part ends with: those of sequences that go on are the next part's, the others h_n's."""
-        active, going_on = self.parts.active(part), self.parts.active(part + 1)
-        if going_on == 0:
-            return None if of_h_n is None else of_h_n[:, :active]
-        if going_on == active:
-            return of_next
-        assert of_next is not None
-        ended = active - going_on
-        rest = (
-            of_next.new_zeros(len(of_next), ended, of_next.shape[2]) if of_h_n is None else of_h_n[:, going_on:active]
-        )
-        return torch.cat([of_next, rest], 1)
 
 
 class _Checkpointed(torch.autograd.Function):
@@ -297,7 +95,7 @@ class _Checkpointed(torch.autograd.Function):
         elif torch.is_grad_enabled() or watched() is not None or not in_plain_memory((grad_out, grad_h_n, *saved)):
             found = _recomputed(ctx.stack, grad_out, grad_h_n, operands, needs_grad)
         else:
-            backward = _Backward(ctx.stack, input, hx, weights, batch_sizes, masks, kept, needs_grad)
+            backward = Backward(ctx.stack, input, hx, weights, batch_sizes, masks, kept, needs_grad)
             found = backward.run(grad_out, grad_h_n)
         return (None, None, None, None, *found)
 
@@ -386,7 +184,7 @@ def _checkpointed_backward_op(
 ) -> list[Tensor]:
     stack = Stack(backend, nonlinearity, num_layers, directions, dropout, steps)
     with below_autograd_recording():  # although an operator's body runs below autograd
-        backward = _Backward(stack, input, hx, weights, batch_sizes, masks, kept, needs_grad)
+        backward = Backward(stack, input, hx, weights, batch_sizes, masks, kept, needs_grad)
         with torch.no_grad():
             return unshared(backward.run(grad_out, grad_h_n))
 

@@ -39,7 +39,7 @@ def elman_stack(
     if rnn.batch_first and batch_sizes is None:
         input = input.transpose(0, 1)
     if onlooker is None and not torch._C._is_any_autocast_enabled():
-        layer = _layer(rnn, input, hx, weights, batch_sizes, tokens)
+        layer = kernels_of(rnn, input, hx, weights, batch_sizes, tokens)
         if layer is not None:
             if rnn.num_layers == 1:
                 return elman_layer(layer, input, hx, weights, batch_sizes, rnn.batch_first and batch_sizes is None)
@@ -83,7 +83,7 @@ class OneLayer:
         return cls(rnn.backend, _ACTIVATIONS[rnn.mode], weights, 1, rnn.checkpoint_steps)
 
 
-def _layer(
+def kernels_of(
     rnn: Any, input: Tensor, hx: Tensor | None, weights: Sequence[Any], batch_sizes: Tensor | None, tokens: bool
 ) -> Layer | None:
     """The layers' kernels; None where a backend has none or cannot be given these tensors."""

@@ -257,16 +257,20 @@ def _chain_step(chain, w, state, a, F: tl.constexpr):
 
 
 @device_function
-def product(w, rows_ptr, k, mask_rows, late, buffer, F: tl.constexpr):
+def product(w, rows_ptr, k, mask_rows, late, buffer, F: tl.constexpr, other_w=None, other_ptr=None):
     """This program's units of state W^T, a tile (units, R); NaN if a warp is `late`.
 
     rows_ptr: where the state's rows lie, shaped to broadcast over k; k: of state_places; buffer: of the warps' sums.
+    other_w, other_ptr: of another product to be added, by FMA.
     """
     PIECES: tl.constexpr = F.pieces
     CHAINS: tl.constexpr = F.chains
     state = ()
     for a in gl.static_range(PIECES):
         state = state + (_load_piece(rows_ptr, k, mask_rows, a, F),)
+    if other_w is not None:
+        for a in gl.static_range(PIECES):
+            state = state + (_load_piece(other_ptr, k, mask_rows, a, F),)
     if F.mma:
         chains = ()
         for a in gl.static_range(PIECES):
@@ -286,6 +290,9 @@ def product(w, rows_ptr, k, mask_rows, late, buffer, F: tl.constexpr):
         products = w[0].expand_dims(2) * state[0].to(F.acc).expand_dims(1)
         for a in gl.static_range(1, PIECES):
             products += w[a].expand_dims(2) * state[a].to(F.acc).expand_dims(1)
+        if other_w is not None:
+            for a in gl.static_range(PIECES):
+                products += other_w[a].expand_dims(2) * state[PIECES + a].to(F.acc).expand_dims(1)
         total = gl.sum(products, axis=3)
     total += gl.where(late, float("nan"), 0.0).to(F.acc).expand_dims(1).expand_dims(2)
     buffer.store(total)

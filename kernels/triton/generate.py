@@ -38,7 +38,7 @@ def generate_reason(
     device = torch.device(device)
     why_not = generate_grid_limits(hidden_size, vocab, num_layers, batch, dtype, device)
     if why_not is None:
-        return generate_grid_reason(hidden_size, batch, dtype, device)
+        return generate_grid_reason(hidden_size, num_layers, batch, dtype, device)
     return f"one program a sequence; {why_not}"
 
 
@@ -100,12 +100,11 @@ def generate(
     sharpness = struct.unpack("q", struct.pack("d", alpha / temperature))[0]
     k = top_k if uniforms is not None and top_k is not None and top_k < V else None
     tanh = nonlinearity == "tanh"
+    given = (prompt, num_tokens, table, weight_ih, weight_hh, bias, head_weight, head_bias, state)
     options = {"uniforms": uniforms, "sharpness": sharpness, "top_k": k, "tanh": tanh}
-    if generate_grid_limits(H, V, L, B, dtype, device) is None:
-        given = (prompt, num_tokens, table, weight_hh[0], head_weight, head_bias, state)
-        if (found := generate_grid(*given, **options, one_by_one=False)) is not None:
-            return found
-    return one_program(prompt, num_tokens, table, weight_ih, weight_hh, bias, head_weight, head_bias, state, **options)
+    across = generate_grid_limits(H, V, L, B, dtype, device) is None
+    found = generate_grid(*given, **options, one_by_one=False) if across else None
+    return one_program(*given, **options) if found is None else found
 
 
 def one_program(

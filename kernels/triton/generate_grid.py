@@ -4,6 +4,7 @@ How many teams run at once, what happens where none does and CHARRNN_GRID_DEBUG 
 """
 
 import functools
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -26,24 +27,44 @@ def generate_grid_limits(
     return why_not_grid(*sizes, target_of(device)[0], processors_of(device))
 
 
-def generate_grid_reason(hidden_size: int, batch: int, dtype: torch.dtype, device: torch.device) -> str:
+def generate_grid_reason(
+    hidden_size: int, num_layers: int, batch: int, dtype: torch.dtype, device: torch.device
+) -> str:
     """How it goes across the chip, for sizes that generate_grid_limits allows."""
-    tile = grid_tile(hidden_size, max(dtype.itemsize, 4))
+    tile = grid_tile(hidden_size, max(dtype.itemsize, 4), num_layers)
     if tile is None:
         raise ValueError(f"no grid of programs for hidden size {hidden_size} in {dtype}")
-    programs, one = tile.programs(hidden_size), one_program_us(hidden_size, dtype.itemsize)
+    ours = grid_us(tile, hidden_size, batch, processors_of(device), num_layers)
+    resident = (2 * num_layers - 1) * hidden_size * tile.units * max(dtype.itemsize, 4)
+    exchanges = "one exchange" if num_layers == 1 else f"{num_layers} exchanges"
+    programs, theirs = tile.programs(hidden_size), one_program_us(hidden_size, dtype.itemsize, num_layers)
     return (
-        f"a grid by FMA: {programs} programs of {tile.warps} warps a sequence, each with {tile.units} rows of W_hh "
-        f"({hidden_size * tile.units * max(dtype.itemsize, 4)} bytes) in registers, one exchange an id (predicted "
-        f"{grid_us(tile, hidden_size, batch, processors_of(device)):.1f} us an id, one program at least {one:.1f})"
+        f"a grid by FMA: {programs} programs of {tile.warps} warps a sequence, each with {tile.units} rows of the "
+        f"layers' weights ({resident} bytes) in registers, {exchanges} an id "
+        f"(predicted {ours:.1f} us an id, one program at least {theirs:.1f})"
     )
 
 
 @functools.cache
 def _form(
-    tile: GenerateGridTile, hidden_size: int, vocab: int, dtype: torch.dtype, sample: bool, top_k: bool, tanh: bool
+    tile: GenerateGridTile,
+    hidden_size: int,
+    vocab: int,
+    layers: int,
+    dtype: torch.dtype,
+    sample: bool,
+    top_k: bool,
+    tanh: bool,
 ) -> GenerateForm:
-    return grid_form(tile, hidden_size, vocab, TYPES[dtype], sample, top_k, tanh)
+    return grid_form(tile, hidden_size, vocab, TYPES[dtype], sample, top_k, tanh=tanh, layers=layers)
+
+
+def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
+    """One contiguous tensor of all layers, or None of no layer."""
+    present = [tensor for tensor in tensors if tensor is not None]
+    if len(present) == 1:
+        return present[0].contiguous()
+    return torch.stack(present) if present else None
 
 
 def _shared_memory(
@@ -51,9 +72,9 @@ def _shared_memory(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the programs exchange: states, with the first ones in place, and partial logits; the ids; the counters."""
     acc_type = torch.float64 if dtype == torch.float64 else torch.float32
-    states = torch.zeros((B, 2, form.width), dtype=acc_type, device=device)
+    states = torch.zeros((B, 2, form.layers, form.width), dtype=acc_type, device=device)
     if state is not None:
-        states[:, 0, : form.hidden] = state[0]
+        states[:, 0, :, : form.hidden] = state.transpose(0, 1)
     partials = torch.empty((B, 2, form.programs, form.block_v), dtype=acc_type, device=device)
     ids = torch.empty((B, num_tokens), dtype=torch.int64, device=device)
     return states, partials, ids, new_counters(B, form, device)
@@ -63,7 +84,9 @@ def generate_grid(
     prompt: Tensor,
     num_tokens: int,
     table: Tensor,
-    weight_hh: Tensor,
+    weight_ih: Sequence[Tensor | None],
+    weight_hh: Sequence[Tensor],
+    bias: Sequence[Tensor | None],
     head_weight: Tensor,
     head_bias: Tensor | None,
     state: Tensor | None,
@@ -76,24 +99,27 @@ def generate_grid(
     steps_per_launch: int | None = None,
     one_by_one: bool = True,
 ) -> tuple[Tensor, Tensor] | None:
-    """As generate.generate, of one layer, by a team of programs for each sequence; None if no team runs at once.
+    """As generate.generate, by a team of programs for each sequence; None if no team runs at once.
 
-    prompt: (B, P) int64. state: (1, B, H) or None. sharpness: the bits of alpha / temperature. top_k: below V, or None.
-    tile: instead of the table's. steps_per_launch: how many steps a launch makes, None for all; 1 lets the programs run
-    in any order. one_by_one: whether that is done where no team runs at once. Interpreted none of two programs does.
+    sharpness: the bits of alpha / temperature. top_k: below V, or None.
+    tile: instead of the table's. steps_per_launch: how many steps a launch makes, of L an id, None for all; 1 lets the
+    programs run in any order. one_by_one: whether that is done where no team runs at once. Interpreted none of two
+    programs does.
     Raises RuntimeError where there is no tile.
     """
-    (B, P), (V, H) = prompt.shape, table.shape
+    (B, P), (V, H), L = prompt.shape, table.shape, len(weight_hh)
     device, dtype = table.device, table.dtype
-    tile = tile or grid_tile(H, max(dtype.itemsize, 4))
+    tile = tile or grid_tile(H, max(dtype.itemsize, 4), L)
     if tile is None:
-        raise RuntimeError(f"generate_grid: no tile for hidden size {H} in {dtype}")
-    form = _form(tile, H, V, dtype, uniforms is not None, top_k is not None, tanh)
+        raise RuntimeError(f"generate_grid: no tile for hidden size {H} and {L} layers in {dtype}")
+    form = _form(tile, H, V, L, dtype, uniforms is not None, top_k is not None, tanh)
     states, partials, ids, counters = _shared_memory(B, num_tokens, form, dtype, state, device)
     pointers = (
         prompt.to(torch.int64).contiguous(),
         table.contiguous(),
-        weight_hh.contiguous(),
+        _stacked(weight_hh),
+        _stacked(weight_ih[1:]),
+        _stacked(bias[1:]),
         head_weight.contiguous(),
         None if head_bias is None else head_bias.contiguous(),
         None if uniforms is None else uniforms.to(torch.float64).contiguous(),
@@ -106,7 +132,7 @@ def generate_grid(
         generate_grid_kernel,
         lambda *launch: (*pointers, P, num_tokens, V, top_k or 0, sharpness, *launch),
         B,
-        P + num_tokens,
+        (P + num_tokens - 1) * L + 1,
         steps_per_launch,
         counters,
         form,
@@ -116,4 +142,5 @@ def generate_grid(
     )
     if not done:
         return None
-    return ids, states[:, (P + num_tokens - 1) % 2, :H].to(dtype).unsqueeze(0)
+    last = states[:, (P + num_tokens - 1) % 2, :, :H]
+    return ids, last.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format)

@@ -2,15 +2,18 @@
 
     h_t = f(table[id_t] + W_hh h_{t-1}),   o_t = W h_t + b,   next id: as in generate_kernels.py
 
-For one layer whose W_hh no program can hold. A program has `units` rows of W_hh and as many columns of the head in
-registers, by FMA (elman_grid_forms.py), and the table's columns of these units in shared memory. What the programs
-exchange each step is, in one go, their units of h_t and what these add to every logit: each program adds the partial
-logits of all others in the same order, and so knows the next id without asking. One wait a step; the partial logits are
-V numbers from each program, a few KB, where a second exchange would take as long as the first.
+For layers whose weights no program can hold. A program has `units` rows of each W_hh (and W_ih) and as many columns of
+the head in registers, by FMA (elman_grid_forms.py), and the table's columns of these units in shared memory. What the
+programs exchange are their units of a layer's h_t, and with those of the last layer, in one go, what these add to every
+logit: each program adds the partial logits of all others in the same order, and so knows the next id without asking.
+One wait a layer; the partial logits are V numbers from each program, a few KB, where a second exchange would take as
+long as the first.
 
-Steps are numbered from 0. Step i waits until all have counted step i - 1 in, chooses id number i - P from the logits of
-h_i if the prompt has ended, and computes h_{i+1} from h_i and the id. There are P + N of them; the last one chooses
-only, and what it computes is read by nobody. Sums, tanh and the exchanged numbers are fp32, or fp64 for fp64.
+Steps are numbered from 0, L of them an id, each of a layer, and each waits until all have counted the one before in.
+Step i L + l computes layer l of h_{i+1} from that of h_i and, above the first layer, from layer l - 1 of h_{i+1}. Where
+l = 0 and the prompt has ended it chooses id number i - P from the logits of h_i before. The last step has i = P + N - 1
+and l = 0: it chooses, and what it computes is read by nobody. Sums, tanh and what is exchanged are fp32, or fp64 for
+fp64.
 """
 
 from dataclasses import dataclass
@@ -42,9 +45,10 @@ class GenerateForm(GridForm):
     block_v: int = 32  # power of two, at least 32 and V
     sample: bool = False
     top_k: bool = False
+    layers: int = 1  # L
 
     def __repr__(self) -> str:
-        return f"Generate{super().__repr__()}[{self.block_v}, {self.sample}, {self.top_k}]"
+        return f"Generate{super().__repr__()}[{self.block_v}, {self.sample}, {self.top_k}, {self.layers}]"
 
     @property
     def width(self) -> int:
@@ -102,7 +106,7 @@ class GenerateForm(GridForm):
         return gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
 
 
-def grid_form(tile, hidden_size: int, vocab: int, dtype: tl.dtype, sample: bool, top_k: bool, tanh=True, **options):
+def grid_form(tile, hidden_size: int, vocab: int, dtype: tl.dtype, sample: bool, top_k: bool, **options):
     """The kernel's compile-time argument for a tile of generate_grid_tiles.py; dtype: of the weights."""
     return GenerateForm(
         hidden=hidden_size,
@@ -113,7 +117,6 @@ def grid_form(tile, hidden_size: int, vocab: int, dtype: tl.dtype, sample: bool,
         mma=False,
         lanes_k=tile.lanes_k,
         by_part=tile.by_part,
-        tanh=tanh,
         block_v=max(32, 1 << (vocab - 1).bit_length()),
         sample=sample,
         top_k=top_k,
@@ -181,16 +184,60 @@ def _spread_probabilities(logits, memory, sharpness, top_k, F: tl.constexpr):
     return gl.convert_layout(q, F.logits)
 
 
+@device_function
+def _load_layers(weight_ptr, first_unit, F: tl.constexpr, LAYERS: tl.constexpr):
+    """This program's rows of matrices (LAYERS, H, H): a tuple of load_weight's."""
+    found = ()
+    for layer in gl.static_range(LAYERS):
+        found = found + (load_weight(weight_ptr + layer * F.hidden * F.hidden, first_unit, False, F),)
+    return found
+
+
+@device_function
+def _load_biases(bias_ptr, first_unit, F: tl.constexpr):
+    """Of the layers above the first, (L-1, H): a tuple of this program's units of each."""
+    ABOVE: tl.constexpr = F.layers - 1
+    units = first_unit + own_units(F)
+    found = ()
+    for layer in gl.static_range(ABOVE):
+        found = found + (gl.load(bias_ptr + layer * F.hidden + units, mask=units < F.hidden, other=0.0).to(F.acc),)
+    return found
+
+
+@device_function
+def _next_token(prompt_ptr, uniforms_ptr, i, P, F: tl.constexpr):
+    """Whether id number i - P is to be chosen; the prompt's id, and the uniform number for a draw."""
+    chooses = i >= P
+    token = gl.load(prompt_ptr + i, mask=i < P, other=0)
+    if F.sample:
+        uniform = gl.load(uniforms_ptr + (i - P), mask=chooses, other=0.0)
+    else:
+        uniform = 0.0
+    return chooses, token, uniform
+
+
+@device_function
+def _choose(logits, ids, uniform, V, sharpness, top_k, buffer, F: tl.constexpr):
+    """The next id."""
+    if F.sample:
+        chosen = draw(_spread_probabilities(logits, buffer, sharpness, top_k, F), ids, uniform)
+    else:
+        chosen = argmax(logits, ids, V)
+    return chosen.to(gl.int64)
+
+
 @jit(do_not_specialize=["P", "N", "V", "top_k", "sharpness_bits", "first_step", "num_steps", "first_team"])
 def generate_grid_kernel(
     # pointers
     prompt_ptr,  # (B, P) int64; an id outside 0..V-1 counts as a zero row of the table
     table_ptr,  # (V, H) contiguous
-    weight_ptr,  # (H, H) contiguous, recurrent weight
+    weight_ptr,  # (L, H, H) contiguous, recurrent weights
+    weight_ih_ptr,  # (L-1, H, H) contiguous, input weights of the layers above the first, or None
+    bias_ptr,  # (L-1, H) contiguous, their biases, or None
     head_ptr,  # (V, H) contiguous
     head_bias_ptr,  # (V,) or None
     uniforms_ptr,  # (B, N) fp64 in [0, 1), or None: greedy
-    states_ptr,  # (B, 2, F.width) fp32 or fp64: in half 0 the first states; h_i lies in half i % 2
+    states_ptr,  # (B, 2, L, F.width) fp32 or fp64: in half 0 the first states; h_i lies in half i % 2
     partials_ptr,  # (B, 2, F.programs, F.block_v) likewise: what each program's units of h_i add to the logits
     ids_ptr,  # (B, N) int64, the result
     counters_ptr,  # (1 + B * F.counters, COUNTER_STRIDE) int32, zero: whether a wait was in vain, counters
@@ -206,6 +253,7 @@ def generate_grid_kernel(
     first_team,
     F: tl.constexpr,  # GenerateForm
 ):
+    L: tl.constexpr = F.layers
     program = gl.program_id(0)
     team = (first_team + gl.program_id(1)).to(gl.int64)
     first_unit = program * F.units
@@ -213,13 +261,15 @@ def generate_grid_kernel(
     ids_ptr += team * N
     if uniforms_ptr is not None:
         uniforms_ptr += team * N
-    states_ptr += team * 2 * F.width
+    states_ptr += team * (2 * L * F.width)
     partials_ptr += team * 2 * F.programs * F.block_v
     late_ptr = counters_ptr
     counters_ptr += (1 + team * F.counters) * COUNTER_STRIDE
     part_ptr, part_programs = part_counters(counters_ptr, F)
 
-    w = load_weight(weight_ptr, first_unit, False, F)
+    w = _load_layers(weight_ptr, first_unit, F, L)
+    w_ih = _load_layers(weight_ih_ptr, first_unit, F, L - 1)
+    biases = _load_biases(bias_ptr, first_unit, F)
     head = _load_head(head_ptr, first_unit, V, F)
     table = _table_in_shared(table_ptr, first_unit, V, F)
     ids = gl.arange(0, F.block_v, layout=F.logits)
@@ -231,37 +281,47 @@ def generate_grid_kernel(
     offs_partial = program * F.block_v + gl.arange(0, F.block_v, layout=gl.SliceLayout(1, F.head))
     buffer = gl.allocate_shared_memory(F.acc, F.sums_shape, F.shared)
     parts_buffer = gl.allocate_shared_memory(F.acc, [F.warps, F.block_v], F.plain_rows)
+    logits_buffer = parts_buffer
     if F.sample:
         logits_buffer = gl.allocate_shared_memory(F.acc, [F.block_v], F.plain)
     sharpness = sharpness_bits.to(gl.float64, bitcast=True)
     barrier()
 
     late = part_programs < 0
-    for i in range(first_step, gl.minimum(first_step + num_steps, P + N)):
-        chooses = i >= P
-        token = gl.load(prompt_ptr + i, mask=i < P, other=0)
-        if F.sample:
-            uniform = gl.load(uniforms_ptr + (i - P), mask=chooses, other=0.0)
-        now = i % 2
-        late = wait(part_ptr, (i - first_step) * part_programs, late, F)
-        parts_buffer.store(_load_parts(partials_ptr + now * (F.programs * F.block_v), chooses, F))
-        rows_ptr = states_ptr + now * F.width + state_rows
-        pre = product(w, rows_ptr, state_k, state_rows < 1, late, buffer, F)
-        logits = gl.convert_layout(gl.sum(parts_buffer.load(F.logits_of_all), axis=0), F.logits) + head_bias
-        if F.sample:
-            q = _spread_probabilities(logits, logits_buffer, sharpness, top_k, F)
-            chosen = draw(q, ids, uniform)
-        else:
-            chosen = argmax(logits, ids, V)
-        token = gl.where(chooses, chosen.to(gl.int64), token)
-        gl.store(ids_ptr + (i - P), token, mask=chooses & (program == 0))
-        known = (token >= 0) & (token < V)
-        x = table.index(gl.where(known, token, 0).to(gl.int32)).load(F.tile).to(F.acc)
-        h = activation(pre + gl.where(known, x, 0.0), F.tanh)
-        gl.store(states_ptr + (1 - now) * F.width + offs_own, h)
-        own = gl.convert_layout(gl.sum(h, axis=1), gl.SliceLayout(0, F.head))
-        partial = gl.sum(head * own.expand_dims(0), axis=1)
-        gl.store(partials_ptr + (1 - now) * (F.programs * F.block_v) + offs_partial, partial)
-        announce(counters_ptr, first_unit, F)
+    last = gl.minimum(first_step + num_steps, (P + N - 1) * L + 1)
+    for i in range(first_step // L, (last + L - 1) // L):
+        now = i % 2 * (L * F.width)
+        then = L * F.width - now
+        partials_now = i % 2 * (F.programs * F.block_v)
+        partials_then = F.programs * F.block_v - partials_now
+        for layer in gl.static_range(L):
+            step = i * L + layer
+            if (step >= first_step) & (step < last):
+                if layer == 0:
+                    chooses, token, uniform = _next_token(prompt_ptr, uniforms_ptr, i, P, F)
+                    late = wait(part_ptr, (step - first_step) * part_programs, late, F)
+                    parts_buffer.store(_load_parts(partials_ptr + partials_now, chooses, F))
+                    pre = product(w[0], states_ptr + (now + state_rows), state_k, state_rows < 1, late, buffer, F)
+                    logits = gl.convert_layout(gl.sum(parts_buffer.load(F.logits_of_all), axis=0), F.logits)
+                    chosen = _choose(logits + head_bias, ids, uniform, V, sharpness, top_k, logits_buffer, F)
+                    token = gl.where(chooses, chosen, token)
+                    gl.store(ids_ptr + (i - P), token, mask=chooses & (program == 0))
+                    known = (token >= 0) & (token < V)
+                    x = table.index(gl.where(known, token, 0).to(gl.int32)).load(F.tile).to(F.acc)
+                    x = gl.where(known, x, 0.0)
+                else:
+                    late = wait(part_ptr, (step - first_step) * part_programs, late, F)
+                    old = states_ptr + (now + layer * F.width + state_rows)
+                    below = states_ptr + (then + (layer - 1) * F.width + state_rows)
+                    mask = state_rows < 1
+                    pre = product(w[layer], old, state_k, mask, late, buffer, F, w_ih[layer - 1], below)
+                    x = biases[layer - 1]
+                h = activation(pre + x, F.tanh)
+                gl.store(states_ptr + (then + layer * F.width + offs_own), h)
+                if layer == L - 1:
+                    own = gl.convert_layout(gl.sum(h, axis=1), gl.SliceLayout(0, F.head))
+                    partial = gl.sum(head * own.expand_dims(0), axis=1)
+                    gl.store(partials_ptr + (partials_then + offs_partial), partial)
+                announce(counters_ptr, first_unit, F)
 
     gl.store(late_ptr + late.to(gl.int32) * 0, 1, mask=late)

@@ -35,34 +35,39 @@ class GenerateGridTile:
         return launch_options(self.warps, target)
 
 
-# (bytes of a number in registers, most hidden units): tile. Four warps, as each reads all partial logits.
-GENERATE_GRID_TILES = {
-    (4, 256): GenerateGridTile(16, 4, 1.24),
-    (4, 512): GenerateGridTile(16, 4, 1.36),
-    (4, 1024): GenerateGridTile(16, 8, 1.74),
-    (4, 2048): GenerateGridTile(16, 8, 2.8),
-}
+# The most registers of a thread for weights, by warps. Four warps where they do, as each reads all partial logits.
+MOST_REGISTERS = {4: 96, 8: 128}
+# Microseconds a step of the recurrence, by the most hidden units.
+STEP_US = {256: 1.24, 512: 1.36, 1024: 1.74, 2048: 2.8}
 # Microseconds an id that the decoder of one program takes at least on an H200, one sequence, by hidden size; in 16 bit
-# it reads half as much: derived. Each has a multiprocessor, so many sequences take as long as one.
+# it reads half as much, and of L layers 2L - 1 matrices, more than L times as much: derived. Each has a multiprocessor,
+# so many sequences take as long as one.
 ONE_PROGRAM_US = {256: 3.1, 512: 12.0}
 
 
-def grid_tile(hidden_size: int, number_bytes: int) -> GenerateGridTile | None:
-    """The tile for a hidden size and the bytes of a number (4; 8 has none), whatever is faster."""
-    widths = [width for number, width in GENERATE_GRID_TILES if number == number_bytes and width >= hidden_size]
-    return GENERATE_GRID_TILES[number_bytes, min(widths)] if widths else None
+def grid_tile(hidden_size: int, number_bytes: int, num_layers: int = 1) -> GenerateGridTile | None:
+    """The tile for H, L and the bytes of a number in registers (4; 8 has none), whatever is faster."""
+    if number_bytes != 4 or hidden_size > max(STEP_US):
+        return None
+    # Of each matrix a warp has 16 rows of its part of k, in pieces of 32.
+    registers = {warps: (2 * num_layers - 1) * 16 * -(-hidden_size // (32 * warps)) for warps in MOST_REGISTERS}
+    warps = next((warps for warps, most in MOST_REGISTERS.items() if registers[warps] <= most), None)
+    if warps is None:
+        return None
+    us = STEP_US[min(most for most in STEP_US if hidden_size <= most)]
+    return GenerateGridTile(16, warps, us)
 
 
-def one_program_us(hidden_size: int, itemsize: int) -> float:
+def one_program_us(hidden_size: int, itemsize: int, num_layers: int = 1) -> float:
     """Microseconds an id of the decoder of one program, at least: by the next smaller hidden size of the table."""
     us = max((us for width, us in ONE_PROGRAM_US.items() if width <= hidden_size), default=0.0)
-    return us * min(itemsize, 4) / 4
+    return us * num_layers * min(itemsize, 4) / 4
 
 
-def grid_us(tile: GenerateGridTile, hidden_size: int, batch: int, processors: int) -> float:
+def grid_us(tile: GenerateGridTile, hidden_size: int, batch: int, processors: int, num_layers: int = 1) -> float:
     """Microseconds of an id of each of `batch` sequences; infinite where a team does not fit."""
     at_once = processors // tile.programs(hidden_size)
-    return (tile.us + CHOICE_US) * -(-batch // at_once) if at_once else float("inf")
+    return (tile.us * num_layers + CHOICE_US) * -(-batch // at_once) if at_once else float("inf")
 
 
 def why_not_grid(
@@ -72,14 +77,14 @@ def why_not_grid(
 
     itemsize: bytes of a weight; target: a GPU of the tile tables, or ""; processors: its multiprocessors.
     """
-    if num_layers > 1:
-        return f"a grid of programs has one layer, not {num_layers}"
     if vocab > MAX_GRID_VOCAB:
         return f"vocabulary {vocab} is above the {MAX_GRID_VOCAB} of a grid of programs"
-    tile = grid_tile(hidden_size, max(itemsize, 4))
+    tile = grid_tile(hidden_size, max(itemsize, 4), num_layers)
     if tile is None or target not in tile.targets:
-        return f"no grid of programs for hidden size {hidden_size} in {8 * itemsize} bits on this GPU"
-    ours, theirs = grid_us(tile, hidden_size, batch, processors), one_program_us(hidden_size, itemsize)
+        of_layers = f" and {num_layers} layers" if num_layers > 1 else ""
+        return f"no grid of programs for hidden size {hidden_size}{of_layers} in {8 * itemsize} bits on this GPU"
+    ours = grid_us(tile, hidden_size, batch, processors, num_layers)
+    theirs = one_program_us(hidden_size, itemsize, num_layers)
     if ours == float("inf"):
         return f"{tile.programs(hidden_size)} programs do not run at once on {processors} multiprocessors"
     if ours * MARGIN.get(target, ELSEWHERE) > theirs:
