@@ -23,7 +23,9 @@ from .language_model_update_kernels import language_model_sums_kernel, language_
 from .launch import INTERPRETED, processors_of, start, target_of
 from .targets import launch_options
 
-MOST_PROGRAMS = 3  # in the interpreter: few, so that small batches have programs of several rows
+# In the interpreter few, so that small batches have programs of several rows, and large, for each takes its time.
+MOST_PROGRAMS = 3
+BLOCK_P, BLOCK = (4, 512) if INTERPRETED else (SUM_PROGRAMS, SUM_ELEMENTS)
 
 
 @functools.cache
@@ -157,7 +159,7 @@ class _Sizes:
         """
         H, V = self.H, self.V
         grads = _like(self.weights)
-        blocks = sum(-(-numel // SUM_ELEMENTS) for numel in (V * H, H * H, V * H, H, V))
+        blocks = sum(-(-numel // BLOCK) for numel in (V * H, H * H, V * H, H, V))
         squares = self.empty(blocks) if any(trained) else None
         bits = sum(bool(t) << i for i, t in enumerate(trained))
         self._sums(blocks, sums, upstream, loss, squares, grads, steps, bits)
@@ -188,8 +190,8 @@ class _Sizes:
             H=self.H,
             V=self.V,
             TRAINED=trained,
-            BLOCK_P=4 if INTERPRETED else SUM_PROGRAMS,
-            BLOCK=SUM_ELEMENTS,
+            BLOCK_P=BLOCK_P,
+            BLOCK=BLOCK,
             **launch_options(SUM_WARPS, self.target),
         )
 

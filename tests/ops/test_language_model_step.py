@@ -163,10 +163,10 @@ def operations_of(call) -> set[str]:
 
 @pytest.mark.parametrize("adam", [False, True])
 def test_a_step_is_three_launches_and_no_operation(monkeypatch, adam):
-    model, net = make(28, 32)
+    model, net = make(28, 8)
     ours, _ = optimizers(model, net, adam, 0.1)
     step, corpus = LanguageModelStep(weights_of(model), ours, 1.0), corpus_of(28)
-    batch, state = positions(corpus, torch.tensor([3, 50], device=DEVICE), 2), torch.zeros(2, 32, device=DEVICE)
+    batch, state = positions(corpus, torch.tensor([3, 50], device=DEVICE), 2), torch.zeros(2, 8, device=DEVICE)
     step(batch, state, h_n=state)  # makes Adam's state
     launches = Recorder(monkeypatch)
     step(batch, state, h_n=state)
