@@ -3,7 +3,7 @@
 from .static_cases import TARGETS, TILES_OF, Case, load
 
 # Of d2l's recipe first; then every tile at the largest sizes that it is for.
-SIZES = ((32, 28), (32, 32), (32, 97), (64, 28), (64, 64), (64, 128))
+SIZES = ((32, 28), (32, 32), (32, 97), (64, 28), (64, 64), (64, 128), (128, 28), (128, 32))
 NAMES = ("weight_ih", "weight_hh", "head_weight", "bias_ih", "bias_hh", "head_bias")
 
 
@@ -47,7 +47,7 @@ def rows_case(target: str, H: int, V: int, grads: bool) -> Case:
 def sums_case(target: str, H: int, V: int, adam: bool) -> Case:
     forms = load("language_model_forms")
     types: dict[str, str | tuple[str, ...]] = {f"grad_{name}_ptr": "*fp32" for name in NAMES}
-    types |= {f"{name}_ptr": "*fp32" for name in ("partial", "losses", "loss", "squares")}
+    types |= {f"{name}_ptr": "*fp32" for name in ("partial", "losses", "loss", "squares", "upstream")}
     types |= {f"step_{i}_ptr": "*fp32" for i in range(6)} if adam else {}
     constants = {"H": H, "V": V, "TRAINED": 63, "BLOCK_P": forms.SUM_PROGRAMS, "BLOCK": forms.SUM_ELEMENTS}
     return _case(target, "sums", f"H{H} V{V}", types, constants, forms.SUM_WARPS, (("programs", 1024),))

@@ -182,7 +182,8 @@ class CharRNN(RecurrentLM, form="fused"):
         ids, h0 = (tokens.T, targets.T), None if state is None else state[0]
         if one_call.why_not(*ids, h0, (*weights, bias_hh), rnn.backend) is not None:
             return None
-        loss, h_n = one_call.language_model_loss(*ids, h0, *weights, bias_hh=bias_hh, nonlinearity=self.nonlinearity)
+        options: dict[str, Any] = {"bias_hh": bias_hh, "nonlinearity": self.nonlinearity, "backend": rnn.backend}
+        loss, h_n = one_call.language_model_loss(*ids, h0, *weights, **options)
         return loss, h_n.unsqueeze(0)
 
     @torch.no_grad()

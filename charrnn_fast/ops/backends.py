@@ -335,7 +335,11 @@ TABLE: dict[str, tuple[Backend, ...]] = {
         _TORCH,
     ),
     # Forward, loss and gradients of a one-layer model in one call; "torch": elman and linear_cross_entropy.
-    "language_model_loss": (Backend("native", _native_one_call_limits, shortcut=True), _TORCH),
+    "language_model_loss": (
+        Backend("triton", _triton_language_model_limits, _triton_slower, shortcut=True),
+        Backend("native", _native_one_call_limits, shortcut=True),
+        _TORCH,
+    ),
     # A training step of such a model, update included, or its loss alone; "torch": the operations it is made of.
     "language_model_step": (Backend("triton", _triton_language_model_limits, _triton_slower, shortcut=True), _TORCH),
     "clip_grad_norm_": (

@@ -2,8 +2,9 @@
 
     h_t = f(W_ih[:, token_t] + b + h_{t-1} W_hh^T),   loss = mean over (t, b) of -log softmax(h_t W_q^T + b_q)[target_t]
 
-The native kernel takes a few rows at a time through all steps and back, so the states never leave the cache and nothing
-of size (T, B, H) is kept. The loss and all gradients come from one call; the backward pass has only to scale them.
+The kernels take a few rows at a time through all steps and back, so the states never leave the cache and nothing of
+size (T, B, V) is kept. On a CPU loss and all gradients come from one call, and the backward pass has but to scale them.
+On a GPU forward is two launches and leaves a sum of every gradient by program; backward adds and scales these in one.
 """
 
 import math
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from charrnn_fast.kernels import native
+from charrnn_fast.kernels.triton.language_model_types import Weights, windows
 
 from . import backends, compiled_backward
 from .autograd import HandedOutOnce, apply_of, must_recompute, recomputed
@@ -21,6 +23,7 @@ from .context import addressable
 from .elman import elman
 from .elman_layer import token_table
 from .linear_cross_entropy import linear_cross_entropy
+from .tokens import check_tokens
 
 
 def why_not(
@@ -35,8 +38,9 @@ def why_not(
     if not addressable(tokens, targets, h0, *weights):
         return "a transform, a mode, a compiler or a tensor that is not plain memory needs PyTorch's own operators"
     weight_ih = weights[0]
-    if weight_ih is None or weight_ih.device.type != "cpu" or torch.is_autocast_enabled("cpu"):
-        return "it runs on a CPU without autocast"
+    kind = None if weight_ih is None else weight_ih.device.type
+    if weight_ih is None or kind not in ("cpu", "cuda") or torch.is_autocast_enabled(kind):
+        return "it runs on a CPU or a GPU without autocast"
     if tokens.dim() != 2 or tokens.shape != targets.shape or not tokens.numel():
         return "it takes (T, B) tokens and as many targets"
     if tokens.dtype != torch.int64 or targets.dtype != torch.int64:
@@ -56,9 +60,13 @@ def why_not(
     hidden, vocab = weight_ih.shape
     sizes = {"hidden_size": hidden, "batch_size": tokens.shape[1], "num_classes": vocab}
     name, device = "language_model_loss", weight_ih.device
-    if backends.choose(name, device, dtype, **sizes, backend=backend) == "native":
-        return None
-    return backends.explain(dtype=dtype, device=device, operation=name, **sizes, backend=backend).why_not["native"]
+    chosen = backends.choose(name, device, dtype, **sizes, backend=backend)
+    if chosen == "torch":
+        found = backends.explain(dtype=dtype, device=device, operation=name, **sizes, backend=backend)
+        return found.why_not["native" if device.type == "cpu" else "triton"]
+    if chosen == "triton" and not all(x is None or x.is_contiguous() for x in (h0, *weights)):
+        return "a weight or the state is not contiguous"
+    return None
 
 
 def language_model_loss(
@@ -73,11 +81,12 @@ def language_model_loss(
     *,
     bias_hh: Tensor | None = None,
     nonlinearity: str = "tanh",
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
-    """The mean loss in nats and the last state of a one-layer model, by the native kernel.
+    """The mean loss in nats and the last state of a one-layer model, by one kernel.
 
-    Meant for calls for which `why_not` has no objection; all floating-point tensors on the CPU in one dtype, float32 or
-    float64.
+    Meant for calls for which `why_not` has no objection; all floating-point tensors on one device in one dtype, float32
+    or, on a CPU, float64.
 
     Args:
         tokens, targets: (T, B) int64 ids in 0..V-1, any strides; targets of -100 do not count.
@@ -85,13 +94,19 @@ def language_model_loss(
         weight_ih: (H, V). weight_hh: (H, H). bias_ih, bias_hh: (H,) or None; the first if there is but one.
         head_weight: (V, H). head_bias: (V,) or None.
         nonlinearity: "tanh" or "relu".
+        backend: the model's.
 
     Returns: loss, a scalar, and h_n (B, H). Where h_n is differentiated, or the loss twice, the backward pass computes
     everything again by `elman` and `linear_cross_entropy`.
 
-    Raises: IndexError for a token or target outside 0..V-1, ValueError for another nonlinearity.
+    Raises: IndexError for a token or target outside 0..V-1, ValueError for another nonlinearity. On a GPU such a token
+    fails a device assertion, unless ids are known to be in range, and such a target makes the loss NaN.
     """
-    return _apply(tokens, targets, nonlinearity, h0, weight_ih, weight_hh, bias_ih, bias_hh, head_weight, head_bias)
+    apply = _apply
+    if weight_ih.is_cuda or backends.requested(backend) == "triton":
+        apply = _apply_by_triton
+        check_tokens(tokens, weight_ih.shape[1])
+    return apply(tokens, targets, nonlinearity, h0, weight_ih, weight_hh, bias_ih, bias_hh, head_weight, head_bias)
 
 
 class _LanguageModelLoss(torch.autograd.Function):
@@ -143,7 +158,55 @@ class _LanguageModelLoss(torch.autograd.Function):
         return (None, None, None, *(g if needs else None for g, needs in zip(gradients, needs_grad, strict=True)))
 
 
-_apply = apply_of(_LanguageModelLoss)
+class _ByTriton(torch.autograd.Function):
+    """The Triton kernels under autograd: backward launches once, and waits for nothing."""
+
+    @staticmethod
+    def forward(ctx: Any, tokens: Tensor, targets: Tensor, nonlinearity: str, *floats: Any) -> tuple[Tensor, Tensor]:
+        from charrnn_fast.kernels.triton import language_model as kernels
+
+        h0, *weights = floats
+        ctx.save_for_backward(tokens, targets, *floats)
+        ctx.set_materialize_grads(False)
+        ctx.nonlinearity = nonlinearity
+        batch = windows(tokens.t(), targets.t())
+        loss, h_n, ctx.sums = kernels.language_model_forward(_weights(*weights), batch, h0, nonlinearity=nonlinearity)
+        return loss, h_n
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        grad_loss, grad_h_n = grad_outputs
+        needs_grad, saved = ctx.needs_input_grad[3:], ctx.saved_tensors
+        gradients: Sequence[Tensor | None]
+        if grad_h_n is not None or must_recompute(grad_loss, *saved):
+            if compiled_backward.read():
+                gradients = compiled_backward.language_model_gradients(ctx.nonlinearity, *saved, *grad_outputs)
+            else:
+                gradients = _recomputed(ctx.nonlinearity, saved, needs_grad, grad_loss, grad_h_n)
+        elif grad_loss is None:
+            gradients = (None,) * len(needs_grad)
+        else:
+            from charrnn_fast.kernels.triton import language_model as kernels
+
+            found = kernels.language_model_backward(grad_loss, _weights(*saved[3:]), ctx.sums)
+            of_cell = (None, found.weight_ih, found.weight_hh, found.bias_ih, found.bias_hh)
+            gradients = (*of_cell, found.head_weight, found.head_bias)
+        return (None, None, None, *(g if needs else None for g, needs in zip(gradients, needs_grad, strict=True)))
+
+
+_apply, _apply_by_triton = apply_of(_LanguageModelLoss), apply_of(_ByTriton)
+
+
+def _weights(
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+) -> Weights:
+    """In the order of the Triton launchers."""
+    return Weights(weight_ih, weight_hh, head_weight, bias_ih, bias_hh, head_bias)
 
 
 def gradients_in_one_call(
@@ -190,7 +253,8 @@ def _recomputed(
         head_bias: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
         cell = (weight_ih, weight_hh, bias_ih, bias_hh)
-        states, h_n = elman(tokens, h0, *cell, nonlinearity=nonlinearity, backend="native")
+        backend = "native" if weight_ih.device.type == "cpu" else "auto"
+        states, h_n = elman(tokens, h0, *cell, nonlinearity=nonlinearity, backend=backend)
         rows = states.transpose(0, 1).flatten(0, 1)
         return linear_cross_entropy(rows, head_weight, targets.t().flatten(), linear_bias=head_bias), h_n
 

@@ -18,12 +18,14 @@ from torch import Tensor
 
 from .language_model_forms import SUM_ELEMENTS, SUM_PROGRAMS, SUM_WARPS, UPDATE_ELEMENTS, UPDATE_WARPS, Tile, find_tile
 from .language_model_kernels import language_model_kernel
-from .language_model_types import Adam, Batch, Weights
+from .language_model_types import Adam, Batch, Sums, Weights
 from .language_model_update_kernels import language_model_sums_kernel, language_model_update_kernel
 from .launch import INTERPRETED, processors_of, start, target_of
 from .targets import launch_options
 
-MOST_PROGRAMS = 3  # in the interpreter: few, so that small batches have programs of several rows
+# In the interpreter few, so that small batches have programs of several rows, and large, for each takes its time.
+MOST_PROGRAMS = 3
+BLOCK_P, BLOCK = (4, 512) if INTERPRETED else (SUM_PROGRAMS, SUM_ELEMENTS)
 
 
 @functools.cache
@@ -64,21 +66,30 @@ def language_model_loss(
     weights: on one device; batch: ids on it. h0: (B, H) contiguous, None for zeros. h_n: where the last states go,
     contiguous, may be h0; by default a new tensor. Raises RuntimeError past language_model_limits.
     """
-    return _Call(weights, batch, nonlinearity).loss(h0, h_n, ignore_index)
+    call = _Call(weights, batch, nonlinearity)
+    sums, h_n = call.rows(h0, h_n, ignore_index, grads=False)
+    return call.total(sums), h_n
 
 
-def language_model_gradients(
+def language_model_forward(
     weights: Weights,
     batch: Batch,
     h0: Tensor | None = None,
     *,
     nonlinearity: str = "tanh",
     ignore_index: int = -100,
-    h_n: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Weights]:
-    """As `language_model_loss`, and the loss's gradients, those of the two biases apart: two launches."""
-    loss, h_n, grads, _ = _Call(weights, batch, nonlinearity).gradients(h0, h_n, ignore_index)
-    return loss, h_n, grads
+) -> tuple[Tensor, Tensor, Sums]:
+    """As `language_model_loss`, and what `language_model_backward` makes the gradients of: two launches."""
+    call = _Call(weights, batch, nonlinearity)
+    sums, h_n = call.rows(h0, None, ignore_index, grads=True)
+    return call.total(sums), h_n, sums
+
+
+def language_model_backward(grad_loss: Tensor | None, weights: Weights, sums: Sums) -> Weights:
+    """The gradients of the loss times grad_loss, a scalar on the device, 1 if None; each in memory of its own, those of
+    the two biases too. One launch.
+    """
+    return _Sizes(weights).gradients(sums, grad_loss)[1]
 
 
 def language_model_step(
@@ -107,95 +118,59 @@ def language_model_step(
     call = _Call(weights, batch, nonlinearity)
     moments = (None,) * 6 if adam is None else adam.moments
     steps = [None if m is None or not t else m.steps for m, t in zip(moments, trained, strict=True)]
-    loss, h_n, grads, squares = call.gradients(h0, h_n, ignore_index, trained, steps)
+    sums, h_n = call.rows(h0, h_n, ignore_index, grads=True)
+    loss = call.empty()
+    squares, grads = call.gradients(sums, None, loss, trained, steps)
     norm = call.empty() if norm is None else norm
     call.update(grads, squares, norm, trained, lr, adam, max_norm)
     return loss, h_n, norm
 
 
-class _Call:
-    """One call's sizes, and its launches."""
+class _Sizes:
+    """A model's sizes, and the launches that depend on nothing else."""
 
-    def __init__(self, weights: Weights, batch: Batch, nonlinearity: str):
-        self.weights, self.batch, self.device = weights, batch, weights.weight_ih.device
+    def __init__(self, weights: Weights):
+        self.weights, self.device = weights, weights.weight_ih.device
         self.H, self.V = weights.weight_ih.shape
         why = language_model_limits(self.H, self.V, weights.weight_ih.dtype, self.device)
         if why is not None:
             raise RuntimeError(f"language_model: {why}")
-        if nonlinearity not in ("tanh", "relu"):
-            raise ValueError(f"nonlinearity: expected 'tanh' or 'relu', got {nonlinearity!r}")
         self.target = target_of(self.device)[0]
-        self.tanh = nonlinearity == "tanh"
-        tile = _tile_of(self.H, self.V, self.target)
-        most = MOST_PROGRAMS if INTERPRETED else processors_of(self.device) * tile.programs_per_core
-        self.programs = min(batch.rows, most)
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.device)
 
-    def loss(self, h0: Tensor | None, h_n: Tensor | None, ignore_index: int) -> tuple[Tensor, Tensor]:
-        losses, h_n = self._rows(h0, h_n, ignore_index, None)
+    def total(self, sums: Sums) -> Tensor:
+        """The mean loss."""
         loss = self.empty()
-        self._sums(1, None, losses, loss, None, (None,) * 6, (None,) * 6, 0)
-        return loss, h_n
+        self._sums(1, Sums(None, sums.losses), None, loss, None, (None,) * 6, (None,) * 6, 0)
+        return loss
 
     def gradients(
         self,
-        h0: Tensor | None,
-        h_n: Tensor | None,
-        ignore_index: int,
+        sums: Sums,
+        upstream: Tensor | None,
+        loss: Tensor | None = None,
         trained: Sequence[bool] = (False,) * 6,
         steps: Sequence[Tensor | None] = (None,) * 6,
-    ) -> tuple[Tensor, Tensor, Weights, Tensor | None]:
-        """Loss, last states, gradients, and with anything trained the sums of squares that make the norm."""
+    ) -> tuple[Tensor | None, Weights]:
+        """Gradients, and before them, with anything trained, the sums of squares that make the norm. steps: become one
+        more. loss: where the mean loss goes.
+        """
         H, V = self.H, self.V
-        partial = self.empty(self.programs, 2 * V * H + H * H + H + V)
-        losses, h_n = self._rows(h0, h_n, ignore_index, partial)
-        loss, grads = self.empty(), _like(self.weights)
-        blocks = sum(-(-numel // SUM_ELEMENTS) for numel in (V * H, H * H, V * H, H, V))
+        grads = _like(self.weights)
+        blocks = sum(-(-numel // BLOCK) for numel in (V * H, H * H, V * H, H, V))
         squares = self.empty(blocks) if any(trained) else None
         bits = sum(bool(t) << i for i, t in enumerate(trained))
-        self._sums(blocks, partial, losses, loss, squares, grads, steps, bits)
-        return loss, h_n, grads, squares
-
-    def _rows(
-        self, h0: Tensor | None, h_n: Tensor | None, ignore_index: int, partial: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        w, batch = self.weights, self.batch
-        h_n = self.empty(batch.rows, self.H) if h_n is None else h_n
-        losses = self.empty(2, self.programs)
-        start(
-            language_model_kernel,
-            (self.programs, 1, 1),
-            self.device,
-            batch.tokens,
-            batch.targets,
-            batch.starts,
-            w.weight_ih,
-            w.weight_hh,
-            w.bias_ih,
-            w.bias_hh,
-            w.head_weight,
-            w.head_bias,
-            h0,
-            h_n,
-            self.empty(self.programs, 1 if partial is None else 2, batch.steps, self.H),
-            partial,
-            losses,
-            batch.steps,
-            batch.rows,
-            ignore_index,
-            *batch.strides,
-            **_constants(self.H, self.V, self.target, self.tanh, partial is not None),
-        )
-        return losses, h_n
+        self._sums(blocks, sums, upstream, loss, squares, grads, steps, bits)
+        return squares, grads
 
     def _sums(
         self,
         blocks: int,
-        partial: Tensor | None,
-        losses: Tensor,
-        loss: Tensor,
+        sums: Sums,
+        upstream: Tensor | None,
+        loss: Tensor | None,
         squares: Tensor | None,
         grads: Sequence[Tensor | None],
         steps: Sequence[Tensor | None],
@@ -205,18 +180,18 @@ class _Call:
             language_model_sums_kernel,
             (blocks, 1, 1),
             self.device,
-            partial,
-            losses,
+            *sums,
+            upstream,
             loss,
             squares,
             *grads,
             *steps,
-            self.programs,
+            sums.losses.shape[1],
             H=self.H,
             V=self.V,
             TRAINED=trained,
-            BLOCK_P=4 if INTERPRETED else SUM_PROGRAMS,
-            BLOCK=SUM_ELEMENTS,
+            BLOCK_P=BLOCK_P,
+            BLOCK=BLOCK,
             **launch_options(SUM_WARPS, self.target),
         )
 
@@ -257,6 +232,51 @@ class _Call:
             BLOCK=UPDATE_ELEMENTS,
             **launch_options(UPDATE_WARPS, self.target),
         )
+
+
+class _Call(_Sizes):
+    """A model on a batch."""
+
+    def __init__(self, weights: Weights, batch: Batch, nonlinearity: str):
+        super().__init__(weights)
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"nonlinearity: expected 'tanh' or 'relu', got {nonlinearity!r}")
+        self.batch, self.tanh = batch, nonlinearity == "tanh"
+        tile = _tile_of(self.H, self.V, self.target)
+        most = MOST_PROGRAMS if INTERPRETED else processors_of(self.device) * tile.programs_per_core
+        self.programs = min(batch.rows, most)
+
+    def rows(self, h0: Tensor | None, h_n: Tensor | None, ignore_index: int, grads: bool) -> tuple[Sums, Tensor]:
+        """Each row's loss, last state and, with grads, sums for the gradients."""
+        w, batch, H, V = self.weights, self.batch, self.H, self.V
+        h_n = self.empty(batch.rows, H) if h_n is None else h_n
+        partial = self.empty(self.programs, 2 * V * H + H * H + H + V) if grads else None
+        losses = self.empty(2, self.programs)
+        start(
+            language_model_kernel,
+            (self.programs, 1, 1),
+            self.device,
+            batch.tokens,
+            batch.targets,
+            batch.starts,
+            w.weight_ih,
+            w.weight_hh,
+            w.bias_ih,
+            w.bias_hh,
+            w.head_weight,
+            w.head_bias,
+            h0,
+            h_n,
+            self.empty(self.programs, 2 if grads else 1, batch.steps, H),
+            partial,
+            losses,
+            batch.steps,
+            batch.rows,
+            ignore_index,
+            *batch.strides,
+            **_constants(H, V, self.target, self.tanh, grads),
+        )
+        return Sums(partial, losses), h_n
 
 
 def _like(weights: Weights) -> Weights:

@@ -4,7 +4,7 @@ A row of the batch is walked in the FMA form of elman_forms.py with one row. The
 steps of time as its rows and the classes as its units.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import triton.language as tl
 
@@ -17,8 +17,10 @@ from .targets import AMD, NVIDIA, launch_options
 class HeadForm(Form):
     """The head's: `hidden` are its V classes, `inputs` the H units."""
 
+    apart: bool = False  # the gradient of W_hh is summed when the walk back is over
+
     def __repr__(self) -> str:
-        return f"HeadForm({super().__repr__()}, {self.whole_rows}, {self.whole_states})"
+        return f"HeadForm({super().__repr__()}, {self.whole_rows}, {self.whole_states}, {self.apart})"
 
     @property
     def state_width(self) -> int:
@@ -34,6 +36,11 @@ class HeadForm(Form):
     def whole_states(self):
         """Layout of a tile of states, as it is loaded."""
         return self._rows_in_warps(self.state_width)
+
+    @property
+    def states_shape(self) -> list[int]:
+        """Of a tile of states."""
+        return [self.rows, self.state_width]
 
     @property
     def table_shape(self) -> list[int]:
@@ -62,6 +69,7 @@ class Tile:
     lanes: int = 32  # of a warp
     most_hidden: int = 128
     most_classes: int = 128
+    apart: bool = False  # see HeadForm
     head_rows: int = 8  # steps that the head takes at a time; a multiple of the warps
 
     def launch_options(self, target: str) -> dict[str, object]:
@@ -77,7 +85,7 @@ class Tile:
         return self._form(Form, hidden, classes, 1, tanh, one_piece)
 
     def head_form(self, hidden: int, classes: int, one_piece: bool = False) -> HeadForm:
-        return self._form(HeadForm, classes, hidden, self.head_rows, True, one_piece)
+        return replace(self._form(HeadForm, classes, hidden, self.head_rows, True, one_piece), apart=self.apart)
 
     def _form(self, kind, units: int, inputs: int, rows: int, tanh: bool, one_piece: bool):
         width = padded(units)
@@ -110,7 +118,10 @@ TILES = (
     Tile(32, 1, ("sm_100",), "as the recurrence's of width 32", ahead=2, head_rows=4),
     Tile(32, 1, ("sm_80",), "as the recurrence's of width 32", ahead=2, head_rows=2),
     Tile(64, 4, NVIDIA, "as the recurrence's of width 64, whose walk back sums as this one does", ahead=2),
-    Tile(128, 8, NVIDIA, "for many classes: with more units than 64 it spills", ahead=2, most_hidden=64),
+    Tile(128, 8, NVIDIA, "as the recurrence's of width 128, for many classes", ahead=2, most_hidden=64),
+    Tile(
+        128, 8, NVIDIA, "for many units: W_hh and its gradient take all registers", ahead=2, apart=True, most_classes=32
+    ),
     Tile(32, 1, AMD, "derived from NVIDIA's tile, 64 lanes a warp", lanes=64, head_rows=4),
     Tile(
         64,

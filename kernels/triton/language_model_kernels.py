@@ -200,7 +200,7 @@ def _head(
     if bias_ptr is not None:
         own = tile_units(HEAD)
         bias = gl.load(bias_ptr + own, mask=own < V, other=0.0)
-    hidden = gl.allocate_shared_memory(F.acc, [ROWS, F.width], F.shared)
+    hidden = gl.allocate_shared_memory(F.acc, HEAD.states_shape, F.shared)
     hidden_rows = _row_by_row(hidden)
     logits = gl.allocate_shared_memory(F.acc, HEAD.shape, HEAD.shared)
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, HEAD.whole_rows))
@@ -271,7 +271,8 @@ def _walk_back(
     V: tl.constexpr = F.inputs
     units = tile_units(F)
     w = load_weight(weight_hh_ptr, True, F)
-    outer = zero_square(F)
+    if not HEAD.apart:
+        outer = zero_square(F)
     grad_bias = zero_tile(F)
     even = gl.allocate_shared_memory(F.acc, F.shape, F.shared)
     odd = gl.allocate_shared_memory(F.acc, F.shape, F.shared)
@@ -311,7 +312,12 @@ def _walk_back(
             else:
                 h_prev = h_next[0]
             h_prev = gl.where(i + k + 1 < T, h_prev, h0)
-            new, outer = product_and_outer(buffer, w, outer, h_prev, F)
+            if HEAD.apart:
+                new = product(buffer, w, None, F)
+                mask = units < gl.where(i + k < T, F.hidden, 0)
+                gl.store(grads_ptr + (T - 1 - i - k) * F.hidden + units, d, mask=mask)
+            else:
+                new, outer = product_and_outer(buffer, w, outer, h_prev, F)
             place.store(so_far + gl.where(known, d, 0.0))
             grad_bias += d
             carry = gl.where(i + k < T, new, carry)
@@ -321,8 +327,47 @@ def _walk_back(
     total = even_table.load(HEAD.whole_states) + odd_table.load(HEAD.whole_states)
     mask = (ids_v < V) & (units_v < F.hidden)
     _add(partial_table_ptr + ids_v * F.hidden + units_v, total, mask, again)
-    _add_outer(partial_weight_ptr, outer, again, F.hidden, F.pieces, F)
+    if not HEAD.apart:
+        _add_outer(partial_weight_ptr, outer, again, F.hidden, F.pieces, F)
     _add(partial_bias_ptr + units, grad_bias, units < F.hidden, again)
+
+
+@device_function
+def _add_outer_products(buffer, outer, h_prev, F: tl.constexpr):
+    """`outer` plus h_prev x d for the one row d in `buffer`."""
+    PIECES: tl.constexpr = F.pieces
+    added = ()
+    for a in gl.static_range(PIECES):
+        d = buffer.slice(a * F.piece, F.piece, dim=1).load(gl.SliceLayout(1, F.products)).expand_dims(1)
+        added = added + (outer[a] + h_prev.expand_dims(2) * d,)
+    return added
+
+
+@device_function
+def _outer_products(states_ptr, grads_ptr, h0, partial_weight_ptr, again, T, F: tl.constexpr, HEAD: tl.constexpr):
+    """The gradient of W_hh where the walk back has left d_t (T, H) in memory: no registers for W_hh beside it."""
+    ROWS: tl.constexpr = HEAD.rows
+    units = tile_units(F)
+    outer = zero_square(F)
+    first = gl.allocate_shared_memory(F.acc, F.shape, F.shared)
+    first.store(gl.load(grads_ptr + units, mask=units < F.hidden, other=0.0))
+    outer = _add_outer_products(first, outer, h0, F)
+    later = gl.allocate_shared_memory(F.acc, HEAD.states_shape, F.shared)
+    before = gl.allocate_shared_memory(F.acc, HEAD.states_shape, F.shared)
+    later_rows, before_rows = _row_by_row(later), _row_by_row(before)
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, HEAD.whole_states)).expand_dims(1)
+    units_h = gl.arange(0, F.width, layout=gl.SliceLayout(0, HEAD.whole_states)).expand_dims(0)
+    d = _load_rows(grads_ptr, 1, T, rows, units_h, F)
+    h = _load_rows(states_ptr, 0, T - 1, rows, units_h, F)
+    for i in range(1, T, ROWS):
+        later.store(d)
+        before.store(h)
+        d = _load_rows(grads_ptr, i + ROWS, T, rows, units_h, F)
+        h = _load_rows(states_ptr, i + ROWS - 1, T - 1, rows, units_h, F)
+        barrier()
+        for m in range(ROWS):
+            outer = _add_outer_products(later_rows.index(m), outer, before_rows.index(m).load(F.tile), F)
+    _add_outer(partial_weight_ptr, outer, again, F.hidden, F.pieces, F)
 
 
 @jit(do_not_specialize=["T", "B", "ignore_index"])
@@ -423,6 +468,10 @@ def language_model_kernel(
                 F,
                 HEAD,
             )
+            if HEAD.apart:
+                barrier()
+                h = _load_first(h0_ptr, offs_h, units, F)
+                _outer_products(states_ptr, grads_ptr, h, partial_weight_ptr, again, T, F, HEAD)
         # Only now: it may be where the first states are.
         gl.store(h_n_ptr + offs_h, _load_state(states_ptr, 0, T, units, F), mask=units < H)
         barrier()

@@ -53,6 +53,13 @@ def positions(corpus: Tensor, starts: Tensor, num_steps: int) -> Batch:
     return Batch(corpus, corpus[1:], starts, num_steps, len(starts), (0, stride, 0, stride))
 
 
+class Sums(NamedTuple):
+    """What the rows of a batch leave, by program: see language_model_kernels.py."""
+
+    partial: Tensor | None  # (programs, 2 V H + H H + H + V), for the gradients
+    losses: Tensor  # (2, programs)
+
+
 class Moments(NamedTuple):
     """State of Adam's for one parameter."""
 

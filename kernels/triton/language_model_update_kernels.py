@@ -37,7 +37,8 @@ def language_model_sums_kernel(
     # pointers
     partial_ptr,  # (programs, 2 V H + H H + H + V), what language_model_kernel has left; None: the loss alone is wanted
     losses_ptr,  # (2, programs), likewise
-    loss_ptr,  # () mean loss in nats
+    upstream_ptr,  # () float32, factor of all gradients, or None
+    loss_ptr,  # () mean loss in nats, or None
     squares_ptr,  # (programs of this kernel,) sums of squares of the gradients that are trained, or None
     grad_weight_ih_ptr,  # (H, V) contiguous, as all gradients
     grad_weight_hh_ptr,  # (H, H)
@@ -64,7 +65,8 @@ def language_model_sums_kernel(
     pid = tl.program_id(0)
     count = _sum_of(losses_ptr + programs, programs, 1024)
     if pid == 0:
-        tl.store(loss_ptr, (_sum_of(losses_ptr, programs, 1024) / count).to(tl.float32))
+        if loss_ptr is not None:
+            tl.store(loss_ptr, (_sum_of(losses_ptr, programs, 1024) / count).to(tl.float32))
         steps = (step_0_ptr, step_1_ptr, step_2_ptr, step_3_ptr, step_4_ptr, step_5_ptr)
         for i in tl.static_range(6):
             if steps[i] is not None:
@@ -93,7 +95,10 @@ def language_model_sums_kernel(
             sums += tl.load(
                 partial_ptr + p.to(tl.int64)[:, None] * ELEMENTS + begin + offs[None, :], mask=mask, other=0.0
             )
-        total = tl.sum(sums, axis=0) * (1.0 / count).to(tl.float32)
+        factor = (1.0 / count).to(tl.float32)
+        if upstream_ptr is not None:
+            factor *= tl.load(upstream_ptr).to(tl.float32)
+        total = tl.sum(sums, axis=0) * factor
         mask = offs < numel
         if pid >= BIAS:
             _store(grad_head_bias_ptr, offs, total, mask)

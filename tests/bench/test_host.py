@@ -27,7 +27,7 @@ MOST = {
         "forward": (22, 2, 1),
         "forward + backward": (55, 18, 3),
         "tokens, forward + backward": (68, 24, 4),
-        "loss + backward": (168, 53, 7),
+        "loss + backward": (128, 26, 3),
     },
 }
 

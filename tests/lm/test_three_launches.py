@@ -183,7 +183,8 @@ def test_ids_that_nobody_has_looked_at_go_the_other_way(device, launches):
     step.prepare()
     X = torch.arange(12, device=device).view(2, 6) % 7
     loss, state = step((X, X))
-    assert loss.isfinite() and state.shape == (1, 2, 5) and len(launches) > 3
+    assert loss.isfinite() and state.shape == (1, 2, 5)
+    assert launches and "language_model_update_kernel" not in launches
     if device.type == "cpu":
         with pytest.raises(IndexError, match="token id 9 is not in"):
             step((X + 3, X))
