@@ -11,6 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # malformed.py is shared by test files in different folders
 import malformed
+from gpu_too import is_gpu_test
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
@@ -28,10 +29,14 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         slow = [item for item in items if "slow" in item.keywords]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if "slow" not in item.keywords]
-    if not torch.cuda.is_available():
-        for item in items:
+    for item in items:
+        if not torch.cuda.is_available():
             if "gpu" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="no CUDA or ROCm device"))
+            continue
+        path = Path(os.path.relpath(item.path, Path(__file__).parent)).as_posix()  # bench's are not below it
+        if is_gpu_test(path, item.callspec.params if hasattr(item, "callspec") else {}):
+            item.add_marker(pytest.mark.gpu)
 
 
 @pytest.fixture(params=["torch", "triton", "native"])
