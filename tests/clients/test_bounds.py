@@ -52,7 +52,6 @@ REFUSED = [
     ("train", "--hidden-size", "9" * 30, "at most"),
     ("train", "--hidden-size", "1048576", "bytes"),
     ("train", "--embedding", "99999999999", "at most"),
-    ("train", "--embedding", "1048576", ""),
     ("train", "--layers", "99999999999", "at most"),
     ("train", "--epochs", "99999999999", "at most"),
     ("train", "--seed", str(2**64), "at most"),
@@ -83,6 +82,11 @@ def test_arguments_beyond_what_can_be(place, capsys, command, option, value, par
     before = {p.name: p.read_bytes() for p in (place / "run").iterdir()}
     _refused(capsys, [*_commands(place)[command], *extra], part)
     assert {p.name: p.read_bytes() for p in (place / "run").iterdir()} == before
+
+
+def test_an_embedding_whose_rows_do_not_fit(place, capsys):
+    """One layer reads it as a table of as many columns as there are symbols, which does; two take row after row."""
+    _refused(capsys, [*_commands(place)["train"], "--embedding", "1048576", "--layers", "2"], "")
 
 
 @pytest.mark.parametrize("sharp", [["--temperature", "1e-310"], ["--temperature", "1", "--alpha", "1e308"]], ids=str)
