@@ -84,15 +84,18 @@ class _Walk:
         return shape, fields[7:]
 
 
+ONE_THREADS_WORK = 1 << 19  # a walk of fewer multiplications: waking another thread would take longer
+
+
 def _threads(B: int, H: int, D: int, T: int) -> tuple[int, int]:
-    """Threads, and whether columns (1) or rows (0) are split over them.
+    """Threads for more than ONE_THREADS_WORK, and whether columns (1) or rows (0) are split over them.
 
     Measured on 2 cores with AVX-512. Rows, where a thread gets enough of them to hide the reading of W (4 from level 2,
     1 when W fits level 1); else columns, where a step's share outweighs the barrier (0.2 us, more on a busy machine).
     """
     threads = torch.get_num_threads()
     step = B * H * H * D
-    if threads == 1 or step * T < 1 << 19:
+    if threads == 1:
         return 1, 0
     rows = B * D // threads
     if rows >= (1 if H <= 64 else 4):
@@ -138,7 +141,8 @@ def elman_forward(
         h_n = torch.zeros((walk.D, walk.B, walk.H), dtype=x.dtype, device="cpu") if h0 is None else h0.clone()
         return (result if out is None else out).to(x.dtype), h_n
     h_n = torch.empty((walk.D, walk.B, walk.H), dtype=dtype, device="cpu")
-    threads, columns = _threads(walk.B, walk.H, walk.D, walk.T)
+    B, H, D, T = walk.B, walk.H, walk.D, walk.T
+    threads, columns = (1, 0) if B * H * H * D * T < ONE_THREADS_WORK else _threads(B, H, D, T)
     record, (of_x, of_h_n) = walk.record(
         result, 0 if tokens is None else source.shape[0], threads, columns, (source, h_n)
     )
@@ -195,7 +199,7 @@ def elman_backward(
         if grad_h_n is not None:
             grad_h0.copy_(grad_h_n)
     else:
-        threads, columns = _threads(B, H, D, walk.T)
+        threads, columns = (1, 0) if B * H * H * D * walk.T < ONE_THREADS_WORK else _threads(B, H, D, walk.T)
         grad_weights = (None, None) if weights is None else (weights[0], weights[1] if D > 1 else None)
         record, (of_grad_out, of_grad_h_n, of_grad_x, of_table, first, second, of_grad_h0) = walk.record(
             *(states, num_tokens or 0, threads, 0 if fused else columns),
