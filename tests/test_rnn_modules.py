@@ -14,6 +14,7 @@ from torch import nn
 from torch.func import vmap
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
 
+import charrnn_fast.rnn
 from charrnn_fast import FusedRNN
 
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # PyTorch's compiler imports it
@@ -308,8 +309,10 @@ def test_moving_between_types(rnn, x):
 def test_few_steps_on_a_cpu_are_torchs_own(monkeypatch, steps, batch_first):
     """By auto alone; the results, the gradients and the double gradients are the same either way."""
     calls = []
-    forward = nn.RNN.forward
-    monkeypatch.setattr(nn.RNN, "forward", lambda *arguments: calls.append(1) or forward(*arguments))
+    by_torch = charrnn_fast.rnn.by_torchs_operator
+    monkeypatch.setattr(
+        charrnn_fast.rnn, "by_torchs_operator", lambda *arguments: calls.append(1) or by_torch(*arguments)
+    )
     torch.manual_seed(0)
     rnn = FusedRNN(3, 4, batch_first=batch_first, dtype=torch.float64)
     x = torch.randn((2, steps, 3) if batch_first else (steps, 2, 3), dtype=torch.float64, requires_grad=True)
@@ -319,6 +322,9 @@ def test_few_steps_on_a_cpu_are_torchs_own(monkeypatch, steps, batch_first):
     torch.testing.assert_close(by_auto, rnn(x))
     assert len(calls) == (1 if steps < 4 else 0)
     rnn.backend = "auto"
+    unbatched = x[0] if batch_first else x[:, 0]
+    torch.testing.assert_close(rnn(unbatched), (by_auto[0][0] if batch_first else by_auto[0][:, 0], by_auto[1][:, 0]))
+    assert len(calls) == (2 if steps < 4 else 0)
     assert torch.autograd.gradgradcheck(lambda x: rnn(x)[0], (x,))
     stacked = torch.stack([x.detach(), x.detach()])
     torch.testing.assert_close(vmap(lambda x: rnn(x)[0])(stacked)[0], by_auto[0])

@@ -285,7 +285,7 @@ def test_doctor_says_what_runs_and_why_the_others_do_not(capsys, monkeypatch):
     assert f"  hidden size 32: {chosen}" in out and f"  hidden size 100000: {chosen}" in out
     assert out.count("    not triton: ") == 5  # of two hidden sizes, the decoder's, and two kinds of other operations
     assert f"  generate, hidden size 32, 100000: {chosen}\n" in out
-    assert f"  linear_cross_entropy, clip_grad_norm_: {chosen}\n" in out
+    assert f"  linear_cross_entropy, language_model_loss, clip_grad_norm_: {chosen}\n" in out
     monkeypatch.setenv("CHARRNN_BACKEND", "magic")
     _fails(capsys, ["doctor"], "CHARRNN_BACKEND is 'magic'")
     _fails(capsys, ["doctor", "--device", "abacus"], "--device abacus cannot be used here")
