@@ -5,6 +5,7 @@ XMA, used where they are installed.
 import contextlib
 import os
 import shutil
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import Any
@@ -215,7 +216,7 @@ class TensorFlow(_CpuLibrary):
         return lambda: [g.numpy() for g in both(x, weights)]
 
 
-class _GpuLibrary(Peer):
+class _GpuLibrary(Peer, ABC):
     """A library with kernels of its own for a GPU, on padded input.
 
     Nothing of these has been run here, so a first result is compared with torch.nn.RNN's before it is timed.
@@ -230,9 +231,9 @@ class _GpuLibrary(Peer):
             return f"it has no kernel for {problem.dtype}"
         return "it takes no packed input" if problem.config.packed else None
 
+    @abstractmethod
     def _run(self, problem: Problem) -> tuple[Callable[[], Tensor], list[Tensor]]:
         """The outputs (T, B, H) as a function of nothing, and the leaves that they depend on. Each library's own."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how it is run")
 
     def _leaves(self, problem: Problem) -> tuple[Tensor, list[Tensor], list[Tensor]]:
         """The input (T, B, I), the layer's four parameters, and those of these that gradients are asked of."""

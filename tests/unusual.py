@@ -261,10 +261,6 @@ class Logged(Tensor):
         return torch.utils._pytree.tree_map_only(Tensor, cls, result)
 
 
-def _overlapping(x: Tensor) -> Tensor:
-    return x.flatten().repeat(2).as_strided(x.shape, [1] * x.dim()).clone(memory_format=torch.preserve_format)
-
-
 def _strided(x: Tensor) -> Tensor:
     """Elements two apart, dimensions in the other order of memory."""
     memory = torch.zeros(*(2 * n for n in reversed(x.shape)))

@@ -5,12 +5,12 @@ import os
 import subprocess
 import sys
 
+import needs
 import pytest
 import torch
 
 from charrnn_fast.bench import host
 from charrnn_fast.cli import main
-from charrnn_fast.kernels import native
 
 # Python calls, ATen operations, launches: no more than these. torch.nn.RNN's backward is ATen's and has none of the
 # first; what surrounds a backward pass in Python is torch's, some 20 of the calls.
@@ -41,8 +41,8 @@ COUNT = (
 
 @pytest.fixture(scope="module", params=MOST)
 def rows(request):
-    if request.param == "native" and (why := native.available()):
-        pytest.skip(f"backend 'native': {why}")
+    if request.param == "native":
+        needs.native_kernels()
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-W", "ignore", "-c", COUNT, request.param]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
@@ -69,8 +69,8 @@ def test_a_forward_is_one_launch_four_files_from_the_door(rows):
 
 @pytest.mark.parametrize("backend", MOST)
 def test_the_stubs_are_taken_away_again(backend, device):
-    if backend == "native" and (why := native.available()):
-        pytest.skip(f"backend 'native': {why}")
+    if backend == "native":
+        needs.native_kernels()
     host.rows_of(backend, timed=False)
     rnn = torch.nn.RNN(3, 4).to(device)
     ours = host.FusedRNN(3, 4, backend=backend).to(device)

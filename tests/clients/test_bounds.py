@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 
+import needs
 import pytest
 import torch
 
@@ -102,8 +103,7 @@ def test_the_sharpest_sampling_is_greedy(place, capsys, sharp):
 @pytest.mark.parametrize("command", ["train", "generate", "evaluate", "doctor"])
 def test_misspelt_variables(place, capsys, monkeypatch, command, variable):
     if variable == "CHARRNN_ISA":
-        if native.available() is not None:
-            pytest.skip(f"backend 'native': {native.available()}")
+        needs.native_kernels()
         monkeypatch.setattr(native.library, "_selected", None)  # as in a program that has run no kernel
     monkeypatch.setenv(variable, "avx3")
     _refused(capsys, _commands(place)[command], variable, "avx3")

@@ -6,6 +6,7 @@ instruction set. What one backend alone has is in test_triton_elman.py and test_
 
 from collections.abc import Iterator
 
+import needs
 import pytest
 import torch
 from elman_problems import DEVICE, NATIVE, Launchers, V, biases, options_of
@@ -24,8 +25,7 @@ def kernels(request) -> Iterator[Launchers]:
     if request.param == "triton":
         yield TRITON
         return
-    if (why := native.available()) is not None:
-        pytest.skip(f"native: {why}")
+    needs.native_kernels()
     native.set_isa(request.param)
     yield NATIVE
     native.set_isa(None)

@@ -3,18 +3,18 @@
 import threading
 import warnings
 
+import needs
 import pytest
 import torch
 from torch import nn
 
-from charrnn_fast.kernels import native, tensors
+from charrnn_fast.kernels import tensors
 from charrnn_fast.kernels.native import library
 from charrnn_fast.ops.context import plain
 
 
 def _by_c(*arguments):
-    if native.available() is not None:
-        pytest.skip(f"native: {native.available()}")
+    needs.native_kernels()
     assert tensors._EXCHANGE is not None  # every supported PyTorch has it
     return tensors.survey(*arguments, plain=lambda *_: pytest.fail("asked of Python"))
 
@@ -159,8 +159,7 @@ def test_devices(survey):
 
 
 def test_c_is_told_how_large_the_table_is():
-    if native.available() is not None:
-        pytest.skip(f"native: {native.available()}")
+    needs.native_kernels()
     table = tensors.array("q", bytes(64))
     address, size = table.buffer_info()[0], 64
     right = [[torch.ones(2)] * 2, None, (torch.Tensor,), (), tensors._EXCHANGE, address, size]

@@ -14,21 +14,12 @@ from torch.export import Dim
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from charrnn_fast import CharRNN, FusedRNN, linear_cross_entropy
-from charrnn_fast.kernels import native
 from charrnn_fast.ops.decompositions import decompositions
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # PyTorch's compiler and exporter announce their own changes
 
 OPERATORS = torch.ops.charrnn_fast
 T, B, F_IN, H, V, N = 5, 3, 4, 6, 9, 7
-
-
-@pytest.fixture(params=["triton", "native", "torch"])
-def backend(request):
-    """What an operator runs."""
-    if request.param == "native" and (why := native.available()):
-        pytest.skip(f"backend 'native': {why}")
-    return request.param
 
 
 def _layer(form, backend, device):
