@@ -186,28 +186,12 @@ class CharRNN(RecurrentLM, form="fused"):
         loss, h_n = one_call.language_model_loss(*ids, h0, *weights, **options)
         return loss, h_n.unsqueeze(0)
 
-    @torch.no_grad()
-    def generate_ids(
-        self,
-        prompt: Tensor,
-        num_tokens: int,
-        *,
-        uniforms: Tensor | None = None,
-        temperature: float = 1.0,
-        alpha: float = 1.0,
-        top_k: int | None = None,
-        state: Tensor | None = None,
+    def _continued(
+        self, prompt: Tensor, num_tokens: int, state: Tensor | None, sampling: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
-        """Continue prompts (B, P) int64 by num_tokens ids: ids (B, num_tokens), and the state (L, B, H) before the
-        last.
-
-        Greedy if uniforms is None, else sampled by these numbers (B, num_tokens) in [0, 1); see
-        charrnn_fast.ops.generate.
-        """
-        sampling: dict[str, Any] = {"uniforms": uniforms, "temperature": temperature, "alpha": alpha, "top_k": top_k}
         as_built = self._is_own("forward") and self._is_own("hidden") and why_called(self) is None
         if not isinstance(self.rnn, FusedRNN) or not as_built or self._is_watched():
-            return super().generate_ids(prompt, num_tokens, state=state, **sampling)
+            return super()._continued(prompt, num_tokens, state, sampling)
         layers = []
         for layer in range(self.num_layers):
             weight_ih: Tensor = self._cell_parameter("weight_ih", layer) if layer else self._weight_of_ids()

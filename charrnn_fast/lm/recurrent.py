@@ -169,6 +169,12 @@ class RecurrentLM(nn.Module):
         charrnn_fast.ops.generate.
         """
         sampling: dict[str, Any] = {"uniforms": uniforms, "temperature": temperature, "alpha": alpha, "top_k": top_k}
+        return self._continued(prompt, num_tokens, state, sampling)
+
+    def _continued(
+        self, prompt: Tensor, num_tokens: int, state: Tensor | None, sampling: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """`generate_ids` by calls of the model, a step at a time; sampling: its keyword arguments but the state."""
         with self.evaluating():
             return reference_generate.generate(self, prompt, num_tokens, state=state, **sampling)
 
