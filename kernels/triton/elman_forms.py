@@ -227,16 +227,17 @@ def load_weight(weight_ptr, TRANSPOSE: tl.constexpr, F: tl.constexpr):
 
 
 @device_function
-def load_input_weight(weight_ptr, F: tl.constexpr):
-    """W_ih (H, I) contiguous, zero outside, as a tuple of pieces like W's. FMA form."""
+def load_input_weight(weight_ptr, TRANSPOSE: tl.constexpr, F: tl.constexpr):
+    """W_ih (H, I) contiguous, or the transpose of an (I, H), zero outside: a tuple of pieces like W's. FMA form."""
     PIECES: tl.constexpr = F.input_pieces
     n = gl.arange(0, F.width, layout=gl.SliceLayout(1, F.weight)).expand_dims(1)
     k = gl.arange(0, F.piece, layout=gl.SliceLayout(0, F.weight)).expand_dims(0)
     pieces = ()
     for a in gl.static_range(PIECES):
         column = k + a * F.piece
+        offsets = column * F.hidden + n if TRANSPOSE else n * F.inputs + column
         mask = (n < F.hidden) & (column < F.inputs)
-        pieces = pieces + (gl.load(weight_ptr + n * F.inputs + column, mask=mask, other=0.0).to(F.acc),)
+        pieces = pieces + (gl.load(weight_ptr + offsets, mask=mask, other=0.0).to(F.acc),)
     return pieces
 
 
@@ -322,9 +323,8 @@ def product_and_outer(buffer, weight, outer, h_prev, F: tl.constexpr):
 
 
 @device_function
-def zero_outer(F: tl.constexpr):
-    """What `product_and_outer` begins with: a tuple of pieces (1, N, KP)."""
-    PIECES: tl.constexpr = F.pieces
+def zero_outer(PIECES: tl.constexpr, F: tl.constexpr):
+    """What `product_and_outer` begins with: a tuple of so many pieces (1, N, KP)."""
     pieces = ()
     for _ in gl.static_range(PIECES):
         pieces = pieces + (gl.full([1, F.width, F.piece], 0.0, F.acc, layout=F.products),)

@@ -89,7 +89,7 @@ def elman_forward_kernel(
     if weight_ih_ptr is not None:
         if pid_d == 1:
             weight_ih_ptr = weight_ih_reverse_ptr
-        w_ih = load_input_weight(weight_ih_ptr, F)
+        w_ih = load_input_weight(weight_ih_ptr, False, F)
         rows_x, columns_x = feature_rows(F), features(F)
         in_width_x = columns_x < F.inputs
         even_x = gl.allocate_shared_memory(F.acc, F.input_shape, F.shared)
@@ -215,7 +215,7 @@ def elman_backward_kernel(
     w = load_weight(weight_ptr, True, F)
     grad_bias = zero_tile(F)
     if partial_weight_ptr is not None:
-        outer = zero_outer(F)
+        outer = zero_outer(F.pieces, F)
 
     start = pid_d * F.hidden + first_row.to(gl.int64) * stride_out_b
     offs_out = rows * stride_out_b + units

@@ -19,8 +19,16 @@ between a step that reads a row and the next one that may read the same there is
 
 import triton.language as tl
 
-from .elman_forms import fma_product, load_input_weight, load_weight, product, product_and_outer, tile_units, zero_tile
-from .elman_forms import zero_outer as zero_square
+from .elman_forms import (
+    fma_product,
+    load_input_weight,
+    load_weight,
+    product,
+    product_and_outer,
+    tile_units,
+    zero_outer,
+    zero_tile,
+)
 from .gluon_interpreter import HAS_REINTERPRET, barrier, device_function, gl, jit
 from .numerics import activation, activation_backward
 
@@ -74,30 +82,6 @@ def _load_input(weight_ih_ptr, token, units, F: tl.constexpr):
 def _load_state(ptr, i, T, units, F: tl.constexpr):
     """State tile of step number i of the walk back from (T, H), zero past its end."""
     return gl.load(ptr + (T - 1 - i) * F.hidden + units, mask=units < gl.where(i < T, F.hidden, 0), other=0.0)
-
-
-@device_function
-def _load_transpose(ptr, F: tl.constexpr):
-    """The transpose of the head's weight (V, H), (H, V) in pieces along V, zero outside."""
-    PIECES: tl.constexpr = F.input_pieces
-    n = gl.arange(0, F.width, layout=gl.SliceLayout(1, F.weight)).expand_dims(1)
-    k = gl.arange(0, F.piece, layout=gl.SliceLayout(0, F.weight)).expand_dims(0)
-    pieces = ()
-    for a in gl.static_range(PIECES):
-        row = k + a * F.piece
-        mask = (n < F.hidden) & (row < F.inputs)
-        pieces = pieces + (gl.load(ptr + row * F.hidden + n, mask=mask, other=0.0),)
-    return pieces
-
-
-@device_function
-def _zero_outer(F: tl.constexpr):
-    """What `_head_products` begins with: a tuple of pieces (1, N, KP) along V."""
-    PIECES: tl.constexpr = F.input_pieces
-    pieces = ()
-    for _ in gl.static_range(PIECES):
-        pieces = pieces + (gl.full([1, F.width, F.piece], 0.0, F.acc, layout=F.products),)
-    return pieces
 
 
 @device_function
@@ -194,7 +178,7 @@ def _head(
     V: tl.constexpr = HEAD.hidden
     ROWS: tl.constexpr = HEAD.rows
     PIECES: tl.constexpr = HEAD.input_pieces
-    w = load_input_weight(weight_ptr, HEAD)
+    w = load_input_weight(weight_ptr, False, HEAD)
     units = tile_units(F)
     bias = 0.0
     if bias_ptr is not None:
@@ -211,8 +195,8 @@ def _head(
     counts = gl.full([ROWS], 0.0, F.acc, layout=gl.SliceLayout(1, HEAD.whole_rows))
     chosen = gl.full(HEAD.shape, 0.0, F.acc, layout=HEAD.whole_rows)
     if GRADS:
-        w_back = _load_transpose(weight_ptr, F)
-        outer = _zero_outer(F)
+        w_back = load_input_weight(weight_ptr, True, F)
+        outer = zero_outer(F.input_pieces, F)
         grad_logits = gl.allocate_shared_memory(F.acc, HEAD.shape, HEAD.shared)
         grad_rows = _row_by_row(grad_logits)
         grad_bias = gl.full(HEAD.shape, 0.0, F.acc, layout=HEAD.whole_rows)
@@ -272,7 +256,7 @@ def _walk_back(
     units = tile_units(F)
     w = load_weight(weight_hh_ptr, True, F)
     if not HEAD.apart:
-        outer = zero_square(F)
+        outer = zero_outer(F.pieces, F)
     grad_bias = zero_tile(F)
     even = gl.allocate_shared_memory(F.acc, F.shape, F.shared)
     odd = gl.allocate_shared_memory(F.acc, F.shape, F.shared)
@@ -348,7 +332,7 @@ def _outer_products(states_ptr, grads_ptr, h0, partial_weight_ptr, again, T, F: 
     """The gradient of W_hh where the walk back has left d_t (T, H) in memory: no registers for W_hh beside it."""
     ROWS: tl.constexpr = HEAD.rows
     units = tile_units(F)
-    outer = zero_square(F)
+    outer = zero_outer(F.pieces, F)
     first = gl.allocate_shared_memory(F.acc, F.shape, F.shared)
     first.store(gl.load(grads_ptr + units, mask=units < F.hidden, other=0.0))
     outer = _add_outer_products(first, outer, h0, F)
