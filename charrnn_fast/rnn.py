@@ -304,32 +304,28 @@ class FusedRNN(TorchRNN):
             output, hidden = stack(self, data, hx, batch_sizes, tokens, onlooker)
             rows = PackedSequence(output, batch_sizes, sorted_indices, unsorted_indices)
             return rows, self.permute_hidden(hidden, unsorted_indices)
-        dims = input.dim()
-        if dims == (2 if tokens else 3) and (hx is None or hx.dim() == 3):
-            steps, batch = input.size(0), input.size(1)
-            if self.batch_first:
-                steps, batch = batch, steps
-            first: Any = self._flat_weights[0]
-            if tokens:
-                usual = input.dtype in TOKEN_TYPES
-            else:
-                usual = first is not None and input.size(2) == self.input_size and input.dtype == first.dtype
-            layers = self.num_layers * (2 if self.bidirectional else 1)
-            if not usual or (hx is not None and hx.shape != (layers, batch, self.hidden_size)):
-                self._check(input, hx, None, tokens)
-            # A compiler is not asked about sizes: whatever is asked of one fixes it in the graph.
-            if onlooker is None and not tokens and steps < backends.LEAST_CPU_STEPS and self._runs_on_torch(input):
-                return by_torchs_operator(self, input, hx)
-            return stack(self, input, hx, None, tokens, onlooker)
-        few = dims == 2 and not tokens and onlooker is None and input.size(0) < backends.LEAST_CPU_STEPS
-        by_torch = few and self._runs_on_torch(input)
-        input, hx = self._batched(input, hx, tokens)
-        self._check(input, hx, None, tokens)
-        if by_torch:
+        unbatched = input.dim() != (2 if tokens else 3) or (hx is not None and hx.dim() != 3)
+        if unbatched:
+            input, hx = self._batched(input, hx, tokens)
+        steps, batch = input.size(0), input.size(1)
+        if self.batch_first:
+            steps, batch = batch, steps
+        first: Any = self._flat_weights[0]
+        if tokens:
+            usual = input.dtype in TOKEN_TYPES
+        else:
+            usual = first is not None and input.size(2) == self.input_size and input.dtype == first.dtype
+        layers = self.num_layers * (2 if self.bidirectional else 1)
+        if not usual or (hx is not None and hx.shape != (layers, batch, self.hidden_size)):
+            self._check(input, hx, None, tokens)
+        # A compiler is not asked about sizes: whatever is asked of one fixes it in the graph.
+        if onlooker is None and not tokens and steps < backends.LEAST_CPU_STEPS and self._runs_on_torch(input):
             output, hidden = by_torchs_operator(self, input, hx)
         else:
             output, hidden = stack(self, input, hx, None, tokens, onlooker)
-        return output.squeeze(0 if self.batch_first else 1), hidden.squeeze(1)
+        if unbatched:
+            return output.squeeze(0 if self.batch_first else 1), hidden.squeeze(1)
+        return output, hidden
 
     def _runs_on_torch(self, input: Tensor) -> bool:
         """Whether few steps are "auto"'s: on a CPU torch's own path costs less than entering the kernels' does."""

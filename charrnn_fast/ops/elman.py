@@ -70,7 +70,7 @@ def elman(
         if is_tokens(input) and input.device.type == "cpu":
             check_tokens(input, weight_ih.shape[1])
         output, h_n = layer_by_tensor_operations(input, state, weights, batch_sizes, nonlinearity, ways)
-    elif _rows(input, batch_sizes) > backends.most_rows(backend, name, device, dtype, hidden_size):
+    elif num_sequences(input, batch_sizes) > backends.most_rows(backend, name, device, dtype, hidden_size):
         # Torch's own RNN is faster. Recorded it is an operator of ours, which can be differentiated twice.
         if onlooker is REGISTERED or torch.is_grad_enabled():
             output, h_n = registered_layer(input, state, batch_sizes, weights, "torch", nonlinearity, ways)
@@ -84,7 +84,7 @@ def elman(
     return output, h_n[0]
 
 
-def _rows(input: Tensor, batch_sizes: Tensor | None) -> int:
+def num_sequences(input: Tensor, batch_sizes: Tensor | None) -> int:
     """B of time-major or packed input; 0 without a step."""
     if batch_sizes is None:
         return input.shape[1] if input.shape[0] else 0

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from . import backends
 from .context import OPERATORS, addressable, autocast, exported_to_onnx, in_plain_memory, plain, transforms_active
-from .elman import elman_layer, registered_layer
+from .elman import elman_layer, num_sequences, registered_layer
 from .elman_layer import Layer, choose_layer
 from .elman_onnx import layer_in_onnx
 from .elman_torch import layer_by_tensor_operations, torch_rnn
@@ -103,13 +103,8 @@ def kernels_of(
     if layer is None or not in_plain_memory((input, hx, *weights)):
         return None
     if layer.most_rows < float("inf") and backends.requested(rnn.backend) == "auto":
-        return layer if _batch(input, batch_sizes) * layer.directions <= layer.most_rows else None
+        return layer if num_sequences(input, batch_sizes) * layer.directions <= layer.most_rows else None
     return layer
-
-
-def _batch(input: Tensor, batch_sizes: Tensor | None) -> int:
-    """B of time-major or packed input."""
-    return input.size(1) if batch_sizes is None else int(batch_sizes[0])
 
 
 def _layers(
@@ -160,7 +155,7 @@ def _watched_stack(
     if hx is None:
         dtype = weights[0].dtype if tokens else input.dtype
         layers = rnn.num_layers * (2 if rnn.bidirectional else 1)
-        batch = _batch(input, batch_sizes)
+        batch = num_sequences(input, batch_sizes)
         hx = torch.zeros(layers, batch, rnn.hidden_size, dtype=dtype, device=input.device)
     if tokens and input.size(0) == 0:
         raise RuntimeError("Expected sequence length to be larger than 0 in RNN")
@@ -187,7 +182,7 @@ def _layerwise_backend(
     device, dtype, hidden_size = weight.device, weight.dtype, rnn.hidden_size
     name = backends.choose("elman", device, dtype, hidden_size=hidden_size, backend=rnn.backend)
     most = backends.most_rows(rnn.backend, name, device, dtype, hidden_size)
-    if most < float("inf") and _batch(operands[0], batch_sizes) * (2 if rnn.bidirectional else 1) > most:
+    if most < float("inf") and num_sequences(operands[0], batch_sizes) * (2 if rnn.bidirectional else 1) > most:
         name = "torch"
     if name == "torch":  # one operator a layer to a compiler, which would unroll torch's own RNN, a step at a time
         return name if torch.compiler.is_compiling() else None
