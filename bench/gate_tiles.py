@@ -11,7 +11,10 @@ from typing import Any
 
 import torch
 
+from charrnn_fast.bench import static
 from charrnn_fast.bench.measure import Spread, alternate
+from charrnn_fast.bench.static_builds import elman_name
+from charrnn_fast.bench.static_figures import nvidia_figures
 from charrnn_fast.kernels.triton.elman import choose_tile, elman_backward, elman_forward, forget_tiles
 from charrnn_fast.kernels.triton.elman_tiles import ALL, MAX_SUM_STEPS, TILES, Tile
 
@@ -111,9 +114,7 @@ def _figures(kernel: Any, device: torch.device) -> dict[str, int]:
     """Registers a thread and bytes of stack: as the driver has them, or read from the code."""
     if device.type == "cuda":
         return {"registers": kernel.n_regs, "stack": 4 * kernel.n_spills}  # spills are counted in words of 32 bits
-    from charrnn_fast.bench import static
-
-    found = static.nvidia_figures(kernel.asm["cubin"], kernel.metadata.shared)
+    found = nvidia_figures(kernel.asm["cubin"], kernel.metadata.shared)
     return {"registers": found["registers"], "stack": found["stack"]}
 
 
@@ -124,7 +125,6 @@ def registers(device: torch.device) -> Iterator[dict[str, Any]]:
     """
     import triton
 
-    from charrnn_fast.bench import static
     from charrnn_fast.kernels.triton.elman_kernels import elman_backward_kernel, elman_forward_kernel
 
     target = target_of(device)
@@ -144,19 +144,17 @@ def registers(device: torch.device) -> Iterator[dict[str, Any]]:
                     new = [kernel for key, kernel in _compiled(kernels).items() if key not in before]
                     if not new:
                         continue  # another kind has this tile as well
-                    name = static.case_name(step, kind, width, tile, full=False)
+                    name = elman_name(step, kind, width, tile, full=False)
                     here, there = _figures(new[0], device), recorded.get(name)
                     yield {"name": name, "target": target, **here, "recorded": there, "finding": _wrong(here, there)}
 
 
 def _wrong(here: dict[str, int], recorded: dict[str, Any] | None) -> str:
-    from charrnn_fast.bench.static import TOLERANCE
-
     if here["stack"]:
         return f"it spills: {here['stack']} bytes of stack"
     if recorded is None:
         return ""
-    ratio, slack = TOLERANCE["registers"]
+    ratio, slack = static.TOLERANCE["registers"]
     if here["registers"] > max(recorded["registers"] * ratio, recorded["registers"] + slack):
         return f"{here['registers']} registers, recorded {recorded['registers']}"
     return ""

@@ -42,19 +42,7 @@ def choose_tile(
 
 def _pass_of(kernel: Any, tile: Tile, hidden_size: int, dtype: torch.dtype, device: torch.device, **options) -> Pass:
     def launch(wide: bool) -> Launch:
-        form = Form(
-            hidden=hidden_size,
-            rows=tile.rows,
-            lanes_n=tile.lanes_n,
-            lanes_k=tile.lanes_k,
-            warps=tile.warps,
-            dtype=TYPES[dtype],
-            mma=tile.form != "fma",
-            three=tile.form == "mma3",
-            in_shared=tile.in_shared,
-            wide=wide,
-            **{"ahead": tile.ahead, **options},
-        )
+        form = Form.of(tile, hidden_size, TYPES[dtype], wide=wide, **options)
         return Launch(kernel, F=form, **tile.launch_options(target_of(device)[0]))
 
     return Pass(tile.rows, launch(False), launch(True))

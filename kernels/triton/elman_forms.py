@@ -41,6 +41,13 @@ class Form:
     tanh: bool = True  # else relu
     wide: bool = False  # offsets inside a tile need int64
 
+    @classmethod
+    def of(cls, tile, hidden: int, dtype: tl.dtype, **options) -> "Form":
+        """That of a tile of elman_tiles.py."""
+        sizes = {name: getattr(tile, name) for name in ("rows", "lanes_n", "lanes_k", "warps", "in_shared", "ahead")}
+        sizes |= {"mma": tile.form != "fma", "three": tile.form == "mma3"}
+        return cls(hidden=hidden, dtype=dtype, **{**sizes, **options})
+
     def __repr__(self) -> str:
         """Names the layouts as well: Triton's cache of compiled kernels tells constants apart by this."""
         values = [self.hidden, self.rows, self.warps, self.dtype, self.mma, self.three, self.in_shared]

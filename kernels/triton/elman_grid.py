@@ -74,21 +74,8 @@ def grid_reason(
 
 @functools.cache
 def _form(tile: GridTile, hidden_size: int, dtype: torch.dtype, tanh: bool, wide: bool) -> GridForm:
-    return GridForm(
-        hidden=hidden_size,
-        units=tile.units,
-        rows=tile.rows,
-        warps=tile.warps,
-        dtype=TYPES[dtype],
-        mma=tile.form != "fma",
-        three=tile.form == "mma3",
-        most_chains=tile.chains,
-        lanes_k=tile.lanes_k,
-        ahead=1 if INTERPRETED else tile.ahead,
-        by_part=tile.by_part,
-        tanh=tanh,
-        wide=wide,
-    )
+    options = {"ahead": 1} if INTERPRETED else {}
+    return GridForm.of(tile, hidden_size, TYPES[dtype], by_part=tile.by_part, tanh=tanh, wide=wide, **options)
 
 
 def chip_of(device: torch.device) -> Chip:

@@ -46,6 +46,13 @@ class GridForm:
     by_part: bool = True  # a counter for each warp's part of k, else one for all
     most_polls: int = 1 << 24  # of a counter before the others are given up
 
+    @classmethod
+    def of(cls, tile, hidden: int, dtype: tl.dtype, **options) -> "GridForm":
+        """That of a tile of elman_grid_tiles.py."""
+        sizes = {name: getattr(tile, name) for name in ("units", "rows", "warps", "lanes_k", "ahead")}
+        sizes |= {"mma": tile.form != "fma", "three": tile.form == "mma3", "most_chains": tile.chains}
+        return cls(hidden=hidden, dtype=dtype, **{**sizes, **options})
+
     def __repr__(self) -> str:
         """Names the layouts as well: Triton's cache of compiled kernels tells constants apart by this."""
         values = [self.hidden, self.units, self.rows, self.warps, self.dtype, self.mma, self.three]
