@@ -126,6 +126,12 @@ def faults(build: Build, found: dict) -> list[str]:
     return problems + static_conflicts.faults(build.name, found)
 
 
+def is_worse(name: str, found: dict, recorded: dict) -> bool:
+    """Whether a figure is worse than the recorded one by more than TOLERANCE."""
+    ratio, slack = TOLERANCE[name]
+    return found.get(name, 0) > max(recorded.get(name, 0) * ratio, recorded.get(name, 0) + slack)
+
+
 def regressions(found: dict, recorded: dict | None) -> list[str]:
     """Where the figures are worse than the recorded ones by more than TOLERANCE."""
     if recorded is None:
@@ -134,8 +140,8 @@ def regressions(found: dict, recorded: dict | None) -> list[str]:
         found = {name: value for name, value in found.items() if name in recorded}
     problems = [
         f"{name} {found[name]}, recorded {recorded.get(name, 0)}"
-        for name, (ratio, slack) in TOLERANCE.items()
-        if found.get(name, 0) > max(recorded.get(name, 0) * ratio, recorded.get(name, 0) + slack)
+        for name in TOLERANCE
+        if is_worse(name, found, recorded)
     ]
     if found["matrix"] != recorded["matrix"]:
         problems.append(f"matrix instructions {found['matrix']}, recorded {recorded['matrix']}")

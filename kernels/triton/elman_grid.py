@@ -75,7 +75,7 @@ def grid_reason(
 @functools.cache
 def _form(tile: GridTile, hidden_size: int, dtype: torch.dtype, tanh: bool, wide: bool) -> GridForm:
     options = {"ahead": 1} if INTERPRETED else {}
-    return GridForm.of(tile, hidden_size, TYPES[dtype], by_part=tile.by_part, tanh=tanh, wide=wide, **options)
+    return GridForm.of(tile, hidden_size, TYPES[dtype], tanh=tanh, wide=wide, **options)
 
 
 def chip_of(device: torch.device) -> Chip:

@@ -49,7 +49,7 @@ class GridForm:
     @classmethod
     def of(cls, tile, hidden: int, dtype: tl.dtype, **options) -> "GridForm":
         """That of a tile of elman_grid_tiles.py."""
-        sizes = {name: getattr(tile, name) for name in ("units", "rows", "warps", "lanes_k", "ahead")}
+        sizes = {name: getattr(tile, name) for name in ("units", "rows", "warps", "lanes_k", "ahead", "by_part")}
         sizes |= {"mma": tile.form != "fma", "three": tile.form == "mma3", "most_chains": tile.chains}
         return cls(hidden=hidden, dtype=dtype, **{**sizes, **options})
 

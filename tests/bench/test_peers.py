@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from charrnn_fast.bench.grid import Config, Gradients
+from charrnn_fast.bench.grid import BEYOND, Config, Gradients
 from charrnn_fast.bench.libraries import XMA, FlagGems, FlashRNN, Jax, TensorFlow
-from charrnn_fast.bench.peers import BEYOND, TASKS, CompiledReference, Ours, Reference, TorchRNN
+from charrnn_fast.bench.peers import TASKS, CompiledReference, Ours, Reference, TorchRNN
 from charrnn_fast.bench.problems import ClipProblem, Problem
 from charrnn_fast.bench.suite import PEERS
 
@@ -63,7 +63,8 @@ def test_both_sides_give_the_same_gradients_of_what_one_has_no_argument_for(task
     for peer in (Ours(), TorchRNN()):
         grads = []
 
-        def beyond(module, x, call, grad, grads=grads):
+        def beyond(module, problem, call, grad, grads=grads):
+            x = problem.padded.detach()
             leaves = [x.requires_grad_(), *module.parameters()]
             return lambda: grads.extend(torch.autograd.grad(call(x), leaves, grad))
 

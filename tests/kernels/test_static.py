@@ -90,22 +90,15 @@ OPTIONS = textwrap.dedent("""
 # The launchers on CPU tensors with a driver that claims to be an H100: all of a launch but the launch itself.
 DRIVER = textwrap.dedent("""
     import torch
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.jit import JITFunction
 
-    class Driver:
-        get_current_target = lambda self: GPUTarget("cuda", 90, 32)
-        get_current_device = lambda self: 0
-        get_current_stream = lambda self, device=None: 0
+    from charrnn_fast.bench.gate_tiles import compiling_for_absent
 
-    triton.runtime.driver.set_active(Driver())
-    run = JITFunction.run
-    JITFunction.run = lambda self, *args, grid, warmup, **options: run(self, *args, grid=grid, warmup=True, **options)
+    absent = compiling_for_absent(torch.device("cpu"))
+    absent.__enter__()
 
-    def compilations(kernel):
+    def compiled(kernel, times, what):
         (cache, *_), = kernel.device_caches.values()
-        return len(cache)
+        assert len(cache) == times, f"{kernel.__name__}: {len(cache)} compilations for {what}"
 """)
 
 LAUNCHES = textwrap.dedent("""
@@ -130,7 +123,7 @@ LAUNCHES = textwrap.dedent("""
     for T in (5, 1, 2, 16, 17, 64):
         launch(T, 32, torch.float32, "tf32", False)
     for kernel in (elman_forward_kernel, elman_backward_kernel):
-        assert compilations(kernel) == 1, f"{kernel.__name__}: {compilations(kernel)} compilations for six lengths"
+        compiled(kernel, 1, "six lengths")
     launch(5, 33, torch.float32, "ieee", True)
     launch(5, 100, torch.bfloat16, "ieee", False)
 
@@ -144,7 +137,7 @@ LAUNCHES = textwrap.dedent("""
     launch(5, 400, torch.float32, "tf32", True)
     assert asked == [True] * 4  # once a kernel: none is asked about again
     for kernel in (elman_grid_forward_kernel, elman_grid_backward_kernel):
-        assert compilations(kernel) == 2, f"{kernel.__name__}: {compilations(kernel)} compilations for five lengths"
+        compiled(kernel, 2, "five lengths")
 
     from charrnn_fast.kernels.triton.clip_grad_norm import clip_and_sgd_step_, clip_grad_norm_
     from charrnn_fast.kernels.triton.clip_grad_norm_kernels import clip_small_kernel
@@ -156,8 +149,7 @@ LAUNCHES = textwrap.dedent("""
 
     for max_norm, lr in ((1.0, 0.1), (0.0, 1.0), (2.0, 16.0)):
         clip_and_sgd_step_(tensors(900, 1, 16), tensors(900, 1, 16), max_norm, lr)
-    (cache, *_), = clip_small_kernel.device_caches.values()
-    assert len(cache) == 1, f"{len(cache)} compilations for three thresholds and learning rates"
+    compiled(clip_small_kernel, 1, "three thresholds and learning rates")
     for sizes in ((40000, 3), (5,) * 70):
         clip_grad_norm_([*tensors(*sizes), *tensors(7, dtype=torch.bfloat16)], 1.0)
         clip_and_sgd_step_(tensors(*sizes), tensors(*sizes), None, torch.tensor(0.1))
@@ -170,8 +162,7 @@ LAUNCHES = textwrap.dedent("""
 
     for P, N in ((1, 1), (16, 1), (5, 1000)):
         decode(32, 28, 1, P, N)
-    (cache, *_), = generate_kernel.device_caches.values()
-    assert len(cache) == 1, f"{len(cache)} compilations for three lengths"
+    compiled(generate_kernel, 1, "three lengths")
     decode(200, 90, 2, 3, 4, uniforms=torch.zeros(1, 4), top_k=1, temperature=0.5, nonlinearity="relu")
 """)
 
@@ -190,8 +181,8 @@ LOSS_LAUNCHES = textwrap.dedent("""
 
     for N in (1, 2, 16, 17, 31, 1024):
         launch(N, 32, 28, torch.float32, "tf32x3")
-    assert compilations(loss_kernel) == compilations(total_kernel) == 1
-    assert compilations(grad_by_classes_kernel) == 2  # the gradient by one program, and partial sums by several
+    for kernel, times in ((loss_kernel, 1), (total_kernel, 1), (grad_by_classes_kernel, 2)):
+        compiled(kernel, times, "six row counts")  # the gradient by one program, and partial sums by several
     launch(1024, 31, 28, torch.float32, "tf32", "none", bias=False)
     launch(3, 60, 3000, torch.bfloat16, ignore_index=2**40)  # classes split over programs
     launch(1024, 60, 3000, torch.float64, reduction="sum")
@@ -216,9 +207,8 @@ STEP_LAUNCHES = textwrap.dedent("""
     for B, T, lr in ((1, 1, 0.1), (2, 16, 1.0), (33, 5, 1e-3), (1024, 17, 2.0)):
         batch = positions(corpus, torch.zeros(B, dtype=torch.int64), T)
         language_model_step(weights, batch, torch.zeros(B, H), trained=[True] * 6, lr=lr, max_norm=lr)
-    kernels = language_model_kernel, language_model_sums_kernel, language_model_update_kernel
-    for kernel in kernels:
-        assert compilations(kernel) == 1, f"{kernel.__name__}: {compilations(kernel)} compilations"
+    for kernel in (language_model_kernel, language_model_sums_kernel, language_model_update_kernel):
+        compiled(kernel, 1, "four batches")
 
     weights = zeros((H, V), (H, H), (V, H), (H,), (None,), (None,))
     ids = torch.zeros(3, 4, dtype=torch.int64)
@@ -263,18 +253,9 @@ def test_other_options_compile():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tests on a GPU launch them")
-def test_launchers_compile_what_they_launch_and_once_for_all_lengths():
-    run_script(DRIVER + LAUNCHES)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu_linear_cross_entropy.py launches them")
-def test_launchers_of_the_loss_compile_what_they_launch_and_once_for_all_row_counts():
-    run_script(DRIVER + LOSS_LAUNCHES)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="test_language_model_step.py launches them")
-def test_launchers_of_a_training_step_compile_what_they_launch_and_once_for_all_batches():
-    run_script(DRIVER + STEP_LAUNCHES)
+@pytest.mark.parametrize("launches", [LAUNCHES, LOSS_LAUNCHES, STEP_LAUNCHES], ids=["most", "loss", "training step"])
+def test_launchers_compile_what_they_launch_and_once_for_all_lengths(launches):
+    run_script(DRIVER + launches)
 
 
 def test_record_covers_both_ends_of_the_supported_versions():
