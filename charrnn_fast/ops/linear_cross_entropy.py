@@ -10,6 +10,7 @@ would (another pass over the gradient of h, and in fp16 what is below its range)
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from charrnn_fast.kernels import native
 
-from . import backends, compiled_backward
-from .autograd import HandedOutOnce, apply_of, must_recompute, recomputed
+from . import backends
+from .autograd import HandedOutOnce, apply_of, must_recompute, read_by_compiler
 from .context import (
     OPERATORS,
     REGISTERED,
@@ -28,10 +29,10 @@ from .context import (
     in_autocast,
     in_plain_memory,
     plain,
-    registered_operators_only,
     watched,
 )
 from .precision import matmul_precision
+from .registration import Operation, register
 from .tokens import ids_are_known
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -171,8 +172,9 @@ class _NativeLinearCrossEntropy(torch.autograd.Function):
         (grad_loss,) = grad_outputs
         input, weight, bias, target = saved = ctx.saved_tensors  # once: checkpointing makes them anew for one reading
         unusual = must_recompute(grad_loss, *saved)
-        if unusual and compiled_backward.read():
-            return _read_backward(ctx, grad_loss, input, weight, bias, target)
+        if unusual and read_by_compiler():
+            gradients = _gradients_to_compilers(ctx, grad_loss, input, weight, bias, target)
+            return (*gradients, None, None, None)
         arguments = (input, weight, bias, target, ctx.ignore_index, ctx.reduction)
         # The gradients made in forward are given away, so that nobody finds them changed, and a loss that is kept does
         # not keep them. A graph that is retained and walked again makes them anew, the same bits.
@@ -180,9 +182,9 @@ class _NativeLinearCrossEntropy(torch.autograd.Function):
         factor = None if unusual or ctx.reduction == "none" else grad_loss.item()
         # One that is not finite leaves zeros where no row counts, which a product would not.
         if unusual or (factor is not None and not math.isfinite(factor)):
-            gradients = _recomputed(
-                grad_loss, input, weight, bias, target, ctx.reduction, ctx.ignore_index, ctx.needs_input_grad
-            )
+            options = (ctx.reduction, ctx.ignore_index, grad_loss.dtype)
+            operation = LinearCrossEntropy(input, weight, bias, target, *options)
+            gradients = operation.recomputed((grad_loss,), ctx.needs_input_grad[:3])
         elif factor is None:
             _, *gradients = native.linear_cross_entropy(*arguments, need_grad=True, grad_loss=grad_loss)
         else:
@@ -197,16 +199,15 @@ class _NativeLinearCrossEntropy(torch.autograd.Function):
 _apply_native = apply_of(_NativeLinearCrossEntropy)
 
 
-def _read_backward(
+def _gradients_to_compilers(
     ctx: Any, grad_loss: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
-) -> tuple[Tensor | None, ...]:
-    """What a Function's backward returns, for its first six arguments, where a compiler reads it."""
-    found = compiled_backward.loss_gradients(grad_loss, input, weight, bias, target, ctx.reduction, ctx.ignore_index)
-    wanted = [g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=False)]
-    return (*wanted, None, None, None)
+) -> list[Tensor | None]:
+    """Those of input, weight and bias where a compiler reads a Function's backward."""
+    found = loss_gradients(grad_loss, input, weight, bias, target, ctx.reduction, ctx.ignore_index)
+    return [g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=False)]
 
 
-def _recomputed(
+def loss_gradients(
     grad_loss: Tensor,
     input: Tensor,
     weight: Tensor,
@@ -214,14 +215,15 @@ def _recomputed(
     target: Tensor,
     reduction: str,
     ignore_index: int,
-    needs_grad: Sequence[bool],
-) -> list[Tensor | None]:
-    """The gradients of input, weight and bias, where ``needs_grad`` asks, by tensor operations."""
-
-    def run(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor]:
-        return (_by_tensor_operations(input, weight, bias, target, reduction, ignore_index).to(grad_loss.dtype),)
-
-    return recomputed(run, (input, weight, bias), needs_grad[:3], (grad_loss,))
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Those of input (N, H), weight (V, H) and bias (V,) by tensor operations: (softmax - one_hot) / count."""
+    counts = target != ignore_index
+    logits = F.linear(input, weight, bias)
+    ids = target.where(counts, 0).unsqueeze(-1)
+    grad = logits.softmax(-1).scatter_add(-1, ids, logits.new_full((1, 1), -1.0).expand(ids.shape))
+    factor = grad_loss * counts / (counts.sum() if reduction == "mean" else 1)
+    grad = grad * factor.to(grad.dtype).unsqueeze(-1)
+    return grad @ weight, grad.t() @ input, None if bias is None else grad.sum(0)
 
 
 # ---- the Triton kernels -------------------------------------------------------------------------------------------
@@ -242,7 +244,7 @@ def _by_triton(
         loss_dtype = torch.promote_types(input.dtype, torch.float32)
     arguments = (input, weight, bias, target, reduction, ignore_index, loss_dtype)
     if onlooker is REGISTERED:
-        return _loss_op(*arguments)[0]
+        return _operator(*arguments)[0]
     _check_target(target, weight.shape[0], ignore_index)
     if not torch.is_grad_enabled():
         return _triton_forward(*arguments)[0]
@@ -322,97 +324,67 @@ class _TritonLinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         (grad_loss,) = grad_outputs
         input, weight, bias, target, lse, count = saved = ctx.saved_tensors
-        options = (ctx.reduction, ctx.ignore_index, ctx.needs_input_grad)
-        if must_recompute(grad_loss, *saved):
-            if compiled_backward.read():
-                return *_read_backward(ctx, grad_loss, input, weight, bias, target), None
-            gradients = _recomputed(grad_loss, input, weight, bias, target, *options)
-        else:
+        if not must_recompute(grad_loss, *saved):
+            options = (ctx.reduction, ctx.ignore_index, ctx.needs_input_grad)
             gradients = _triton_backward(grad_loss, input, weight, bias, target, lse, count, *options)
+        elif read_by_compiler():
+            gradients = _gradients_to_compilers(ctx, grad_loss, input, weight, bias, target)
+        else:
+            options = (ctx.reduction, ctx.ignore_index, grad_loss.dtype)
+            operation = LinearCrossEntropy(input, weight, bias, target, *options)
+            gradients = operation.recomputed((grad_loss,), ctx.needs_input_grad[:3])
         return (*gradients, None, None, None, None)
 
 
 _apply_triton = apply_of(_TritonLinearCrossEntropy)
 
 
-@torch.library.custom_op("charrnn_fast::linear_cross_entropy", mutates_args=())
-def _loss_op(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    reduction: str,
-    ignore_index: int,
-    loss_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_target(target, weight.shape[0], ignore_index)
-    return _triton_forward(input, weight, bias, target, reduction, ignore_index, loss_dtype)
+@dataclass
+class LinearCrossEntropy(Operation):
+    """The Triton kernels as operators. Arguments as in `linear_cross_entropy`, checked."""
+
+    OPERANDS, RESULTS, UPSTREAM, KEPT = ("input", "weight", "bias"), ("loss", "lse", "count"), 1, ("lse", "count")
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    target: Tensor
+    reduction: str
+    ignore_index: int
+    loss_dtype: torch.dtype
+
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, log-sum-exp of each row (N,), number of rows that count ()."""
+        _check_target(self.target, self.weight.shape[0], self.ignore_index)
+        operands = (self.input, self.weight, self.bias, self.target)
+        return _triton_forward(*operands, self.reduction, self.ignore_index, self.loss_dtype)
+
+    def shapes(self) -> tuple[Tensor, Tensor, Tensor]:
+        input, accumulator = self.input, torch.promote_types(self.input.dtype, torch.float32)
+        rows = (input.shape[0],)
+        loss = input.new_empty(rows if self.reduction == "none" else (), dtype=self.loss_dtype)
+        return loss, input.new_empty(rows, dtype=accumulator), input.new_empty((), dtype=accumulator)
+
+    def flops(self) -> int:
+        """2 N V H, the logits'."""
+        return 2 * self.input.shape[0] * self.weight.shape[0] * self.weight.shape[1]
+
+    def backward(
+        self, grads: Sequence[Tensor | None], kept: Sequence[Tensor], needs_grad: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        (grad_loss,), (lse, count) = grads, kept
+        assert grad_loss is not None
+        operands = (grad_loss, self.input, self.weight, self.bias, self.target, lse, count)
+        return _triton_backward(*operands, self.reduction, self.ignore_index, needs_grad)
+
+    def backward_flops(self, needs_grad: Sequence[bool]) -> int:
+        """2 N V H for each of the gradients of input and weight that is wanted."""
+        return self.flops() * (bool(needs_grad[0]) + bool(needs_grad[1]))
+
+    def by_tensor_operations(self, *operands: Any) -> tuple[Tensor]:
+        input, weight, bias = operands
+        loss = _by_tensor_operations(input, weight, bias, self.target, self.reduction, self.ignore_index)
+        return (loss.to(self.loss_dtype),)
 
 
-@_loss_op.register_fake
-def _(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    reduction: str,
-    ignore_index: int,
-    loss_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, accumulator = input.shape[0], torch.promote_types(input.dtype, torch.float32)
-    loss = input.new_empty((rows,) if reduction == "none" else (), dtype=loss_dtype)
-    return loss, input.new_empty(rows, dtype=accumulator), input.new_empty((), dtype=accumulator)
-
-
-@torch.library.custom_op("charrnn_fast::linear_cross_entropy_backward", mutates_args=())
-def _loss_backward_op(
-    grad_loss: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    lse: Tensor,
-    count: Tensor,
-    reduction: str,
-    ignore_index: int,
-    needs_grad: list[bool],
-) -> list[Tensor]:
-    arguments = (input, weight, bias, target, lse, count, reduction, ignore_index, needs_grad)
-    return [g for g in _triton_backward(grad_loss, *arguments) if g is not None]
-
-
-@_loss_backward_op.register_fake
-def _(
-    grad_loss: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    lse: Tensor,
-    count: Tensor,
-    reduction: str,
-    ignore_index: int,
-    needs_grad: list[bool],
-) -> list[Tensor]:
-    operands = zip((input, weight, bias), needs_grad, strict=True)
-    return [t.new_empty(t.shape) for t, needs in operands if needs and t is not None]
-
-
-def _setup_op_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    input, weight, bias, target, ctx.reduction, ctx.ignore_index, _ = inputs
-    ctx.save_for_backward(input, weight, bias, target, *output[1:])
-
-
-def _op_backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-    needs_grad = list(ctx.needs_input_grad[:3])
-    options, saved = (ctx.reduction, ctx.ignore_index, needs_grad), ctx.saved_tensors
-    if registered_operators_only() or not must_recompute(grad_loss, *saved):
-        found = iter(_loss_backward_op(grad_loss, *saved, *options))
-        gradients = [next(found) if needs else None for needs in needs_grad]
-    else:
-        input, weight, bias, target, _, _ = saved
-        gradients = _recomputed(grad_loss, input, weight, bias, target, *options)
-    return (*gradients, None, None, None, None)
-
-
-_loss_op.register_autograd(_op_backward, setup_context=_setup_op_context)
+_operator, _ = register("linear_cross_entropy", LinearCrossEntropy)
