@@ -174,19 +174,14 @@ def test_registered_operators_say_what_they_return(operands_of, backend, reducti
         return  # it is none
     for dtype in (torch.float64, torch.bfloat16):
         operands, target = operands_of(5, 4, 3, dtype)
-        torch.library.opcheck(
-            operation._loss_op,
-            (*operands, target, reduction, -100, torch.float32),
-            test_utils=("test_schema", "test_autograd_registration", "test_faketensor"),
-        )
-        with torch.no_grad():
-            loss, lse, count = operation._loss_op(*operands, target, reduction, -100, dtype)
+        forward = torch.ops.charrnn_fast.linear_cross_entropy.default
+        utils = ("test_schema", "test_autograd_registration", "test_faketensor")
+        torch.library.opcheck(forward, (*operands, target, reduction, -100, torch.float32), test_utils=utils)
+        arguments = (*(t.detach() for t in operands), target, reduction, -100, dtype)
+        results = forward(*arguments)
         for needs_grad in ([True, True, True], [False, True, False]):
-            torch.library.opcheck(
-                operation._loss_backward_op,
-                (loss, *(t.detach() for t in operands), target, lse, count, reduction, -100, needs_grad),
-                test_utils=("test_schema", "test_faketensor"),
-            )
+            backward = torch.ops.charrnn_fast.linear_cross_entropy_backward.default
+            torch.library.opcheck(backward, (*results, *arguments, needs_grad), test_utils=utils[::2])
 
 
 def test_autocast_multiplies_in_16_bit_and_returns_float32(operands_of, device):
