@@ -12,7 +12,6 @@ from charrnn_fast import linear_cross_entropy
 from charrnn_fast.kernels import native
 from charrnn_fast.kernels.triton import linear_cross_entropy as kernels
 from charrnn_fast.ops import backends
-from charrnn_fast.ops import linear_cross_entropy as operation
 from charrnn_fast.ops.precision import matmul_precision
 
 pytestmark = pytest.mark.parametrize("backend", ["triton", "native"], indirect=True)
