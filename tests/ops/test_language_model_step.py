@@ -234,22 +234,6 @@ def why_not_in_autocast(weights: Weights) -> str | None:
         return why_not(weights)
 
 
-@pytest.mark.parametrize("adam", [False, True])
-@pytest.mark.parametrize("steps", [5, pytest.param(200, marks=pytest.mark.slow)])
-def test_the_curve_is_the_references(adam, steps):
-    """A tiny form of the recipes: three distinct batches over and over."""
-    V, H, T = 6, 8, 2
-    model, net = make(V, H)
-    ours, theirs = optimizers(model, net, adam, 0.01 if adam else 0.5)
-    step, corpus = LanguageModelStep(weights_of(model), ours, 1.0), corpus_of(V)
-    places = [torch.tensor([11 * i, 40 + 11 * i], device=DEVICE) for i in range(3)]
-    batches = [gathered(corpus, s, T) for s in places]
-    expected = train_batches(net, (batches[i % 3] for i in range(steps)), theirs, 1.0)
-    for i, right in enumerate(expected):
-        loss, _ = step(positions(corpus, places[i % 3], T))
-        assert abs(float(loss) - float(right)) < 1e-5 * float(right), i
-
-
 @pytest.mark.parametrize(("V", "nonlinearity", "second_bias"), [(28, "tanh", False), (5, "relu", True)])
 def test_the_models_loss_under_autograd(monkeypatch, V, nonlinearity, second_bias):
     """Two launches forward and one backward, also for a loss that is scaled and a graph that is walked twice; where the
