@@ -278,9 +278,10 @@ def test_resuming_where_toml_cannot_be_read(here, says, monkeypatch):
 
 
 @pytest.mark.parametrize("sampler", ["windows", "sequential", "random", "pieces"])
-def test_every_option_of_training_together(sampler, says):
+def test_every_option_of_training_together(sampler, here, says):
     """One run of each sampler with the rest of the options, whose meaning tests/lm looks at."""
-    line = f"train --recipe ch8 --sampler {sampler} --text book.txt --hidden-size 8 --out out --sample-every 2 --json"
+    (here / "short.txt").write_text(TEXT[:1200])
+    line = f"train --recipe ch8 --sampler {sampler} --text short.txt --hidden-size 8 --out out --sample-every 2 --json"
     line += " --batch-size 8 --num-steps 10 --epochs 3 --layers 2 --dropout 0.1"
     line += " --optimizer rmsprop --momentum 0.5 --weight-decay 0.01 --lr 0.001 --warmup 3"
     line += " --schedule step --lr-every 1 --lr-gamma 0.5 --accumulate 2 --split 0.7,0.2,0.1"

@@ -164,6 +164,15 @@ def test_checkpoints_that_lack_something(here, refused, left_out):
         refused(line, "last.ckpt")
 
 
+def test_a_checkpoint_of_another_model(here, refused):
+    """Its parameters are not those that its own description says."""
+    content = torch.load(here / "run" / "last.ckpt", weights_only=True)
+    content["config"]["hidden_size"] = 9
+    content["checksum"] = checkpoint.digest(content)
+    torch.save(content, here / "other.ckpt")
+    refused("generate other.ckpt --prompt it", "other.ckpt is a checkpoint of another model", "size mismatch")
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [
