@@ -1,5 +1,7 @@
 """ops/language_model_step.py: a whole training step in three launches, against the reference's and torch's."""
 
+import copy
+
 import pytest
 import torch
 
@@ -23,11 +25,8 @@ def make(V, H, *, nonlinearity="tanh", second_bias=False, seed=0) -> tuple[CharR
     """A model on the device, and in fp64 the reference's form of it."""
     torch.manual_seed(seed)
     model = CharRNN(V, H, nonlinearity=nonlinearity, second_bias=second_bias)
-    net = model.to_reference()
-    cells = [
-        type(cell)(*(None if p is None else p.detach().double() for p in vars(cell).values())) for cell in net.cells
-    ]
-    return model.to(DEVICE), RNNLM(cells, net.W_hq.detach().double(), net.b_q.detach().double(), None, nonlinearity)
+    net = copy.deepcopy(model).double().to_reference()
+    return model.to(DEVICE), net
 
 
 def weights_of(model: CharRNN) -> Weights:
