@@ -98,8 +98,8 @@ def source_class(kernel) -> type:
     return ASTSource
 
 
-PER_STEP = ("instructions", "barriers", "shared_loads", "shared_stores", "matrix_instructions", "fma")
-PER_STEP += ("wavefronts", "conflicts")
+PER_STEP = ["instructions", "barriers", "shared_loads", "shared_stores", "matrix_instructions", "fma"]
+PER_STEP += ["wavefronts", "conflicts"]
 
 
 def figures(build: Build) -> dict:
