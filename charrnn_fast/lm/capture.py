@@ -86,19 +86,6 @@ def dependencies(model: LanguageModel, optimizer: torch.optim.Optimizer | None) 
     return parameters, groups, state
 
 
-class Recorder(Protocol):
-    """How work on the device is recorded."""
-
-    def run(self, work: Work) -> tuple[Tensor, ...]:
-        """Run work in the place where it will be recorded; returns what it returns."""
-
-    def record(self, work: Work) -> Work:
-        """Record work without running it; returns what runs it. Raises whatever keeps it from being recorded.
-
-        The scalars that a replay returns may be overwritten by the next.
-        """
-
-
 _NEVER_ENDED: list[torch.cuda.CUDAGraph] = []  # the allocator goes on asking such a graph whether memory is for it
 
 
@@ -125,7 +112,9 @@ class CudaGraphRecorder:
         return found
 
     def record(self, work: Work) -> Work:
-        """Capture work as a CUDA graph; returns its replay."""
+        """Capture work as a CUDA graph without running it; returns its replay, whose scalars the next replay may
+        overwrite. Raises whatever keeps work from being captured.
+        """
         graph = torch.cuda.CUDAGraph()
         found: tuple[Tensor, ...] | None = None
         failure: Exception | None = None
@@ -180,7 +169,7 @@ class RecordedSteps:
     def __init__(
         self,
         step: Step,
-        recorder: Recorder,
+        recorder: CudaGraphRecorder,
         fixed: Callable[[], object],
         zero_state: Callable[[int], Tensor] | None,
         *,

@@ -10,7 +10,7 @@ The form answers for itself what it can do; nobody asks which it is.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any, ClassVar, TypeAlias
+from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from torch import Tensor
 from charrnn_fast.lm.at_once import Look, StepAtOnce
 from charrnn_fast.lm.batches import Batch
 from charrnn_fast.reference import generate as reference_generate
+
+if TYPE_CHECKING:
+    from charrnn_fast.lm.training import Trainer
 
 State: TypeAlias = Any  # (L, B, H), or what a model whose rnn was replaced carries: an LSTM a tuple; None for zeros
 
@@ -154,10 +157,8 @@ class LanguageModel(ABC):
         """ValueError if the model is another than `config` describes: "<what> a model as it was built, but ..."."""
         return None
 
-    def require_trainable(
-        self, *, changing_lr: bool, accumulate: int, precision: str, on_nan: str, processes: int
-    ) -> None:
-        """ValueError if this form is not trained with these options of Trainer, or by so many processes."""
+    def require_trainable(self, trainer: "Trainer") -> None:
+        """ValueError if this form is not trained with a trainer's options, or by so many processes."""
         return None
 
     @abstractmethod

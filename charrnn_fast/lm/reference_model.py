@@ -1,7 +1,7 @@
 """ReferenceCharRNN, the specification's model from scratch as a form of the language model."""
 
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,6 +10,9 @@ from charrnn_fast.lm.language_model import LanguageModel
 from charrnn_fast.reference.clip_grad_norm import clip_grad_norm
 from charrnn_fast.reference.language_model import RNNLM
 from charrnn_fast.reference.training import SGD, Adam
+
+if TYPE_CHECKING:
+    from charrnn_fast.lm.training import Trainer
 
 _PLAIN = "the reference model is trained operation by operation"
 
@@ -83,12 +86,10 @@ class ReferenceCharRNN(RNNLM, LanguageModel):
             if cell.b_hh is None:
                 cell.b_h += state_dict[f"rnn.bias_hh_l{layer}"]
 
-    def require_trainable(
-        self, *, changing_lr: bool, accumulate: int, precision: str, on_nan: str, processes: int
-    ) -> None:
-        if changing_lr or accumulate > 1 or precision != "fp32":
+    def require_trainable(self, trainer: "Trainer") -> None:
+        if trainer.schedule.changes or trainer.accumulate > 1 or trainer.precision != "fp32":
             raise ValueError("the reference model is trained in its own dtype, at one learning rate, batch by batch")
-        if on_nan != "stop":
-            raise ValueError(f"the reference model stops at a loss that is not finite, got on_nan={on_nan!r}")
-        if processes > 1:
-            raise ValueError(f"the reference model is trained by one process, got {processes}")
+        if trainer.on_nan != "stop":
+            raise ValueError(f"the reference model stops at a loss that is not finite, got on_nan={trainer.on_nan!r}")
+        if trainer.processes is not None and trainer.processes.count > 1:
+            raise ValueError(f"the reference model is trained by one process, got {trainer.processes.count}")
