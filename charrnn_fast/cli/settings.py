@@ -176,7 +176,9 @@ def resolve(options: argparse.Namespace, own: Path | None = None) -> Settings:
         if (option := RENAMED.get(f.name, f.name)) in given and f.name not in ("name", "prompts")
     }
     changes |= {name: None for name in OR_NONE if changes.get(name) == "none"}
-    recipe = replace(recipe, **changes, **({} if prompts is None else {"prompts": prompts}))
+    if prompts is not None:
+        changes["prompts"] = prompts
+    recipe = replace(recipe, **changes)
     if recipe.sampler == "pieces":
         recipe = replace(recipe, batch_size=1)
     _check(recipe)

@@ -86,6 +86,19 @@ def dependencies(model: LanguageModel, optimizer: torch.optim.Optimizer | None) 
     return parameters, groups, state
 
 
+class Recorder(Protocol):
+    """How work on the device is recorded."""
+
+    def run(self, work: Work) -> tuple[Tensor, ...]:
+        """Run work in the place where it will be recorded; returns what it returns."""
+
+    def record(self, work: Work) -> Work:
+        """Record work without running it; returns what runs it. Raises whatever keeps it from being recorded.
+
+        The scalars that a replay returns may be overwritten by the next.
+        """
+
+
 _NEVER_ENDED: list[torch.cuda.CUDAGraph] = []  # the allocator goes on asking such a graph whether memory is for it
 
 
@@ -112,9 +125,7 @@ class CudaGraphRecorder:
         return found
 
     def record(self, work: Work) -> Work:
-        """Capture work as a CUDA graph without running it; returns its replay, whose scalars the next replay may
-        overwrite. Raises whatever keeps work from being captured.
-        """
+        """Capture work as a CUDA graph; returns its replay."""
         graph = torch.cuda.CUDAGraph()
         found: tuple[Tensor, ...] | None = None
         failure: Exception | None = None
@@ -169,7 +180,7 @@ class RecordedSteps:
     def __init__(
         self,
         step: Step,
-        recorder: CudaGraphRecorder,
+        recorder: Recorder,
         fixed: Callable[[], object],
         zero_state: Callable[[int], Tensor] | None,
         *,

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from charrnn_fast.lm.capture import CudaGraphRecorder, RecordedSteps, dependencies, why_not
+from charrnn_fast.lm.capture import CudaGraphRecorder, RecordedSteps, Recorder, dependencies, why_not
 from charrnn_fast.lm.language_model import LanguageModel
 from charrnn_fast.lm.step import Evaluation, TrainingStep
 
@@ -19,7 +19,7 @@ class Recordings:
 
     def __init__(self, model: LanguageModel, required: bool = False):
         self.model, self.required = model, required
-        self._recorder: CudaGraphRecorder | None = None
+        self._recorder: Recorder | None = None
         self._training: tuple[tuple[bool, TrainingStep], RecordedSteps] | None = None
         self._evaluation: dict[bool, RecordedSteps] = {}
 

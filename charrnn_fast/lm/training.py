@@ -281,9 +281,11 @@ class Trainer:
         if val is not None and not math.isfinite(val[0]):
             raise TrainingError(f"the validation perplexity is {val[0]} in epoch {epoch}: {WHAT_TO_TRY}")
         self._so_far = None
+        val_ppl, batch_mean = val or (None, None)
+        norm, clipped = so_far.norm_figures(self.clip)
         return EpochRecord(
-            *(epoch, mean, perplexity(mean), *(val or (None, None)), so_far.tokens, so_far.seconds),
-            *(self.step, self._lr, *so_far.norm_figures(self.clip), so_far.skipped),
+            *(epoch, mean, perplexity(mean), val_ppl, batch_mean, so_far.tokens, so_far.seconds),
+            *(self.step, self._lr, norm, clipped, so_far.skipped),
         )
 
     def _steps(self, epoch: int, data: Sampler, so_far: EpochSoFar, resumed: bool) -> Iterator[StepRecord]:
