@@ -247,15 +247,9 @@ def linear_cross_entropy_case(step: str, kind: str, tile, target: str) -> Case:
     streams = step in ("loss", "logits") and tile.max_h > tile.block_h
     V = 1000 if tile.max_v > tile.block_v and step != "classes" else tile.block_v - 4
     types = {name: value for name in ("hidden_ptr", "weight_ptr", "bias_ptr")} | {"target_ptr": "*i64"}
-    constants = {
-        "H": tile.multiple * (999 // tile.multiple) if streams else tile.block_h - (tile.multiple == 1),
-        "V": V,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_V": tile.block_v,
-        "BLOCK_H": tile.block_h,
-        "HAS_BIAS": True,
-        "PRECISION": kind if value == "*fp32" else "ieee",
-    }
+    H = tile.multiple * (999 // tile.multiple) if streams else tile.block_h - (tile.multiple == 1)
+    precision = kind if value == "*fp32" else "ieee"
+    constants: dict[str, object] = {"F": load("linear_cross_entropy_kernels").Form.of(tile, H, V, True, precision)}
     if step == "loss":
         module, kernel = "linear_cross_entropy_kernels", "loss_kernel"
         types |= {"lse_ptr": accumulator, "totals_ptr": accumulator}
@@ -270,7 +264,7 @@ def linear_cross_entropy_case(step: str, kind: str, tile, target: str) -> Case:
         types |= {"grad_logits_ptr" if step == "logits" else "grad_hidden_ptr": value}
         if step == "classes":
             types |= {"grad_weight_ptr": accumulator}
-            constants |= {"GRAD_HIDDEN": True, "PARTIAL": True, "HALVES": tile.halves}
+            constants |= {"GRAD_HIDDEN": True, "PARTIAL": True}
         elif step == "rows":
             constants |= {"SPLIT": False}
     width = f"{tile.multiple}*" if streams else tile.block_h

@@ -184,6 +184,14 @@ def zero_tile(F: tl.constexpr):
 
 
 @device_function
+def state_buffers(F: tl.constexpr):
+    """Shared memory for two state tiles, which steps use in turn."""
+    even = gl.allocate_shared_memory(F.operand, F.shape, F.shared)
+    odd = gl.allocate_shared_memory(F.operand, F.shape, F.shared)
+    return even, odd
+
+
+@device_function
 def tf32_low(x, high):
     """What `high` leaves of x; nothing where x is infinite, whose difference would be NaN."""
     return gl.where(gl.abs(x) == float("inf"), 0.0, x - high)
@@ -253,6 +261,27 @@ def fma_product(buffer, w, PIECES: tl.constexpr, F: tl.constexpr):
 
 
 @device_function
+def multiply_add(high, low, state, chain, F: tl.constexpr):
+    """chain + a piece of W, its high and low part, times a piece of the state, by mma.sync."""
+    if F.three:
+        state_high = tf32_high(state)
+        chain = mma_v2(high, tf32_low(state, state_high), chain)
+        # An infinite state counts in the last product alone: W's low parts have signs of their own.
+        chain = mma_v2(low, gl.where(gl.abs(state) == float("inf"), 0.0, state_high), chain)
+        state = state_high
+    return mma_v2(high, state, chain)
+
+
+@device_function
+def sum_of(chains):
+    """Of the tensors of a tuple, in their order."""
+    total = chains[0]
+    for c in gl.static_range(1, len(chains)):
+        total += chains[c]
+    return total
+
+
+@device_function
 def _chain_step(chain, w, stored, state, a, F: tl.constexpr):
     """chain + piece a of W times its piece of the state."""
     IN_REGISTERS: tl.constexpr = F.pieces - F.in_shared
@@ -260,17 +289,13 @@ def _chain_step(chain, w, stored, state, a, F: tl.constexpr):
         high = w[a]
     else:
         high = stored[0].index(a - IN_REGISTERS).load(F.weight)
+    low = None
     if F.three:
         if a < IN_REGISTERS:
             low = w[IN_REGISTERS + a]
         else:
             low = stored[0].index(a - IN_REGISTERS + F.in_shared).load(F.weight)
-        state_high = tf32_high(state)
-        chain = mma_v2(high, tf32_low(state, state_high), chain)
-        # An infinite state counts in the last product alone: W's low parts have signs of their own.
-        chain = mma_v2(low, gl.where(gl.abs(state) == float("inf"), 0.0, state_high), chain)
-        state = state_high
-    return mma_v2(high, state, chain)
+    return multiply_add(high, low, state, chain, F)
 
 
 @device_function
@@ -289,14 +314,8 @@ def product(buffer, weight, x, F: tl.constexpr):
                 chains = chains + (_chain_step(zero_tile(F), w, stored, state, a, F),)
             else:
                 # The oldest chain, which is the first one, comes last again.
-                rest = ()
-                for c in gl.static_range(1, CHAINS):
-                    rest = rest + (chains[c],)
-                chains = rest + (_chain_step(chains[0], w, stored, state, a, F),)
-        total = chains[0]
-        for c in gl.static_range(1, CHAINS):
-            total += chains[c]
-        return total
+                chains = chains[1:] + (_chain_step(chains[0], w, stored, state, a, F),)
+        return sum_of(chains)
     else:
         total = fma_product(buffer, w, PIECES, F)
         if x is not None:

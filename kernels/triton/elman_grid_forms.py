@@ -20,8 +20,8 @@ from dataclasses import dataclass
 
 import triton.language as tl
 
-from .elman_forms import tf32_low
-from .gluon_interpreter import INTERPRETED, barrier, device_function, gl, mma_v2
+from .elman_forms import multiply_add, sum_of, tf32_low
+from .gluon_interpreter import INTERPRETED, barrier, device_function, gl
 from .numerics import tf32_high
 
 COUNTER_STRIDE = tl.constexpr(32)  # int32 between two counters: 128 bytes, a line of the second-level cache
@@ -243,20 +243,6 @@ def _load_piece(rows_ptr, k, mask_rows, a, F: tl.constexpr):
 
 
 @device_function
-def _chain_step(chain, w, state, a, F: tl.constexpr):
-    """chain + piece a of W times its piece of the state."""
-    high = w[a]
-    if F.three:
-        low = w[F.pieces + a]
-        state_high = tf32_high(state)
-        chain = mma_v2(high, tf32_low(state, state_high), chain)
-        # An infinite state counts in the last product alone: W's low parts have signs of their own.
-        chain = mma_v2(low, gl.where(gl.abs(state) == float("inf"), 0.0, state_high), chain)
-        state = state_high
-    return mma_v2(high, state, chain)
-
-
-@device_function
 def product(w, rows_ptr, k, mask_rows, late, buffer, F: tl.constexpr, other_w=None, other_ptr=None):
     """This program's units of state W^T, a tile (units, R); NaN if a warp is `late`.
 
@@ -264,7 +250,6 @@ def product(w, rows_ptr, k, mask_rows, late, buffer, F: tl.constexpr, other_w=No
     other_w, other_ptr: of another product to be added, by FMA.
     """
     PIECES: tl.constexpr = F.pieces
-    CHAINS: tl.constexpr = F.chains
     state = ()
     for a in gl.static_range(PIECES):
         state = state + (_load_piece(rows_ptr, k, mask_rows, a, F),)
@@ -274,18 +259,14 @@ def product(w, rows_ptr, k, mask_rows, late, buffer, F: tl.constexpr, other_w=No
     if F.mma:
         chains = ()
         for a in gl.static_range(PIECES):
-            if a < CHAINS:
+            low = w[PIECES + a] if F.three else None
+            if a < F.chains:
                 zero = gl.full(F.sums_shape, 0.0, F.acc, layout=F.products)
-                chains = chains + (_chain_step(zero, w, state[a], a, F),)
+                chains = chains + (multiply_add(w[a], low, state[a], zero, F),)
             else:
                 # The oldest chain, which is the first one, comes last again.
-                rest = ()
-                for c in gl.static_range(1, CHAINS):
-                    rest = rest + (chains[c],)
-                chains = rest + (_chain_step(chains[0], w, state[a], a, F),)
-        total = chains[0]
-        for c in gl.static_range(1, CHAINS):
-            total += chains[c]
+                chains = chains[1:] + (multiply_add(w[a], low, state[a], chains[0], F),)
+        total = sum_of(chains)
     else:
         products = w[0].expand_dims(2) * state[0].to(F.acc).expand_dims(1)
         for a in gl.static_range(1, PIECES):

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 
 import triton.language as tl
 
+from .elman_forms import sum_of
 from .elman_grid_forms import (
     COUNTER_STRIDE,
     GridForm,
@@ -159,10 +160,7 @@ def _load_parts(partials_ptr, wanted, F: tl.constexpr):
         offs = program * F.block_v + ids
         values = gl.load(partials_ptr + offs, mask=(program < limit) & (ids >= 0), other=0.0, cache_modifier=".cg")
         loaded = loaded + (values,)
-    total = loaded[0]
-    for j in gl.static_range(1, EACH):
-        total += loaded[j]
-    return total
+    return sum_of(loaded)
 
 
 @device_function

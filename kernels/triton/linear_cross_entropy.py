@@ -22,7 +22,7 @@ from .linear_cross_entropy_grad_kernels import (
     grad_logits_kernel,
     sum_partials_kernel,
 )
-from .linear_cross_entropy_kernels import loss_kernel, loss_of_splits_kernel, total_kernel
+from .linear_cross_entropy_kernels import Form, loss_kernel, loss_of_splits_kernel, total_kernel
 from .linear_cross_entropy_tiles import SUM_COLUMNS, SUM_PROGRAMS, SUM_WARPS, Tile, find_tile
 from .targets import AMD, launch_options
 
@@ -182,16 +182,8 @@ class _Plan:
         if loss is None or logits is None:
             raise RuntimeError(f"linear_cross_entropy: no tile for {dtype}, {precision}")
         self.loss, self.logits = loss, logits
-        shared = {"H": H, "V": V}, {"HAS_BIAS": has_bias, "PRECISION": precision}
         self.constants: dict[str, dict[str, object]] = {
-            step: {
-                **shared[0],
-                "BLOCK_N": tile.block_n,
-                "BLOCK_V": tile.block_v,
-                "BLOCK_H": tile.block_h,
-                **shared[1],
-                **tile.launch_options(self.target),
-            }
+            step: {"F": Form.of(tile, H, V, has_bias, precision), **tile.launch_options(self.target)}
             for step, tile in tiles.items()
             if tile is not None
         }
@@ -241,7 +233,7 @@ def _classes_launches(
 ) -> tuple[Launch, Launch | None]:
     """Over the tiles of classes, and over the partial sums, if there are any."""
     assert plan.classes is not None
-    flags = {"MEAN": plan.mean, "GRAD_HIDDEN": has_hidden, "PARTIAL": partial, "HALVES": plan.classes.halves}
+    flags = {"MEAN": plan.mean, "GRAD_HIDDEN": has_hidden, "PARTIAL": partial}
     of_tiles = Launch(grad_by_classes_kernel, **flags, **plan.constants["classes"])
     if not partial:
         return of_tiles, None
