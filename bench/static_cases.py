@@ -103,7 +103,9 @@ def elman_case(step: str, kind: str, width: int, tile, full: bool, target: str) 
         elif full:
             types |= {"h_prev_ptr": value}
     features = tile.most_inputs - full if step == "forward_inputs" else 0
-    constants: dict[str, object] = {"F": elman_form(kind, width - 1 if full else width, tile, inputs=features)}
+    constants: dict[str, object] = {
+        "F": load("elman_forms").Form.of(tile, width - full, float_of(kind), inputs=features)
+    }
     if "tokens_ptr" not in types:
         constants |= {"stride_x_h": 1}
     return Case(
@@ -157,18 +159,7 @@ def elman_grid_case(step: str, kind: str, hidden: int, tile, full: bool, target:
         types |= {"partial_bias_ptr": "*fp64" if kind == "fp64" else "*fp32"}
         if full:
             types |= {"grad_h_n_ptr": value, "h_prev_ptr": value}
-    form = load("elman_grid_forms").GridForm(
-        hidden=hidden - full,
-        units=tile.units,
-        rows=tile.rows,
-        warps=tile.warps,
-        dtype=getattr(triton.language, {"fp64": "float64", "16bit": "bfloat16"}.get(kind, "float32")),
-        mma=tile.form != "fma",
-        three=tile.form == "mma3",
-        most_chains=tile.chains,
-        lanes_k=tile.lanes_k,
-        ahead=tile.ahead,
-    )
+    form = load("elman_grid_forms").GridForm.of(tile, hidden - full, float_of(kind))
     sizes = {"T": 64, "B": tile.rows, "D": 1, "V": 28, "reverse": 0, "first_step": 0, "num_steps": 65, "first_team": 0}
     kernel = f"elman_grid_{step}_kernel"
     arguments = getattr(load("elman_grid_kernels"), kernel).arg_names
@@ -210,21 +201,9 @@ def elman_sum_cases(target: str) -> list[Case]:
     return [*cases, Case("partial sums of the recurrence", target, *kernel, None, TARGETS[target][1], values=sizes)]
 
 
-def elman_form(kind: str, hidden_size: int, tile, **options):
-    """The kernels' compile-time argument."""
-    return load("elman_forms").Form(
-        hidden=hidden_size,
-        rows=tile.rows,
-        lanes_n=tile.lanes_n,
-        lanes_k=tile.lanes_k,
-        warps=tile.warps,
-        dtype=getattr(triton.language, {"fp64": "float64", "16bit": "bfloat16"}.get(kind, "float32")),
-        mma=tile.form != "fma",
-        three=tile.form == "mma3",
-        in_shared=tile.in_shared,
-        ahead=tile.ahead,
-        **options,
-    )
+def float_of(kind: str) -> triton.language.dtype:
+    """The dtype of a kind's tensors, of 16 bits bfloat16."""
+    return getattr(triton.language, {"fp64": "float64", "16bit": "bfloat16"}.get(kind, "float32"))
 
 
 def linear_cross_entropy_cases(target: str) -> list[Case]:
@@ -438,7 +417,7 @@ def generate_grid_case(target: str, kind: str, hidden: int, vocab: int, sampled:
     tile = load("generate_grid_tiles").grid_tile(hidden, 4, layers)
     dtype = {"fp32": triton.language.float32, "bf16": triton.language.bfloat16}[kind]
     form = load("generate_grid_kernels").grid_form(
-        tile, hidden - sampled, vocab, dtype, sampled, sampled, layers=layers
+        tile, hidden - sampled, vocab, dtype, sample=sampled, top_k=sampled, layers=layers
     )
     types: dict[str, str | tuple[str, ...]] = dict.fromkeys(("table_ptr", "weight_ptr", "head_ptr"), f"*{kind}")
     types |= {"head_bias_ptr": f"*{kind}", "states_ptr": "*fp32", "partials_ptr": "*fp32", "counters_ptr": "*i32"}

@@ -15,7 +15,8 @@ summed over, is cut into pieces of KP, and W is a tuple of one register tensor a
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import triton.language as tl
 
@@ -23,35 +24,36 @@ from .gluon_interpreter import device_function, gl, mma_v2
 from .numerics import tf32_high
 
 
-@dataclass(frozen=True)
-class Form:
-    """One mapping with all its sizes; the kernels get it as their one compile-time argument."""
+@dataclass(frozen=True, kw_only=True)
+class AnyForm:
+    """One mapping, by one program (`Form`) or a grid of them (elman_grid_forms.py), with all its sizes; the kernels get
+    it as their one compile-time argument.
+    """
 
     hidden: int  # H
     rows: int  # R, batch rows of a program
-    lanes_n: int  # FMA: lanes of a warp along the units
-    lanes_k: int  # FMA: lanes that share a unit
     warps: int
     dtype: tl.dtype  # of the tensors
     mma: bool = False
     three: bool = False  # tf32x3
-    in_shared: int = 0  # MMA: pieces of W that stay in shared memory
-    inputs: int = 0  # FMA, forward: I features whose product with W_ih the kernel makes itself; 0: input is projected
-    ahead: int = 4  # steps by which input is loaded before it is needed; even
+    lanes_k: int = 8  # FMA: lanes that share a unit
+    ahead: int = 4  # steps by which input is loaded before it is needed; of one program even
     tanh: bool = True  # else relu
     wide: bool = False  # offsets inside a tile need int64
 
+    LAYOUTS: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def of(cls, tile: Any, hidden: int, dtype: tl.dtype, **options: Any):
+        """That of a tile of the tables, whose fields have these names. options: what the tile does not say."""
+        values = {field.name: getattr(tile, field.name) for field in fields(cls) if hasattr(tile, field.name)}
+        values |= {"hidden": hidden, "dtype": dtype, "mma": tile.form != "fma", "three": tile.form == "mma3"}
+        return cls(**values | options)
+
     def __repr__(self) -> str:
         """Names the layouts as well: Triton's cache of compiled kernels tells constants apart by this."""
-        values = [self.hidden, self.rows, self.warps, self.dtype, self.mma, self.three, self.in_shared]
-        values += [self.inputs, self.ahead, self.tanh, self.wide]
-        return f"Form({values}, {self.piece}, {self.products}, {self.tile}, {self.weight}, {self.shared})"
-
-    @functools.cached_property
-    def width(self) -> int:
-        """N; not less than what the threads of a program have between them."""
-        least = 16 * self.warps if self.mma else self.lanes_n * self.warps
-        return max(least, 1 << (self.hidden - 1).bit_length())
+        names = [field.name for field in fields(self)] + [*self.LAYOUTS]
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)}' for name in names)})"
 
     @property
     def acc(self) -> tl.dtype:
@@ -62,6 +64,28 @@ class Form:
     def operand(self) -> tl.dtype:
         """Of W and the state in the product."""
         return self.dtype if self.mma else self.acc
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Form(AnyForm):
+    """A mapping onto one program."""
+
+    lanes_n: int  # FMA: lanes of a warp along the units
+    in_shared: int = 0  # MMA: pieces of W that stay in shared memory
+    inputs: int = 0  # FMA, forward: I features whose product with W_ih the kernel makes itself; 0: input is projected
+
+    LAYOUTS = ("products", "tile", "weight", "shared")
+
+    @functools.cached_property
+    def width(self) -> int:
+        """N; not less than what the threads of a program have between them."""
+        least = 16 * self.warps if self.mma else self.lanes_n * self.warps
+        return max(least, 1 << (self.hidden - 1).bit_length())
+
+    @property
+    def units_first(self) -> bool:
+        """In a state tile, which else is (rows, units)."""
+        return self.mma
 
     @property
     def piece(self) -> int:
@@ -150,17 +174,18 @@ class Form:
 @device_function
 def tile_rows(F: tl.constexpr):
     """Batch rows of the state tile, shaped to broadcast over its units."""
-    rows = gl.arange(0, F.rows, layout=gl.SliceLayout(0 if F.mma else 1, F.tile))
+    rows = gl.arange(0, F.rows, layout=gl.SliceLayout(0 if F.units_first else 1, F.tile))
     if F.wide:
         rows = rows.to(gl.int64)
-    return rows.expand_dims(0 if F.mma else 1)
+    return rows.expand_dims(0 if F.units_first else 1)
 
 
 @device_function
 def tile_units(F: tl.constexpr):
-    """Units of the state tile, shaped to broadcast over its rows."""
-    units = gl.arange(0, F.width, layout=gl.SliceLayout(1 if F.mma else 0, F.tile))
-    return units.expand_dims(1 if F.mma else 0)
+    """Units of the state tile, shaped to broadcast over its rows; a grid's from the program's first one."""
+    count: tl.constexpr = F.shape[0 if F.units_first else 1]
+    units = gl.arange(0, count, layout=gl.SliceLayout(1 if F.units_first else 0, F.tile))
+    return units.expand_dims(1 if F.units_first else 0)
 
 
 @device_function

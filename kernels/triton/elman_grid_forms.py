@@ -20,52 +20,29 @@ from dataclasses import dataclass
 
 import triton.language as tl
 
-from .elman_forms import multiply_add, sum_of, tf32_low
+from .elman_forms import AnyForm, multiply_add, sum_of, tf32_low
 from .gluon_interpreter import INTERPRETED, barrier, device_function, gl
 from .numerics import tf32_high
 
 COUNTER_STRIDE = tl.constexpr(32)  # int32 between two counters: 128 bytes, a line of the second-level cache
 
 
-@dataclass(frozen=True)
-class GridForm:
-    """One mapping with all its sizes; the kernels get it as their one compile-time argument."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class GridForm(AnyForm):
+    """A mapping onto a grid of programs. rows: 8 or a power of two above it; FMA: any power of two."""
 
-    hidden: int  # H
     units: int  # of a program; 16 or a power of two above it
-    rows: int  # R, batch rows of a program: 8 or a power of two above it; FMA: any power of two
-    warps: int
-    dtype: tl.dtype  # of the tensors
-    mma: bool = True
-    three: bool = False  # tf32x3
     most_chains: int = 4  # MMA: sums of a warp that do not wait for each other, over all its units
-    lanes_k: int = 8  # FMA: lanes that share a unit
-    ahead: int = 2  # steps by which input is loaded before it is needed
-    tanh: bool = True  # else relu
-    wide: bool = False  # offsets inside a tile need int64
     by_part: bool = True  # a counter for each warp's part of k, else one for all
     most_polls: int = 1 << 24  # of a counter before the others are given up
 
-    def __repr__(self) -> str:
-        """Names the layouts as well: Triton's cache of compiled kernels tells constants apart by this."""
-        values = [self.hidden, self.units, self.rows, self.warps, self.dtype, self.mma, self.three]
-        values += [self.most_chains, self.lanes_k, self.ahead, self.tanh, self.wide, self.by_part, self.most_polls]
-        return f"GridForm({values}, {self.products}, {self.sums}, {self.shared})"
+    LAYOUTS = ("products", "sums", "shared")
+    units_first = True
 
     @property
     def programs(self) -> int:
         """That share the units."""
         return -(-self.hidden // self.units)
-
-    @property
-    def acc(self) -> tl.dtype:
-        """Of sums, tanh and carried gradients."""
-        return tl.float64 if self.dtype == tl.float64 else tl.float32
-
-    @property
-    def operand(self) -> tl.dtype:
-        """Of W and the state in the product."""
-        return self.dtype if self.mma else self.acc
 
     @property
     def k_width(self) -> int:
@@ -162,21 +139,6 @@ class GridForm:
         """Layout of the warps' sums in shared memory: blocks of eight rows, moved so that units do not conflict."""
         phases = min(4, max(1, self.rows // 8))
         return gl.SwizzledSharedLayout(min(8, self.rows), 4 // phases, phases, [2, 1, 0])
-
-
-@device_function
-def own_rows(F: tl.constexpr):
-    """Batch rows of the tile, shaped to broadcast over its units."""
-    rows = gl.arange(0, F.rows, layout=gl.SliceLayout(0, F.tile))
-    if F.wide:
-        rows = rows.to(gl.int64)
-    return rows.expand_dims(0)
-
-
-@device_function
-def own_units(F: tl.constexpr):
-    """Units of the tile, shaped to broadcast over its rows."""
-    return gl.arange(0, F.units, layout=gl.SliceLayout(1, F.tile)).expand_dims(1)
 
 
 @device_function

@@ -19,13 +19,11 @@ Rows, offsets, masks and pointers that are None are as in elman_kernels.py.
 
 import triton.language as tl
 
-from .elman_forms import zero_tile
+from .elman_forms import tile_rows, tile_units, zero_tile
 from .elman_grid_forms import (
     COUNTER_STRIDE,
     announce,
     load_weight,
-    own_rows,
-    own_units,
     part_counters,
     product,
     state_places,
@@ -105,7 +103,7 @@ def elman_grid_forward_kernel(
     LENGTH: tl.constexpr = 3 * F.ahead
     team, pid_d, first_row = _team(first_team, B, F)
     first_unit = gl.program_id(0) * F.units
-    rows, units = own_rows(F), first_unit + own_units(F)
+    rows, units = tile_rows(F), first_unit + tile_units(F)
     in_width = units < F.hidden
     state_k, state_rows = state_places(F)
     w = load_weight(of_direction(weight_ptr, weight_reverse_ptr, pid_d), first_unit, False, F)
@@ -221,7 +219,7 @@ def elman_grid_backward_kernel(
     LENGTH: tl.constexpr = 2 * F.ahead + 1
     team, pid_d, first_row = _team(first_team, B, F)
     first_unit = gl.program_id(0) * F.units
-    rows, units = own_rows(F), first_unit + own_units(F)
+    rows, units = tile_rows(F), first_unit + tile_units(F)
     in_width = units < F.hidden
     state_k, state_rows = state_places(F)
     w = load_weight(of_direction(weight_ptr, weight_reverse_ptr, pid_d), first_unit, True, F)

@@ -50,7 +50,7 @@ class GridTile:
     warps: int
     us: float  # a step
     why: str
-    chains: int = 4  # mma: sums that do not wait for each other
+    most_chains: int = 4  # mma: sums that do not wait for each other
     lanes_k: int = 8  # fma
     ahead: int = 2
     by_part: bool = True  # derived: fewer additions to one counter, and a warp waits for what it reads alone
@@ -90,7 +90,7 @@ GRID_TILES: dict[tuple[str, int], tuple[GridTile, ...]] = {
     ("tf32", 256): (_mma(16, 8, 8, 1.56), _mma(16, 16, 4, 1.97)),
     ("tf32", 512): (_mma(16, 8, 8, 1.68), _mma(16, 16, 8, 2.36)),
     ("tf32", 1024): (_mma(16, 8, 8, 2.37), _mma(16, 16, 8, 2.53)),
-    ("tf32", 2048): (_mma(16, 8, 8, 2.77, chains=2),),
+    ("tf32", 2048): (_mma(16, 8, 8, 2.77, most_chains=2),),
     ("16bit", 256): (_mma(16, 8, 4, 1.58), _mma(16, 16, 4, 1.53)),
     ("16bit", 512): (_mma(16, 8, 8, 1.62), _mma(16, 16, 4, 1.80)),
     ("16bit", 1024): (_mma(16, 8, 8, 2.01), _mma(32, 16, 8, 2.50)),

@@ -17,14 +17,12 @@ from torch import Tensor
 from .generate_grid import generate_grid, generate_grid_limits, generate_grid_reason
 from .generate_kernels import generate_kernel
 from .generate_tiles import MAX_VOCAB, GenerateTile, generate_tile
-from .launch import start, target_of
-
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+from .launch import TYPES, start, target_of
 
 
 def generate_limits(vocab: int, dtype: torch.dtype) -> str | None:
     """None if the kernel can decode with V ids and weights of this dtype, else one clause that says why not."""
-    if dtype not in _DTYPES:
+    if dtype not in TYPES:
         return f"no kernel for {dtype}"
     if vocab > MAX_VOCAB:
         return f"vocabulary {vocab} is above {MAX_VOCAB}"

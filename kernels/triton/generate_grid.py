@@ -56,7 +56,7 @@ def _form(
     top_k: bool,
     tanh: bool,
 ) -> GenerateForm:
-    return grid_form(tile, hidden_size, vocab, TYPES[dtype], sample, top_k, tanh=tanh, layers=layers)
+    return grid_form(tile, hidden_size, vocab, TYPES[dtype], sample=sample, top_k=top_k, tanh=tanh, layers=layers)
 
 
 def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:

@@ -19,8 +19,9 @@ CHOICE_US = 1.0
 
 @dataclass(frozen=True)
 class GenerateGridTile:
-    """How the programs of a team are laid out; elman_grid_forms.py has the words."""
+    """How the programs of a team are laid out, by FMA and with a row each; elman_grid_forms.py has the words."""
 
+    form, rows = "fma", 1
     units: int
     warps: int
     us: float  # a step of the recurrence

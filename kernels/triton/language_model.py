@@ -20,7 +20,7 @@ from .language_model_forms import SUM_ELEMENTS, SUM_PROGRAMS, SUM_WARPS, UPDATE_
 from .language_model_kernels import language_model_kernel
 from .language_model_types import Adam, Batch, Sums, Weights
 from .language_model_update_kernels import language_model_sums_kernel, language_model_update_kernel
-from .launch import INTERPRETED, processors_of, start, target_of
+from .launch import INTERPRETED, device_limits, processors_of, start, target_of
 from .targets import launch_options
 
 # In the interpreter few, so that small batches have programs of several rows, and large, for each takes its time.
@@ -36,13 +36,9 @@ def language_model_limits(
     device = torch.device(device)
     if dtype != torch.float32:
         return f"no kernel for {dtype}"
-    if device.type not in ("cpu", "cuda"):
-        return f"no kernel for device type {device.type}"
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return "no CUDA or ROCm device"
+    if (why := device_limits(dtype, device)) is not None:
+        return why
     target, shared_kb = target_of(device)
-    if not target:
-        return f"no tile sizes for {torch.cuda.get_device_name(device)}"
     tile = find_tile(hidden_size, vocab, target)
     if tile is None:
         return f"hidden size {hidden_size} and vocabulary {vocab} are more than one program can hold"

@@ -13,14 +13,13 @@ from .gluon_interpreter import gl
 from .targets import AMD, NVIDIA, launch_options
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class HeadForm(Form):
     """The head's: `hidden` are its V classes, `inputs` the H units."""
 
     apart: bool = False  # the gradient of W_hh is summed when the walk back is over
 
-    def __repr__(self) -> str:
-        return f"HeadForm({super().__repr__()}, {self.whole_rows}, {self.whole_states}, {self.apart})"
+    LAYOUTS = (*Form.LAYOUTS, "whole_rows", "whole_states")
 
     @property
     def state_width(self) -> int:

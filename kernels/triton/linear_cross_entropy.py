@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .launch import KINDS, Launch, precision_of, target_of
+from .launch import KINDS, Launch, device_limits, precision_of, target_of
 from .linear_cross_entropy_grad_kernels import (
     grad_by_classes_kernel,
     grad_by_rows_kernel,
@@ -38,16 +38,7 @@ ASSERTIONS = {"debug": True, "sanitize_overflow": False}
 
 def linear_cross_entropy_limits(dtype: torch.dtype, device: torch.device | str = "cpu") -> str | None:
     """None if the kernels run on this device with inputs of this dtype, else one clause that says why not."""
-    device = torch.device(device)
-    if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        return f"no kernel for {dtype}"
-    if device.type not in ("cpu", "cuda"):
-        return f"no kernel for device type {device.type}"
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return "no CUDA or ROCm device"
-    if not target_of(device)[0]:
-        return f"no tile sizes for {torch.cuda.get_device_name(device)}"
-    return None
+    return device_limits(dtype, torch.device(device))
 
 
 def linear_cross_entropy(
