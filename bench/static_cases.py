@@ -382,7 +382,7 @@ def generate_case(target: str, kind: str, H: int, V: int, L: int, sampled: bool)
     types |= {"prompt_ptr": "*i64", "ids_ptr": "*i64", "states_ptr": number, "sharpness_bits": "i64"}
     types |= {"weight_ih_ptr": value} if L > 1 else {}
     types |= {"uniforms_ptr": "*fp64", "logits_ptr": number} if sampled else {}
-    constants = tile.constants() | {"TANH": True, "STACKED": L > 1, "SAMPLE": sampled, "TOP_K": sampled}
+    constants = {"TANH": True, "STACKED": L > 1, "SAMPLE": sampled, "TOP_K": sampled, "F": tile}
     name = f"generate {kind} H{H} V{V} L{L} warps{tile.warps} {'sampled' if sampled else 'greedy'}"
     options = tile.launch_options(target)
     values = (("P", 1), ("N", 1000), ("V", V), ("L", L))

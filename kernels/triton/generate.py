@@ -118,7 +118,7 @@ def one_program(call: Decoding) -> tuple[Tensor, Tensor]:
         *_weights(tile, call),
         None if uniforms is None else uniforms.to(torch.float64).contiguous(),
         states,
-        None if call.top_k is None else torch.empty((B, tile.block_v), dtype=call.acc_type, device=device),
+        None if call.top_k is None else torch.empty((B, tile.head.n), dtype=call.acc_type, device=device),
         ids,
         P,
         call.num_tokens,
@@ -126,11 +126,11 @@ def one_program(call: Decoding) -> tuple[Tensor, Tensor]:
         L,
         call.top_k or 0,
         call.sharpness,
-        **tile.constants(),
         TANH=call.tanh,
         STACKED=L > 1,
         SAMPLE=uniforms is not None,
         TOP_K=call.top_k is not None,
+        F=tile,
         **tile.launch_options(target_of(device)[0]),
     )
     return ids, call.last_state(states)
@@ -159,13 +159,13 @@ def _weights(tile: GenerateTile, call: Decoding) -> tuple[Tensor, Tensor | None,
     rows[:V, :H] = table
     for layer, row in enumerate(_present(call.bias[1:])):
         rows[V + layer, :H] = row
-    logits = table.new_full((tile.block_v,), -torch.inf)
+    logits = table.new_full((tile.head.n,), -torch.inf)
     logits[:V] = 0.0 if call.head_bias is None else call.head_bias
     weight_ih = [table.new_empty(0, 0), *_present(call.weight_ih[1:])]
     return (
         rows,
         _transposed(weight_ih, tile.width, tile.width) if L > 1 else None,
         _transposed(call.weight_hh, tile.width, tile.width),
-        _transposed([call.head_weight], tile.depth, tile.block_v),
+        _transposed([call.head_weight], tile.depth, tile.head.n),
         logits,
     )
