@@ -275,13 +275,17 @@ def load_input_weight(weight_ptr, TRANSPOSE: tl.constexpr, F: tl.constexpr):
 
 
 @device_function
-def fma_product(buffer, w, PIECES: tl.constexpr, F: tl.constexpr):
+def load_piece(buffer, a, F: tl.constexpr):
+    """Piece a of the rows in `buffer`, (R, KP), where products of it are made. FMA form."""
+    return buffer.slice(a * F.piece, F.piece, dim=1).load(gl.SliceLayout(1, F.products))
+
+
+@device_function
+def fma_product(buffer, w, F: tl.constexpr):
     """The rows in `buffer` times the pieces w, (R, N)."""
-    rows = buffer.slice(0, F.piece, dim=1).load(gl.SliceLayout(1, F.products))
-    products = w[0].expand_dims(0) * rows.expand_dims(1)
-    for a in gl.static_range(1, PIECES):
-        rows = buffer.slice(a * F.piece, F.piece, dim=1).load(gl.SliceLayout(1, F.products))
-        products += w[a].expand_dims(0) * rows.expand_dims(1)
+    products = w[0].expand_dims(0) * load_piece(buffer, 0, F).expand_dims(1)
+    for a in gl.static_range(1, len(w)):
+        products += w[a].expand_dims(0) * load_piece(buffer, a, F).expand_dims(1)
     return gl.sum(products, axis=2)
 
 
@@ -342,25 +346,23 @@ def product(buffer, weight, x, F: tl.constexpr):
                 chains = chains[1:] + (_chain_step(chains[0], w, stored, state, a, F),)
         return sum_of(chains)
     else:
-        total = fma_product(buffer, w, PIECES, F)
+        total = fma_product(buffer, w, F)
         if x is not None:
             total += x
         return total
 
 
 @device_function
-def product_and_outer(buffer, weight, outer, h_prev, F: tl.constexpr):
+def product_and_outer(buffer, w, outer, h_prev, F: tl.constexpr):
     """state W, and `outer` plus, over the rows, h_prev x state, in pieces like W's. FMA form.
 
     Both take the state from one reading, and h_prev as it lies: the sum over time is a weight gradient's transpose.
     """
-    PIECES: tl.constexpr = F.pieces
-    w, _ = weight
-    state = buffer.slice(0, F.piece, dim=1).load(gl.SliceLayout(1, F.products)).expand_dims(1)
+    state = load_piece(buffer, 0, F).expand_dims(1)
     products = w[0].expand_dims(0) * state
     added = (outer[0] + gl.sum(h_prev.expand_dims(2) * state, axis=0).expand_dims(0),)
-    for a in gl.static_range(1, PIECES):
-        state = buffer.slice(a * F.piece, F.piece, dim=1).load(gl.SliceLayout(1, F.products)).expand_dims(1)
+    for a in gl.static_range(1, len(w)):
+        state = load_piece(buffer, a, F).expand_dims(1)
         products += w[a].expand_dims(0) * state
         added = added + (outer[a] + gl.sum(h_prev.expand_dims(2) * state, axis=0).expand_dims(0),)
     return gl.sum(products, axis=2), added
@@ -376,14 +378,21 @@ def zero_outer(PIECES: tl.constexpr, F: tl.constexpr):
 
 
 @device_function
-def store_outer(ptr, outer, F: tl.constexpr):
-    """Store the transpose of the pieces to an (H, H) matrix."""
-    PIECES: tl.constexpr = F.pieces
+def store_sum(ptr, value, mask, again):
+    """Store a sum; if `again`, on top of what this program left there before."""
+    if again:  # a branch: as a mask it would have all of a matrix loaded before any of it is added
+        value += gl.load(ptr, mask=mask, other=0.0)
+    gl.store(ptr, value, mask=mask)
+
+
+@device_function
+def store_outer(ptr, outer, again, ROWS: tl.constexpr, F: tl.constexpr):
+    """`store_sum` of the transpose of the pieces to a matrix (ROWS, H)."""
     n = gl.arange(0, F.width, layout=gl.SliceLayout(0, gl.SliceLayout(2, F.products))).expand_dims(0).expand_dims(2)
     k = gl.arange(0, F.piece, layout=gl.SliceLayout(0, gl.SliceLayout(1, F.products))).expand_dims(0).expand_dims(1)
-    for a in gl.static_range(PIECES):
+    for a in gl.static_range(len(outer)):
         row = k + a * F.piece
-        gl.store(ptr + row * F.hidden + n, outer[a], mask=(n < F.hidden) & (row < F.hidden))
+        store_sum(ptr + row * F.hidden + n, outer[a], (n < F.hidden) & (row < ROWS), again)
 
 
 @device_function

@@ -102,7 +102,6 @@ def elman_forward_kernel(
         even = gl.allocate_shared_memory(F.acc, F.input_shape, F.shared)
         odd = gl.allocate_shared_memory(F.acc, F.input_shape, F.shared)
         inputs = (even, odd)
-        INPUT_PIECES: tl.constexpr = F.input_pieces
     else:
         x_ptr += pid_d * F.hidden * stride_x_h
         rows_x, columns_x, in_width_x = rows, units, in_width
@@ -131,7 +130,7 @@ def elman_forward_kernel(
         x = x + (load_input(x_ptr, tokens_ptr, ids, places, k, V, stride_x_t, offs_x, rows_x, in_width_x, F),)
     if weight_ih_ptr is not None:
         inputs[0].store(x[0].to(F.acc))
-        projected = fma_product(inputs[0], w_ih, INPUT_PIECES, F)
+        projected = fma_product(inputs[0], w_ih, F)
         inputs[1].store(
             x[1].to(F.acc)
         )  # so that what the loop begins with waits for is what it waits for when it repeats
@@ -154,7 +153,7 @@ def elman_forward_kernel(
                     later = x[k + 2]
                 else:
                     later = x_next[k + 2 - AHEAD]
-                projected = fma_product(inputs[1 - k % 2], w_ih, INPUT_PIECES, F)
+                projected = fma_product(inputs[1 - k % 2], w_ih, F)
                 inputs[k % 2].store(later.to(F.acc))
             pre = product(states[k % 2], w, added, F)
             mask = (rows < places[1][k]) & in_width
@@ -260,7 +259,7 @@ def elman_backward_kernel(
                 gl.store(h_prev_ptr + offs, h_prev, mask=mask)
             grad_bias += d
             if partial_weight_ptr is not None:
-                new, outer = product_and_outer(gradients[k % 2], w, outer, h_prev.to(F.acc), F)
+                new, outer = product_and_outer(gradients[k % 2], w[0], outer, h_prev.to(F.acc), F)
             else:
                 new = product(gradients[k % 2], w, None, F)
             carry = gl.where(rows < places[1][k], new, carry)
@@ -274,4 +273,4 @@ def elman_backward_kernel(
     program = gl.program_id(0).to(gl.int64) * gl.num_programs(1) + pid_d
     store_row_sums(partial_bias_ptr + program * F.hidden, grad_bias, F)
     if partial_weight_ptr is not None:
-        store_outer(partial_weight_ptr + program * F.hidden * F.hidden, outer, F)
+        store_outer(partial_weight_ptr + program * F.hidden * F.hidden, outer, False, F.hidden, F)

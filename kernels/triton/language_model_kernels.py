@@ -22,9 +22,13 @@ import triton.language as tl
 from .elman_forms import (
     fma_product,
     load_input_weight,
+    load_piece,
     load_weight,
     product,
     product_and_outer,
+    state_buffers,
+    store_outer,
+    store_sum,
     tile_units,
     zero_outer,
     zero_tile,
@@ -43,21 +47,12 @@ def _row_by_row(buffer):
 
 
 @device_function
-def _load_units(ptr, units, F: tl.constexpr):
-    """(H,) shaped like a state tile; zero without it."""
+def _load_units(ptr, offs, units, F: tl.constexpr):
+    """H numbers shaped like a state tile; zero without a tensor."""
     if ptr is None:
         return zero_tile(F)
     else:
-        return gl.load(ptr + units, mask=units < F.hidden, other=0.0)
-
-
-@device_function
-def _load_first(h0_ptr, offs_h, units, F: tl.constexpr):
-    """State that a row begins with."""
-    if h0_ptr is None:
-        return zero_tile(F)
-    else:
-        return gl.load(h0_ptr + offs_h, mask=units < F.hidden, other=0.0)
+        return gl.load(ptr + offs, mask=units < F.hidden, other=0.0)
 
 
 @device_function
@@ -85,47 +80,14 @@ def _load_state(ptr, i, T, units, F: tl.constexpr):
 
 
 @device_function
-def _head_products(buffer, w, outer, h, F: tl.constexpr):
-    """g W_q for the one row g (1, V) in `buffer`, and `outer` plus h x g; both take g from one reading."""
-    PIECES: tl.constexpr = F.input_pieces
-    g = buffer.slice(0, F.piece, dim=1).load(gl.SliceLayout(1, F.products)).expand_dims(1)
-    products = w[0].expand_dims(0) * g
-    added = (outer[0] + h.expand_dims(2) * g,)
-    for a in gl.static_range(1, PIECES):
-        g = buffer.slice(a * F.piece, F.piece, dim=1).load(gl.SliceLayout(1, F.products)).expand_dims(1)
-        products += w[a].expand_dims(0) * g
-        added = added + (outer[a] + h.expand_dims(2) * g,)
-    return gl.sum(products, axis=2), added
-
-
-@device_function
-def _add(ptr, value, mask, again):
-    """Store a sum; if `again`, on top of what this program left there for the row before."""
-    if again:  # a branch: as a mask it would have all of a matrix loaded before any of it is added
-        value += gl.load(ptr, mask=mask, other=0.0)
-    gl.store(ptr, value, mask=mask)
-
-
-@device_function
-def _add_outer(ptr, outer, again, ROWS: tl.constexpr, PIECES: tl.constexpr, F: tl.constexpr):
-    """`_add` of the transpose of the pieces to a matrix (ROWS, H)."""
-    n = gl.arange(0, F.width, layout=gl.SliceLayout(0, gl.SliceLayout(2, F.products))).expand_dims(0).expand_dims(2)
-    k = gl.arange(0, F.piece, layout=gl.SliceLayout(0, gl.SliceLayout(1, F.products))).expand_dims(0).expand_dims(1)
-    for a in gl.static_range(PIECES):
-        row = k + a * F.piece
-        _add(ptr + row * F.hidden + n, outer[a], (n < F.hidden) & (row < ROWS), again)
-
-
-@device_function
 def _walk(tokens_ptr, stride_t, weight_ih_ptr, weight_hh_ptr, bias, h, states_ptr, T, F: tl.constexpr):
     """All steps of one row from state h; states (T, H) are stored."""
     AHEAD: tl.constexpr = F.ahead
     units = tile_units(F)
     weight_ih_ptr += units * F.inputs
     w = load_weight(weight_hh_ptr, False, F)
-    even = gl.allocate_shared_memory(F.acc, F.shape, F.shared)
-    odd = gl.allocate_shared_memory(F.acc, F.shape, F.shared)
-    even.store(h)
+    states = state_buffers(F)
+    states[0].store(h)
     ids = _load_ids(tokens_ptr, T * 0, 1, 0, T, stride_t, F)
     x = ()
     for k in gl.static_range(AHEAD):
@@ -136,16 +98,10 @@ def _walk(tokens_ptr, stride_t, weight_ih_ptr, weight_hh_ptr, bias, h, states_pt
         x_next = ()
         for k in gl.static_range(AHEAD):
             x_next = x_next + (_load_input(weight_ih_ptr, ids[k], units, F),)
-            if k % 2 == 0:
-                pre = product(even, w, x[k] + bias, F)
-            else:
-                pre = product(odd, w, x[k] + bias, F)
+            pre = product(states[k % 2], w, x[k] + bias, F)
             mask = units < gl.where(i + k < T, F.hidden, 0)
             h = gl.where(mask, activation(pre, F.tanh), h)
-            if k % 2 == 0:
-                odd.store(h)
-            else:
-                even.store(h)
+            states[1 - k % 2].store(h)
             gl.store(states_ptr + (i + k) * F.hidden + units, h, mask=mask)
         x, ids = x_next, ids_next
 
@@ -177,7 +133,6 @@ def _head(
     """Loss and number of targets that count of one row's states, and the head's gradients."""
     V: tl.constexpr = HEAD.hidden
     ROWS: tl.constexpr = HEAD.rows
-    PIECES: tl.constexpr = HEAD.input_pieces
     w = load_input_weight(weight_ptr, False, HEAD)
     units = tile_units(F)
     bias = 0.0
@@ -205,7 +160,7 @@ def _head(
         hidden.store(h)
         h = _load_rows(states_ptr, i + ROWS, T, rows_h, units_h, F)
         target = gl.load(targets_ptr + (i + rows).to(gl.int64) * stride_t, mask=i + rows < T, other=0)
-        logits.store(fma_product(hidden, w, PIECES, HEAD) + bias)
+        logits.store(fma_product(hidden, w, HEAD) + bias)
         o = gl.where(classes < V, logits.load(HEAD.whole_rows), float("-inf"))
         o -= gl.max(o, axis=1).expand_dims(1)
         exponentials = gl.exp(o)
@@ -224,13 +179,13 @@ def _head(
             barrier()  # or the compiler puts one into each turn of the loop
             for m in range(ROWS):  # as straight code it would take more registers than there are
                 state = hidden_rows.index(m).load(F.tile)
-                grad, outer = _head_products(grad_rows.index(m), w_back, outer, state, F)
+                grad, outer = product_and_outer(grad_rows.index(m), w_back, outer, state, F)
                 mask = units < gl.where(i + m < T, F.hidden, 0)
                 gl.store(grads_ptr + (i + m) * F.hidden + units, grad, mask=mask)
     if GRADS:
-        _add_outer(partial_weight_ptr, outer, again, V, F.input_pieces, F)
+        store_outer(partial_weight_ptr, outer, again, V, F)
         own = gl.arange(0, HEAD.width, layout=gl.SliceLayout(0, HEAD.whole_rows))
-        _add(partial_bias_ptr + own, gl.sum(grad_bias, axis=0), own < V, again)
+        store_sum(partial_bias_ptr + own, gl.sum(grad_bias, axis=0), own < V, again)
     return gl.sum(log_sums, axis=0) - gl.sum(gl.sum(chosen, axis=1), axis=0), gl.sum(counts, axis=0)
 
 
@@ -258,13 +213,12 @@ def _walk_back(
     if not HEAD.apart:
         outer = zero_outer(F.pieces, F)
     grad_bias = zero_tile(F)
-    even = gl.allocate_shared_memory(F.acc, F.shape, F.shared)
-    odd = gl.allocate_shared_memory(F.acc, F.shape, F.shared)
+    buffers = state_buffers(F)
     even_table = gl.allocate_shared_memory(F.acc, HEAD.table_shape, F.shared)
     odd_table = gl.allocate_shared_memory(F.acc, HEAD.table_shape, F.shared)
     even_table.store(gl.full(HEAD.table_shape, 0.0, F.acc, layout=HEAD.whole_states))
     odd_table.store(gl.full(HEAD.table_shape, 0.0, F.acc, layout=HEAD.whole_states))
-    even_rows, odd_rows = _row_by_row(even_table), _row_by_row(odd_table)
+    table_rows = (_row_by_row(even_table), _row_by_row(odd_table))
     carry = zero_tile(F)
     ids = _load_ids(tokens_ptr, T - 1, -1, 0, T, stride_t, F)
     h = ()
@@ -282,13 +236,8 @@ def _walk_back(
             grad_next = grad_next + (_load_state(grads_ptr, i + AHEAD + k, T, units, F),)
             d = gl.where(units < gl.where(i + k < T, F.hidden, 0), d, 0.0)
             known = (ids[k] >= 0) & (ids[k] < V)
-            row = gl.where(known, ids[k], 0)
-            if k % 2 == 0:
-                place = even_rows.index(row)
-                buffer = even
-            else:
-                place = odd_rows.index(row)
-                buffer = odd
+            place = table_rows[k % 2].index(gl.where(known, ids[k], 0))
+            buffer = buffers[k % 2]
             so_far = place.load(F.tile)
             buffer.store(d)
             if k + 1 < AHEAD:
@@ -301,7 +250,7 @@ def _walk_back(
                 mask = units < gl.where(i + k < T, F.hidden, 0)
                 gl.store(grads_ptr + (T - 1 - i - k) * F.hidden + units, d, mask=mask)
             else:
-                new, outer = product_and_outer(buffer, w, outer, h_prev, F)
+                new, outer = product_and_outer(buffer, w[0], outer, h_prev, F)
             place.store(so_far + gl.where(known, d, 0.0))
             grad_bias += d
             carry = gl.where(i + k < T, new, carry)
@@ -310,20 +259,18 @@ def _walk_back(
     units_v = gl.arange(0, F.width, layout=gl.SliceLayout(0, HEAD.whole_states)).expand_dims(0)
     total = even_table.load(HEAD.whole_states) + odd_table.load(HEAD.whole_states)
     mask = (ids_v < V) & (units_v < F.hidden)
-    _add(partial_table_ptr + ids_v * F.hidden + units_v, total, mask, again)
+    store_sum(partial_table_ptr + ids_v * F.hidden + units_v, total, mask, again)
     if not HEAD.apart:
-        _add_outer(partial_weight_ptr, outer, again, F.hidden, F.pieces, F)
-    _add(partial_bias_ptr + units, grad_bias, units < F.hidden, again)
+        store_outer(partial_weight_ptr, outer, again, F.hidden, F)
+    store_sum(partial_bias_ptr + units, grad_bias, units < F.hidden, again)
 
 
 @device_function
 def _add_outer_products(buffer, outer, h_prev, F: tl.constexpr):
     """`outer` plus h_prev x d for the one row d in `buffer`."""
-    PIECES: tl.constexpr = F.pieces
     added = ()
-    for a in gl.static_range(PIECES):
-        d = buffer.slice(a * F.piece, F.piece, dim=1).load(gl.SliceLayout(1, F.products)).expand_dims(1)
-        added = added + (outer[a] + h_prev.expand_dims(2) * d,)
+    for a in gl.static_range(len(outer)):
+        added = added + (outer[a] + h_prev.expand_dims(2) * load_piece(buffer, a, F).expand_dims(1),)
     return added
 
 
@@ -351,7 +298,7 @@ def _outer_products(states_ptr, grads_ptr, h0, partial_weight_ptr, again, T, F: 
         barrier()
         for m in range(ROWS):
             outer = _add_outer_products(later_rows.index(m), outer, before_rows.index(m).load(F.tile), F)
-    _add_outer(partial_weight_ptr, outer, again, F.hidden, F.pieces, F)
+    store_outer(partial_weight_ptr, outer, again, F.hidden, F)
 
 
 @jit(do_not_specialize=["T", "B", "ignore_index"])
@@ -390,7 +337,7 @@ def language_model_kernel(
     pid = gl.program_id(0)
     programs = gl.num_programs(0)
     units = tile_units(F)
-    bias = _load_units(bias_ih_ptr, units, F) + _load_units(bias_hh_ptr, units, F)
+    bias = _load_units(bias_ih_ptr, units, units, F) + _load_units(bias_hh_ptr, units, units, F)
     if GRADS:
         states_ptr += pid.to(gl.int64) * 2 * T * H
         grads_ptr = states_ptr + T * H
@@ -414,7 +361,7 @@ def language_model_kernel(
             own_tokens_ptr = tokens_ptr + start * stride_tokens_t
             own_targets_ptr = targets_ptr + start * stride_targets_t
         offs_h = gl.cast(row, gl.int64) * H + units
-        h = _load_first(h0_ptr, offs_h, units, F)
+        h = _load_units(h0_ptr, offs_h, units, F)
         _walk(own_tokens_ptr, stride_tokens_t, weight_ih_ptr, weight_hh_ptr, bias, h, states_ptr, T, F)
         barrier()  # the states are read in other layouts than they were written in
         row_loss, row_count = _head(
@@ -441,7 +388,7 @@ def language_model_kernel(
                 own_tokens_ptr,
                 stride_tokens_t,
                 weight_hh_ptr,
-                _load_first(h0_ptr, offs_h, units, F),
+                _load_units(h0_ptr, offs_h, units, F),
                 states_ptr,
                 grads_ptr,
                 table_ptr,
@@ -454,7 +401,7 @@ def language_model_kernel(
             )
             if HEAD.apart:
                 barrier()
-                h = _load_first(h0_ptr, offs_h, units, F)
+                h = _load_units(h0_ptr, offs_h, units, F)
                 _outer_products(states_ptr, grads_ptr, h, partial_weight_ptr, again, T, F, HEAD)
         # Only now: it may be where the first states are.
         gl.store(h_n_ptr + offs_h, _load_state(states_ptr, 0, T, units, F), mask=units < H)
