@@ -17,6 +17,8 @@ The gradient of W_ih is a table in shared memory to which each step adds a row; 
 between a step that reads a row and the next one that may read the same there is always the recurrence's own barrier.
 """
 
+from typing import NamedTuple
+
 import triton.language as tl
 
 from .elman_forms import (
@@ -35,6 +37,19 @@ from .elman_forms import (
 )
 from .gluon_interpreter import HAS_REINTERPRET, barrier, device_function, gl, jit
 from .numerics import activation, activation_backward
+
+
+class Own(NamedTuple):
+    """A program's own memory; but for the first, None without GRADS."""
+
+    states_ptr: tl.tensor  # (T, H)
+    grads_ptr: tl.tensor  # (T, H)
+    # sums over its rows of the batch
+    table_ptr: tl.tensor  # (V, H), of W_ih
+    weight_ptr: tl.tensor  # (H, H)
+    head_ptr: tl.tensor  # (V, H)
+    bias_ptr: tl.tensor  # (H,)
+    head_bias_ptr: tl.tensor  # (V,)
 
 
 @device_function
@@ -115,14 +130,10 @@ def _load_rows(ptr, first, T, rows, units, F: tl.constexpr):
 
 @device_function
 def _head(
-    states_ptr,  # (T, H)
-    grads_ptr,  # (T, H), written with GRADS: g_t W_q
+    own,
     targets_ptr,
     stride_t,
-    weight_ptr,
-    bias_ptr,
-    partial_weight_ptr,  # (V, H)
-    partial_bias_ptr,  # (V,)
+    weights,  # W_q (V, H), b_q (V,) or None
     again,
     T,
     ignore_index,
@@ -130,15 +141,16 @@ def _head(
     F: tl.constexpr,
     HEAD: tl.constexpr,
 ):
-    """Loss and number of targets that count of one row's states, and the head's gradients."""
+    """Loss and number of targets that count of one row's states, and with GRADS g_t W_q and the head's gradients."""
     V: tl.constexpr = HEAD.hidden
     ROWS: tl.constexpr = HEAD.rows
+    weight_ptr, bias_ptr = weights
     w = load_input_weight(weight_ptr, False, HEAD)
     units = tile_units(F)
     bias = 0.0
     if bias_ptr is not None:
-        own = tile_units(HEAD)
-        bias = gl.load(bias_ptr + own, mask=own < V, other=0.0)
+        offs = tile_units(HEAD)
+        bias = gl.load(bias_ptr + offs, mask=offs < V, other=0.0)
     hidden = gl.allocate_shared_memory(F.acc, HEAD.states_shape, F.shared)
     hidden_rows = _row_by_row(hidden)
     logits = gl.allocate_shared_memory(F.acc, HEAD.shape, HEAD.shared)
@@ -155,10 +167,10 @@ def _head(
         grad_logits = gl.allocate_shared_memory(F.acc, HEAD.shape, HEAD.shared)
         grad_rows = _row_by_row(grad_logits)
         grad_bias = gl.full(HEAD.shape, 0.0, F.acc, layout=HEAD.whole_rows)
-    h = _load_rows(states_ptr, 0, T, rows_h, units_h, F)
+    h = _load_rows(own.states_ptr, 0, T, rows_h, units_h, F)
     for i in range(0, T, ROWS):
         hidden.store(h)
-        h = _load_rows(states_ptr, i + ROWS, T, rows_h, units_h, F)
+        h = _load_rows(own.states_ptr, i + ROWS, T, rows_h, units_h, F)
         target = gl.load(targets_ptr + (i + rows).to(gl.int64) * stride_t, mask=i + rows < T, other=0)
         logits.store(fma_product(hidden, w, HEAD) + bias)
         o = gl.where(classes < V, logits.load(HEAD.whole_rows), float("-inf"))
@@ -181,30 +193,16 @@ def _head(
                 state = hidden_rows.index(m).load(F.tile)
                 grad, outer = product_and_outer(grad_rows.index(m), w_back, outer, state, F)
                 mask = units < gl.where(i + m < T, F.hidden, 0)
-                gl.store(grads_ptr + (i + m) * F.hidden + units, grad, mask=mask)
+                gl.store(own.grads_ptr + (i + m) * F.hidden + units, grad, mask=mask)
     if GRADS:
-        store_outer(partial_weight_ptr, outer, again, V, F)
-        own = gl.arange(0, HEAD.width, layout=gl.SliceLayout(0, HEAD.whole_rows))
-        store_sum(partial_bias_ptr + own, gl.sum(grad_bias, axis=0), own < V, again)
+        store_outer(own.head_ptr, outer, again, V, F)
+        offs = gl.arange(0, HEAD.width, layout=gl.SliceLayout(0, HEAD.whole_rows))
+        store_sum(own.head_bias_ptr + offs, gl.sum(grad_bias, axis=0), offs < V, again)
     return gl.sum(log_sums, axis=0) - gl.sum(gl.sum(chosen, axis=1), axis=0), gl.sum(counts, axis=0)
 
 
 @device_function
-def _walk_back(
-    tokens_ptr,
-    stride_t,
-    weight_hh_ptr,
-    h0,
-    states_ptr,  # (T, H)
-    grads_ptr,  # (T, H)
-    partial_table_ptr,  # (V, H)
-    partial_weight_ptr,  # (H, H)
-    partial_bias_ptr,  # (H,)
-    again,
-    T,
-    F: tl.constexpr,
-    HEAD: tl.constexpr,
-):
+def _walk_back(own, tokens_ptr, stride_t, weight_hh_ptr, h0, again, T, F: tl.constexpr, HEAD: tl.constexpr):
     """Back over the steps of one row: gradients of the recurrence's weights."""
     AHEAD: tl.constexpr = F.ahead
     V: tl.constexpr = F.inputs
@@ -224,16 +222,16 @@ def _walk_back(
     h = ()
     grad = ()
     for k in gl.static_range(AHEAD):
-        h = h + (_load_state(states_ptr, k, T, units, F),)
-        grad = grad + (_load_state(grads_ptr, k, T, units, F),)
+        h = h + (_load_state(own.states_ptr, k, T, units, F),)
+        grad = grad + (_load_state(own.grads_ptr, k, T, units, F),)
     for i in range(0, T, AHEAD):
         ids_next = _load_ids(tokens_ptr, T - 1, -1, i + AHEAD, T, stride_t, F)
         h_next = ()
         grad_next = ()
         for k in gl.static_range(AHEAD):
             d = activation_backward(grad[k] + carry, h[k], F.tanh)
-            h_next = h_next + (_load_state(states_ptr, i + AHEAD + k, T, units, F),)
-            grad_next = grad_next + (_load_state(grads_ptr, i + AHEAD + k, T, units, F),)
+            h_next = h_next + (_load_state(own.states_ptr, i + AHEAD + k, T, units, F),)
+            grad_next = grad_next + (_load_state(own.grads_ptr, i + AHEAD + k, T, units, F),)
             d = gl.where(units < gl.where(i + k < T, F.hidden, 0), d, 0.0)
             known = (ids[k] >= 0) & (ids[k] < V)
             place = table_rows[k % 2].index(gl.where(known, ids[k], 0))
@@ -248,7 +246,7 @@ def _walk_back(
             if HEAD.apart:
                 new = product(buffer, w, None, F)
                 mask = units < gl.where(i + k < T, F.hidden, 0)
-                gl.store(grads_ptr + (T - 1 - i - k) * F.hidden + units, d, mask=mask)
+                gl.store(own.grads_ptr + (T - 1 - i - k) * F.hidden + units, d, mask=mask)
             else:
                 new, outer = product_and_outer(buffer, w[0], outer, h_prev, F)
             place.store(so_far + gl.where(known, d, 0.0))
@@ -259,10 +257,10 @@ def _walk_back(
     units_v = gl.arange(0, F.width, layout=gl.SliceLayout(0, HEAD.whole_states)).expand_dims(0)
     total = even_table.load(HEAD.whole_states) + odd_table.load(HEAD.whole_states)
     mask = (ids_v < V) & (units_v < F.hidden)
-    store_sum(partial_table_ptr + ids_v * F.hidden + units_v, total, mask, again)
+    store_sum(own.table_ptr + ids_v * F.hidden + units_v, total, mask, again)
     if not HEAD.apart:
-        store_outer(partial_weight_ptr, outer, again, F.hidden, F)
-    store_sum(partial_bias_ptr + units, grad_bias, units < F.hidden, again)
+        store_outer(own.weight_ptr, outer, again, F.hidden, F)
+    store_sum(own.bias_ptr + units, grad_bias, units < F.hidden, again)
 
 
 @device_function
@@ -275,30 +273,30 @@ def _add_outer_products(buffer, outer, h_prev, F: tl.constexpr):
 
 
 @device_function
-def _outer_products(states_ptr, grads_ptr, h0, partial_weight_ptr, again, T, F: tl.constexpr, HEAD: tl.constexpr):
+def _outer_products(own, h0, again, T, F: tl.constexpr, HEAD: tl.constexpr):
     """The gradient of W_hh where the walk back has left d_t (T, H) in memory: no registers for W_hh beside it."""
     ROWS: tl.constexpr = HEAD.rows
     units = tile_units(F)
     outer = zero_outer(F.pieces, F)
     first = gl.allocate_shared_memory(F.acc, F.shape, F.shared)
-    first.store(gl.load(grads_ptr + units, mask=units < F.hidden, other=0.0))
+    first.store(gl.load(own.grads_ptr + units, mask=units < F.hidden, other=0.0))
     outer = _add_outer_products(first, outer, h0, F)
     later = gl.allocate_shared_memory(F.acc, HEAD.states_shape, F.shared)
     before = gl.allocate_shared_memory(F.acc, HEAD.states_shape, F.shared)
     later_rows, before_rows = _row_by_row(later), _row_by_row(before)
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, HEAD.whole_states)).expand_dims(1)
     units_h = gl.arange(0, F.width, layout=gl.SliceLayout(0, HEAD.whole_states)).expand_dims(0)
-    d = _load_rows(grads_ptr, 1, T, rows, units_h, F)
-    h = _load_rows(states_ptr, 0, T - 1, rows, units_h, F)
+    d = _load_rows(own.grads_ptr, 1, T, rows, units_h, F)
+    h = _load_rows(own.states_ptr, 0, T - 1, rows, units_h, F)
     for i in range(1, T, ROWS):
         later.store(d)
         before.store(h)
-        d = _load_rows(grads_ptr, i + ROWS, T, rows, units_h, F)
-        h = _load_rows(states_ptr, i + ROWS - 1, T - 1, rows, units_h, F)
+        d = _load_rows(own.grads_ptr, i + ROWS, T, rows, units_h, F)
+        h = _load_rows(own.states_ptr, i + ROWS - 1, T - 1, rows, units_h, F)
         barrier()
         for m in range(ROWS):
             outer = _add_outer_products(later_rows.index(m), outer, before_rows.index(m).load(F.tile), F)
-    store_outer(partial_weight_ptr, outer, again, F.hidden, F)
+    store_outer(own.weight_ptr, outer, again, F.hidden, F)
 
 
 @jit(do_not_specialize=["T", "B", "ignore_index"])
@@ -342,13 +340,13 @@ def language_model_kernel(
         states_ptr += pid.to(gl.int64) * 2 * T * H
         grads_ptr = states_ptr + T * H
         table_ptr = partial_ptr + pid.to(gl.int64) * (2 * V * H + H * H + H + V)
-        partial_weight_ptr = table_ptr + V * H
-        partial_head_ptr = partial_weight_ptr + H * H
-        partial_bias_ptr = partial_head_ptr + V * H
-        partial_head_bias_ptr = partial_bias_ptr + H
+        weight_ptr = table_ptr + V * H
+        head_ptr = weight_ptr + H * H
+        bias_ptr = head_ptr + V * H
+        own = Own(states_ptr, grads_ptr, table_ptr, weight_ptr, head_ptr, bias_ptr, bias_ptr + H)
     else:
         states_ptr += pid.to(gl.int64) * T * H
-        grads_ptr, partial_head_ptr, partial_head_bias_ptr = None, None, None
+        own = Own(states_ptr, None, None, None, None, None, None)
     loss = 0.0
     count = 0.0
     for row in range(pid, B, programs):
@@ -364,45 +362,20 @@ def language_model_kernel(
         h = _load_units(h0_ptr, offs_h, units, F)
         _walk(own_tokens_ptr, stride_tokens_t, weight_ih_ptr, weight_hh_ptr, bias, h, states_ptr, T, F)
         barrier()  # the states are read in other layouts than they were written in
+        head = (head_weight_ptr, head_bias_ptr)
         row_loss, row_count = _head(
-            states_ptr,
-            grads_ptr,
-            own_targets_ptr,
-            stride_targets_t,
-            head_weight_ptr,
-            head_bias_ptr,
-            partial_head_ptr,
-            partial_head_bias_ptr,
-            again,
-            T,
-            ignore_index,
-            GRADS,
-            F,
-            HEAD,
+            own, own_targets_ptr, stride_targets_t, head, again, T, ignore_index, GRADS, F, HEAD
         )
         loss += row_loss
         count += row_count
         barrier()
         if GRADS:
-            _walk_back(
-                own_tokens_ptr,
-                stride_tokens_t,
-                weight_hh_ptr,
-                _load_units(h0_ptr, offs_h, units, F),
-                states_ptr,
-                grads_ptr,
-                table_ptr,
-                partial_weight_ptr,
-                partial_bias_ptr,
-                again,
-                T,
-                F,
-                HEAD,
-            )
+            h = _load_units(h0_ptr, offs_h, units, F)
+            _walk_back(own, own_tokens_ptr, stride_tokens_t, weight_hh_ptr, h, again, T, F, HEAD)
             if HEAD.apart:
                 barrier()
                 h = _load_units(h0_ptr, offs_h, units, F)
-                _outer_products(states_ptr, grads_ptr, h, partial_weight_ptr, again, T, F, HEAD)
+                _outer_products(own, h, again, T, F, HEAD)
         # Only now: it may be where the first states are.
         gl.store(h_n_ptr + offs_h, _load_state(states_ptr, 0, T, units, F), mask=units < H)
         barrier()
