@@ -223,15 +223,22 @@ def tf32_low(x, high):
 
 
 @device_function
+def _load_weight_piece(weight_ptr, a, COLUMNS: tl.constexpr, TRANSPOSE: tl.constexpr, F: tl.constexpr):
+    """Piece a of a matrix (H, COLUMNS) contiguous, or of the transpose of one (COLUMNS, H), zero outside."""
+    n = gl.arange(0, F.width, layout=gl.SliceLayout(1, F.weight)).expand_dims(1)
+    k = gl.arange(0, F.piece, layout=gl.SliceLayout(0, F.weight)).expand_dims(0) + a * F.piece
+    offsets = k * F.hidden + n if TRANSPOSE else n * COLUMNS + k
+    return gl.load(weight_ptr + offsets, mask=(n < F.hidden) & (k < COLUMNS), other=0.0).to(F.operand)
+
+
+@device_function
 def load_weight(weight_ptr, TRANSPOSE: tl.constexpr, F: tl.constexpr):
-    """W (H, H) contiguous, or its transpose, zero outside: a tuple of pieces; for tf32x3 the high parts, then the low.
+    """W (H, H) or its transpose: a tuple of pieces; for tf32x3 the high parts, then the low.
 
     And the buffer of those that stay in shared memory, in the same order; an empty tuple if none do.
     """
     PIECES: tl.constexpr = F.pieces
     IN_REGISTERS: tl.constexpr = F.pieces - F.in_shared
-    n = gl.arange(0, F.width, layout=gl.SliceLayout(1, F.weight)).expand_dims(1)
-    k = gl.arange(0, F.piece, layout=gl.SliceLayout(0, F.weight)).expand_dims(0)
     highs = ()
     lows = ()
     if F.in_shared > 0:
@@ -239,9 +246,7 @@ def load_weight(weight_ptr, TRANSPOSE: tl.constexpr, F: tl.constexpr):
     else:
         stored = ()
     for a in gl.static_range(PIECES):
-        column = k + a * F.piece
-        offsets = column * F.hidden + n if TRANSPOSE else n * F.hidden + column
-        high = gl.load(weight_ptr + offsets, mask=(n < F.hidden) & (column < F.hidden), other=0.0).to(F.operand)
+        high = _load_weight_piece(weight_ptr, a, F.hidden, TRANSPOSE, F)
         low = high
         if F.three:
             high = tf32_high(high)
@@ -261,16 +266,11 @@ def load_weight(weight_ptr, TRANSPOSE: tl.constexpr, F: tl.constexpr):
 
 @device_function
 def load_input_weight(weight_ptr, TRANSPOSE: tl.constexpr, F: tl.constexpr):
-    """W_ih (H, I) contiguous, or the transpose of an (I, H), zero outside: a tuple of pieces like W's. FMA form."""
+    """W_ih (H, I), or the transpose of an (I, H): a tuple of pieces like W's. FMA form."""
     PIECES: tl.constexpr = F.input_pieces
-    n = gl.arange(0, F.width, layout=gl.SliceLayout(1, F.weight)).expand_dims(1)
-    k = gl.arange(0, F.piece, layout=gl.SliceLayout(0, F.weight)).expand_dims(0)
     pieces = ()
     for a in gl.static_range(PIECES):
-        column = k + a * F.piece
-        offsets = column * F.hidden + n if TRANSPOSE else n * F.inputs + column
-        mask = (n < F.hidden) & (column < F.inputs)
-        pieces = pieces + (gl.load(weight_ptr + offsets, mask=mask, other=0.0).to(F.acc),)
+        pieces = pieces + (_load_weight_piece(weight_ptr, a, F.inputs, TRANSPOSE, F),)
     return pieces
 
 
