@@ -9,7 +9,7 @@ products) it is by the next larger size's forward figure, or says "derived"; an 
 
 from dataclasses import dataclass
 
-from .targets import NVIDIA, launch_options
+from .targets import NVIDIA, TileOfWarps
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def programs_at_once(registers: int, shared: int, warps: int, chip: Chip) -> int
 
 
 @dataclass(frozen=True)
-class GridTile:
+class GridTile(TileOfWarps):
     """How the programs of a grid are laid out; elman_grid_forms.py has the words."""
 
     form: str  # "mma"; with float32 in three products "mma3"; "fma"
@@ -68,9 +68,6 @@ class GridTile:
             f"a grid by {name}: {programs} programs of {self.warps} warps a team, each with {self.units} rows of W_hh "
             f"({resident} bytes) in registers, {teams} teams of {self.rows} batch rows ({self.why})"
         )
-
-    def launch_options(self, target: str) -> dict[str, object]:
-        return launch_options(self.warps, target)
 
 
 def _mma(units, rows, warps, us, **options) -> GridTile:

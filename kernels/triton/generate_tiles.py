@@ -8,7 +8,7 @@ import functools
 from dataclasses import dataclass
 
 from .elman_tiles import next_power_of_2
-from .targets import launch_options
+from .targets import TileOfWarps
 
 MAX_VOCAB = 1024  # the logits are one tile
 MAX_RESIDENT = {4: 128, 8: 64}  # widest square matrix kept in registers, by the size of a number in bytes: 64 KB, 32 KB
@@ -25,7 +25,7 @@ class Block:
 
 
 @dataclass(frozen=True)
-class GenerateTile:
+class GenerateTile(TileOfWarps):
     """How one program decodes; generate_kernel gets it as a compile-time argument."""
 
     width: int  # H in whole tiles of a layer
@@ -35,9 +35,6 @@ class GenerateTile:
     block_j: int  # logits compared with all at a time
     resident: bool  # the weights stay in registers
     warps: int
-
-    def launch_options(self, target: str) -> dict[str, object]:
-        return launch_options(self.warps, target)
 
 
 def _whole(size: int, block: int) -> int:
