@@ -10,10 +10,10 @@ from .numerics import cast, dot, tf32_high
 
 
 class Rows(NamedTuple):
-    """What the gradients of all rows' logits are made from, but the logits themselves; see the kernels' arguments."""
+    """What the gradients of a tile's logits are made from, but the logits themselves; see the kernels' arguments."""
 
-    target_ptr: tl.tensor
     lse_ptr: tl.tensor
+    target_ptr: tl.tensor
     grad_loss_ptr: tl.tensor
     count_ptr: tl.tensor
     ignore_index: tl.tensor
@@ -43,24 +43,34 @@ def _dot(a_high, a_low, b_high, b_low, acc, F: tl.constexpr):
 
 
 @triton.jit
-def _grad_logits(logits, rows, first_row, rows_left, first_class, MEAN: tl.constexpr, F: tl.constexpr):
+def _rows_from(first_row, rows):
+    """Of the tile that begins at a row."""
+    return Rows(
+        rows.lse_ptr + first_row,
+        rows.target_ptr + first_row * rows.stride_target,
+        rows.grad_loss_ptr + first_row * rows.stride_grad_loss,
+        rows.count_ptr,
+        rows.ignore_index,
+        rows.stride_target,
+        rows.stride_grad_loss,
+    )
+
+
+@triton.jit
+def _grad_logits(logits, rows, rows_left, first_class, MEAN: tl.constexpr, F: tl.constexpr):
     """g (rows, classes) of a tile; for rows that do not count zero or, as in torch, NaN where the softmax is.
 
     A tile with all classes is normalized by its own sum: lse comes from logits that were rounded in another way, which
     shows where one class has nearly all of the probability.
     """
     offs_n = tl.arange(0, F.block_n)
-    target_ptr = rows.target_ptr + first_row * rows.stride_target
-    target, counted = load_targets(target_ptr, rows_left, rows.stride_target, rows.ignore_index, F.block_n)
+    target, counted = load_targets(rows.target_ptr, rows_left, rows.stride_target, rows.ignore_index, F.block_n)
     if F.block_v >= F.V:
         exponentials = tl.exp(logits - tl.max(logits, 1)[:, None])
         softmax = exponentials / tl.sum(exponentials, 1)[:, None]
     else:
-        softmax = tl.exp(
-            logits - tl.load(rows.lse_ptr + first_row + offs_n, mask=offs_n < rows_left, other=0.0)[:, None]
-        )
-    grad_loss_ptr = rows.grad_loss_ptr + first_row * rows.stride_grad_loss
-    factor = tl.load(grad_loss_ptr + offs_n * rows.stride_grad_loss, mask=counted, other=0.0).to(logits.dtype)
+        softmax = tl.exp(logits - tl.load(rows.lse_ptr + offs_n, mask=offs_n < rows_left, other=0.0)[:, None])
+    factor = tl.load(rows.grad_loss_ptr + offs_n * rows.stride_grad_loss, mask=counted, other=0.0).to(logits.dtype)
     if MEAN:
         factor = factor / tl.maximum(tl.load(rows.count_ptr), 1.0)
     is_target = (target - first_class)[:, None] == tl.arange(0, F.block_v)[None, :]
@@ -118,7 +128,7 @@ def grad_by_classes_kernel(
     w_high, w_low = _halves(w, F)
     grad_weight = tl.zeros((F.block_v, F.block_h), acc_type)
     grad_bias = tl.zeros((F.block_v,), acc_type)
-    rows = Rows(target_ptr, lse_ptr, grad_loss_ptr, count_ptr, ignore_index, stride_target, stride_grad_loss)
+    rows = Rows(lse_ptr, target_ptr, grad_loss_ptr, count_ptr, ignore_index, stride_target, stride_grad_loss)
     for tile in range(tl.program_id(1), tl.cdiv(N, F.block_n), tl.num_programs(1)):
         first_row = tl.cast(tile, tl.int64) * F.block_n
         rows_left = N - first_row
@@ -127,7 +137,7 @@ def grad_by_classes_kernel(
         products = tl.zeros((F.block_n, F.block_v), acc_type)
         products = _dot(h_high, h_low, tl.trans(w_high), tl.trans(w_low), products, F)
         logits = add_bias(products, bias_ptr, classes_left, F)
-        g = _grad_logits(logits, rows, first_row, rows_left, first_class, MEAN, F)
+        g = _grad_logits(logits, _rows_from(first_row, rows), rows_left, first_class, MEAN, F)
         g_high, g_low = _halves(cast(g, operand_type), F)
         grad_hidden_at = grad_hidden_ptr + first_row * F.H if GRAD_HIDDEN else None
         if GRAD_HIDDEN and F.halves:  # first: fewer registers, and none of this tile's are spilled
@@ -210,7 +220,8 @@ def grad_by_rows_kernel(
     acc_type = lse_ptr.dtype.element_ty
     first_row = tl.program_id(0).to(tl.int64) * F.block_n
     rows_left = N - first_row
-    rows = Rows(target_ptr, lse_ptr, grad_loss_ptr, count_ptr, ignore_index, stride_target, stride_grad_loss)
+    rows = Rows(lse_ptr, target_ptr, grad_loss_ptr, count_ptr, ignore_index, stride_target, stride_grad_loss)
+    rows = _rows_from(first_row, rows)
     h = load_tile(hidden_ptr + first_row * stride_hidden_n, rows_left, stride_hidden_n, 0, F.block_n, F)
     grad_h = tl.zeros((F.block_n, F.block_h), acc_type)
     first_tile = tl.program_id(1) * tiles_per_split if SPLIT else 0
@@ -220,7 +231,7 @@ def grad_by_rows_kernel(
         w = load_tile(weight_ptr + first_class * stride_weight_v, F.V - first_class, stride_weight_v, 0, F.block_v, F)
         products = dot(h, tl.trans(w), tl.zeros((F.block_n, F.block_v), acc_type), F.precision)
         logits = add_bias(products, bias_ptr + first_class if F.has_bias else bias_ptr, F.V - first_class, F)
-        g = _grad_logits(logits, rows, first_row, rows_left, first_class, MEAN, F)
+        g = _grad_logits(logits, rows, rows_left, first_class, MEAN, F)
         grad_h = dot(cast(g, operand_type), w, grad_h, F.precision)
     if SPLIT:
         grad_hidden_ptr += tl.program_id(1).to(tl.int64) * N * F.H
@@ -271,8 +282,8 @@ def grad_logits_kernel(
         stride_weight_v,
         F,
     )
-    rows = Rows(target_ptr, lse_ptr, grad_loss_ptr, count_ptr, ignore_index, stride_target, stride_grad_loss)
-    g = _grad_logits(logits, rows, first_row, rows_left, first_class, MEAN, F)
+    rows = Rows(lse_ptr, target_ptr, grad_loss_ptr, count_ptr, ignore_index, stride_target, stride_grad_loss)
+    g = _grad_logits(logits, _rows_from(first_row, rows), rows_left, first_class, MEAN, F)
     offs_n = tl.arange(0, F.block_n)[:, None]
     offs_v = tl.arange(0, F.block_v)[None, :]
     tl.store(
