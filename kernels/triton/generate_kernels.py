@@ -70,10 +70,10 @@ def _load_vector(ptr, BLOCK: tl.constexpr):
 def _zeros(BLOCK: tl.constexpr, dtype: tl.constexpr):
     """A tile of zeros."""
     if BLOCK.lanes_k == 1:
-        return tl.zeros((BLOCK.k, BLOCK.n), dtype)
+        return tl.full((BLOCK.k, BLOCK.n), 0, dtype)
     else:
         shape: tl.constexpr = (BLOCK.lanes_k, BLOCK.n // BLOCK.lanes_n, BLOCK.k // BLOCK.lanes_k, BLOCK.lanes_n)
-        return tl.zeros(shape, dtype)
+        return tl.full(shape, 0, dtype)
 
 
 @triton.jit

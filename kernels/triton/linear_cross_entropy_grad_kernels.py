@@ -34,12 +34,13 @@ def _halves(x, F: tl.constexpr):
 @triton.jit
 def _dot(a_high, a_low, b_high, b_low, acc, F: tl.constexpr):
     """acc + a b, with F.halves from those of both: Triton's own tf32x3 guards every sum of it against NaN, too."""
+    PRECISION: tl.constexpr = F.precision
     if F.halves:
         acc = dot(a_low, b_high, acc, "tf32")
         acc = dot(a_high, b_low, acc, "tf32")
         return dot(a_high, b_high, acc, "tf32")
     else:
-        return dot(a_high, b_high, acc, F.precision)
+        return dot(a_high, b_high, acc, PRECISION)
 
 
 @triton.jit
@@ -82,7 +83,7 @@ def _grad_logits(logits, rows, rows_left, first_class, MEAN: tl.constexpr, F: tl
 def _store_grad_hidden(ptr, g_high, g_low, w_high, w_low, rows_left, F: tl.constexpr):
     """g W of a tile of rows, which ptr stands at."""
     acc_type: tl.constexpr = tl.float64 if g_high.dtype == tl.float64 else tl.float32
-    grad_h = _dot(g_high, g_low, w_high, w_low, tl.zeros((F.block_n, F.block_h), acc_type), F)
+    grad_h = _dot(g_high, g_low, w_high, w_low, tl.full((F.block_n, F.block_h), 0, acc_type), F)
     offs_n = tl.arange(0, F.block_n)[:, None]
     offs_h = tl.arange(0, F.block_h)[None, :]
     mask = (offs_n < rows_left) & (offs_h < F.H)
@@ -126,15 +127,15 @@ def grad_by_classes_kernel(
         bias_ptr += first_class
     w = load_tile(weight_ptr, classes_left, stride_weight_v, 0, F.block_v, F)
     w_high, w_low = _halves(w, F)
-    grad_weight = tl.zeros((F.block_v, F.block_h), acc_type)
-    grad_bias = tl.zeros((F.block_v,), acc_type)
+    grad_weight = tl.full((F.block_v, F.block_h), 0, acc_type)
+    grad_bias = tl.full((F.block_v,), 0, acc_type)
     rows = Rows(lse_ptr, target_ptr, grad_loss_ptr, count_ptr, ignore_index, stride_target, stride_grad_loss)
     for tile in range(tl.program_id(1), tl.cdiv(N, F.block_n), tl.num_programs(1)):
         first_row = tl.cast(tile, tl.int64) * F.block_n
         rows_left = N - first_row
         h = load_tile(hidden_ptr + first_row * stride_hidden_n, rows_left, stride_hidden_n, 0, F.block_n, F)
         h_high, h_low = _halves(h, F)
-        products = tl.zeros((F.block_n, F.block_v), acc_type)
+        products = tl.full((F.block_n, F.block_v), 0, acc_type)
         products = _dot(h_high, h_low, tl.trans(w_high), tl.trans(w_low), products, F)
         logits = add_bias(products, bias_ptr, classes_left, F)
         g = _grad_logits(logits, _rows_from(first_row, rows), rows_left, first_class, MEAN, F)
@@ -216,6 +217,7 @@ def grad_by_rows_kernel(
     F: tl.constexpr,  # Form, with all of H in a tile
 ):
     """A program owns a tile's rows and walks the classes, all of them or, with SPLIT, a part."""
+    PRECISION: tl.constexpr = F.precision
     operand_type = weight_ptr.dtype.element_ty
     acc_type = lse_ptr.dtype.element_ty
     first_row = tl.program_id(0).to(tl.int64) * F.block_n
@@ -223,16 +225,16 @@ def grad_by_rows_kernel(
     rows = Rows(lse_ptr, target_ptr, grad_loss_ptr, count_ptr, ignore_index, stride_target, stride_grad_loss)
     rows = _rows_from(first_row, rows)
     h = load_tile(hidden_ptr + first_row * stride_hidden_n, rows_left, stride_hidden_n, 0, F.block_n, F)
-    grad_h = tl.zeros((F.block_n, F.block_h), acc_type)
+    grad_h = tl.full((F.block_n, F.block_h), 0, acc_type)
     first_tile = tl.program_id(1) * tiles_per_split if SPLIT else 0
     end_tile = tl.minimum(first_tile + tiles_per_split, tl.cdiv(F.V, F.block_v)) if SPLIT else tl.cdiv(F.V, F.block_v)
     for tile in range(first_tile, end_tile):
         first_class = tl.cast(tile, tl.int64) * F.block_v
         w = load_tile(weight_ptr + first_class * stride_weight_v, F.V - first_class, stride_weight_v, 0, F.block_v, F)
-        products = dot(h, tl.trans(w), tl.zeros((F.block_n, F.block_v), acc_type), F.precision)
+        products = dot(h, tl.trans(w), tl.full((F.block_n, F.block_v), 0, acc_type), PRECISION)
         logits = add_bias(products, bias_ptr + first_class if F.has_bias else bias_ptr, F.V - first_class, F)
         g = _grad_logits(logits, rows, rows_left, first_class, MEAN, F)
-        grad_h = dot(cast(g, operand_type), w, grad_h, F.precision)
+        grad_h = dot(cast(g, operand_type), w, grad_h, PRECISION)
     if SPLIT:
         grad_hidden_ptr += tl.program_id(1).to(tl.int64) * N * F.H
     offs_n = tl.arange(0, F.block_n)[:, None]

@@ -72,12 +72,13 @@ def logits_of(
     F: tl.constexpr,
 ):
     """Logits (rows, classes) of those that the pointers stand at, a part of H at a time."""
+    PRECISION: tl.constexpr = F.precision
     acc_type = tl.float64 if hidden_ptr.dtype.element_ty == tl.float64 else tl.float32
-    products = tl.zeros((F.block_n, F.block_v), acc_type)
+    products = tl.full((F.block_n, F.block_v), 0, acc_type)
     for first_col in range(0, F.H, F.block_h):
         h = load_tile(hidden_ptr, rows_left, stride_hidden_n, first_col, F.block_n, F)
         w = load_tile(weight_ptr, classes_left, stride_weight_v, first_col, F.block_v, F)
-        products = dot(h, tl.trans(w), products, F.precision)
+        products = dot(h, tl.trans(w), products, PRECISION)
     return add_bias(products, bias_ptr, classes_left, F)
 
 
@@ -159,8 +160,8 @@ def loss_kernel(
     end_tile = tl.minimum(first_tile + tiles_per_split, tl.cdiv(F.V, F.block_v)) if SPLIT else tl.cdiv(F.V, F.block_v)
     acc_type = lse_ptr.dtype.element_ty
     highest = tl.full((F.block_n,), float("-inf"), acc_type)
-    total = tl.zeros((F.block_n,), acc_type)
-    chosen = tl.zeros((F.block_n,), acc_type)
+    total = tl.full((F.block_n,), 0, acc_type)
+    chosen = tl.full((F.block_n,), 0, acc_type)
     for tile in range(first_tile, end_tile):
         first_class = tl.cast(tile, tl.int64) * F.block_v
         logits = logits_of(
