@@ -139,7 +139,7 @@ class _Sizes:
     def total(self, sums: Sums) -> Tensor:
         """The mean loss."""
         loss = self.empty()
-        self._sums(1, Sums(None, sums.losses), None, loss, None, (None,) * 6, (None,) * 6, 0)
+        self.gradients(Sums(None, sums.losses), None, loss)
         return loss
 
     def gradients(
@@ -150,28 +150,13 @@ class _Sizes:
         trained: Sequence[bool] = (False,) * 6,
         steps: Sequence[Tensor | None] = (None,) * 6,
     ) -> tuple[Tensor | None, Weights]:
-        """Gradients, and before them, with anything trained, the sums of squares that make the norm. steps: become one
-        more. loss: where the mean loss goes.
+        """Gradients, if there are sums for them, and before them, with anything trained, the sums of squares that make
+        the norm. steps: become one more. loss: where the mean loss goes.
         """
-        H, V = self.H, self.V
-        grads = _like(self.weights)
-        blocks = sum(-(-numel // BLOCK) for numel in (V * H, H * H, V * H, H, V))
+        H, V, partial = self.H, self.V, sums.partial
+        grads: list[Any] = [None if w is None or partial is None else torch.empty_like(w) for w in self.weights]
+        blocks = 1 if partial is None else sum(-(-numel // BLOCK) for numel in (V * H, H * H, V * H, H, V))
         squares = self.empty(blocks) if any(trained) else None
-        bits = sum(bool(t) << i for i, t in enumerate(trained))
-        self._sums(blocks, sums, upstream, loss, squares, grads, steps, bits)
-        return squares, grads
-
-    def _sums(
-        self,
-        blocks: int,
-        sums: Sums,
-        upstream: Tensor | None,
-        loss: Tensor | None,
-        squares: Tensor | None,
-        grads: Sequence[Tensor | None],
-        steps: Sequence[Tensor | None],
-        trained: int,
-    ) -> None:
         start(
             language_model_sums_kernel,
             (blocks, 1, 1),
@@ -183,13 +168,14 @@ class _Sizes:
             *grads,
             *steps,
             sums.losses.shape[1],
-            H=self.H,
-            V=self.V,
-            TRAINED=trained,
+            H=H,
+            V=V,
+            TRAINED=sum(bool(t) << i for i, t in enumerate(trained)),
             BLOCK_P=BLOCK_P,
             BLOCK=BLOCK,
             **launch_options(SUM_WARPS, self.target),
         )
+        return squares, Weights(*grads)
 
     def update(
         self,
@@ -273,12 +259,6 @@ class _Call(_Sizes):
             **_constants(H, V, self.target, self.tanh, grads),
         )
         return Sums(partial, losses), h_n
-
-
-def _like(weights: Weights) -> Weights:
-    """Tensors for what belongs to each of them."""
-    found: list[Any] = [None if w is None else torch.empty_like(w) for w in weights]
-    return Weights(*found)
 
 
 @functools.cache

@@ -104,16 +104,19 @@ def _store_losses(
     lse_ptr,  # (N,)
     loss_ptr,  # (N,) any float; written with LOSS_ROWS
     totals_ptr,  # (3, programs): sum of the losses, rows that count, and those of them whose target is no class
+    first_row,
+    rows_left,
     lse,
     chosen,
     target,
     counted,
-    rows_left,
     V,
-    BLOCK_N: tl.constexpr,
     LOSS_ROWS: tl.constexpr,
 ):
-    offs_n = tl.arange(0, BLOCK_N)
+    lse_ptr += first_row
+    if LOSS_ROWS:
+        loss_ptr += first_row
+    offs_n = tl.arange(0, lse.shape[0])
     outside = counted & ((target < 0) | (target >= V))
     loss = tl.where(counted, tl.where(outside, float("nan"), lse - chosen), 0.0)
     tl.store(lse_ptr + offs_n, lse, mask=offs_n < rows_left)
@@ -184,10 +187,7 @@ def loss_kernel(
         tl.store(lse_ptr + offs_n, lse, mask=mask)
         tl.store(chosen_ptr + offs_n, chosen, mask=mask)
     else:
-        lse_ptr += first_row
-        if LOSS_ROWS:
-            loss_ptr += first_row
-        _store_losses(lse_ptr, loss_ptr, totals_ptr, lse, chosen, target, counted, rows_left, F.V, F.block_n, LOSS_ROWS)
+        _store_losses(lse_ptr, loss_ptr, totals_ptr, first_row, rows_left, lse, chosen, target, counted, F.V, LOSS_ROWS)
 
 
 @triton.jit(do_not_specialize=["N", "ignore_index", "splits"])
@@ -225,11 +225,8 @@ def loss_of_splits_kernel(
         partial = tl.load(partial_lse_ptr + offs_n, mask=mask, other=0.0)
         highest, total = _add_exponentials(highest, total, partial[:, None])
         chosen += tl.load(chosen_ptr + offs_n, mask=mask, other=0.0)
-    lse_ptr += first_row
-    if LOSS_ROWS:
-        loss_ptr += first_row
     lse = highest + tl.log(total)
-    _store_losses(lse_ptr, loss_ptr, totals_ptr, lse, chosen, target, counted, rows_left, V, BLOCK_N, LOSS_ROWS)
+    _store_losses(lse_ptr, loss_ptr, totals_ptr, first_row, rows_left, lse, chosen, target, counted, V, LOSS_ROWS)
 
 
 @triton.jit(do_not_specialize=["programs"])
