@@ -122,6 +122,13 @@ def _walk(tokens_ptr, stride_t, weight_ih_ptr, weight_hh_ptr, bias, h, states_pt
 
 
 @device_function
+def _whole_states(ROWS: tl.constexpr, F: tl.constexpr, HEAD: tl.constexpr):
+    """Rows and units of a tile of states as it is loaded, each shaped to broadcast over the other."""
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, HEAD.whole_states))
+    return rows.expand_dims(1), gl.arange(0, F.width, layout=gl.SliceLayout(0, HEAD.whole_states)).expand_dims(0)
+
+
+@device_function
 def _load_rows(ptr, first, T, rows, units, F: tl.constexpr):
     """A tile of states (rows of time, units), zero outside."""
     mask = (first + rows < T) & (units < F.hidden)
@@ -156,8 +163,7 @@ def _head(
     logits = gl.allocate_shared_memory(F.acc, HEAD.shape, HEAD.shared)
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, HEAD.whole_rows))
     classes = gl.arange(0, HEAD.width, layout=gl.SliceLayout(0, HEAD.whole_rows)).expand_dims(0)
-    rows_h = gl.arange(0, ROWS, layout=gl.SliceLayout(1, HEAD.whole_states)).expand_dims(1)
-    units_h = gl.arange(0, F.width, layout=gl.SliceLayout(0, HEAD.whole_states)).expand_dims(0)
+    rows_h, units_h = _whole_states(ROWS, F, HEAD)
     log_sums = gl.full([ROWS], 0.0, F.acc, layout=gl.SliceLayout(1, HEAD.whole_rows))
     counts = gl.full([ROWS], 0.0, F.acc, layout=gl.SliceLayout(1, HEAD.whole_rows))
     chosen = gl.full(HEAD.shape, 0.0, F.acc, layout=HEAD.whole_rows)
@@ -253,8 +259,7 @@ def _walk_back(own, tokens_ptr, stride_t, weight_hh_ptr, h0, again, T, F: tl.con
             grad_bias += d
             carry = gl.where(i + k < T, new, carry)
         h, grad, ids = h_next, grad_next, ids_next
-    ids_v = gl.arange(0, HEAD.width, layout=gl.SliceLayout(1, HEAD.whole_states)).expand_dims(1)
-    units_v = gl.arange(0, F.width, layout=gl.SliceLayout(0, HEAD.whole_states)).expand_dims(0)
+    ids_v, units_v = _whole_states(HEAD.width, F, HEAD)
     total = even_table.load(HEAD.whole_states) + odd_table.load(HEAD.whole_states)
     mask = (ids_v < V) & (units_v < F.hidden)
     store_sum(own.table_ptr + ids_v * F.hidden + units_v, total, mask, again)
@@ -284,8 +289,7 @@ def _outer_products(own, h0, again, T, F: tl.constexpr, HEAD: tl.constexpr):
     later = gl.allocate_shared_memory(F.acc, HEAD.states_shape, F.shared)
     before = gl.allocate_shared_memory(F.acc, HEAD.states_shape, F.shared)
     later_rows, before_rows = _row_by_row(later), _row_by_row(before)
-    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, HEAD.whole_states)).expand_dims(1)
-    units_h = gl.arange(0, F.width, layout=gl.SliceLayout(0, HEAD.whole_states)).expand_dims(0)
+    rows, units_h = _whole_states(ROWS, F, HEAD)
     d = _load_rows(own.grads_ptr, 1, T, rows, units_h, F)
     h = _load_rows(own.states_ptr, 0, T - 1, rows, units_h, F)
     for i in range(1, T, ROWS):

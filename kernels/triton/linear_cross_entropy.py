@@ -152,11 +152,6 @@ def linear_cross_entropy_backward(
 class _Plan:
     """What is known before a call, of its sizes without the number of rows: the tiles, and constants of the kernels."""
 
-    __slots__ = (
-        *("H", "V", "accumulator", "classes", "constants", "cores", "device", "dtype", "has_bias", "logits", "loss"),
-        *("mean", "rows", "target"),
-    )
-
     def __init__(
         self, dtype: torch.dtype, device: torch.device, precision: str, H: int, V: int, has_bias: bool, mean: bool
     ):
