@@ -53,7 +53,8 @@ def _pass_of(
     """One for all numbers of rows that get this tile: what was compiled for a launch is known to that launch alone."""
     form = Form.of(tile, hidden_size, TYPES[dtype], **options)
     compiler = tile.launch_options(target_of(device)[0])
-    return Pass(tile.rows, *[Launch(kernel, F=replace(form, wide=wide), **compiler) for wide in (False, True)])
+    narrow, wide = (Launch(kernel, F=each, **compiler) for each in (form, replace(form, wide=True)))
+    return Pass(tile.rows, narrow, wide)
 
 
 @functools.lru_cache(4096)  # batch sizes may be any number of numbers

@@ -74,7 +74,7 @@ class Form(AnyForm):
     in_shared: int = 0  # MMA: pieces of W that stay in shared memory
     inputs: int = 0  # FMA, forward: I features whose product with W_ih the kernel makes itself; 0: input is projected
 
-    LAYOUTS = ("products", "tile", "weight", "shared")
+    LAYOUTS: ClassVar[tuple[str, ...]] = ("products", "tile", "weight", "shared")
 
     @functools.cached_property
     def width(self) -> int:

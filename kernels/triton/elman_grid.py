@@ -220,7 +220,8 @@ def grid_pass(
     form = GridForm.of(tile, hidden_size, TYPES[dtype], tanh=tanh, ahead=1 if INTERPRETED else tile.ahead)
     options = tile.launch_options(target_of(device)[0])
     forms = form, replace(form, wide=True)
-    return Pass(tile.rows, *[GridLaunch(kernel, form, options, steps_per_launch) for form in forms])
+    narrow, wide = (GridLaunch(kernel, each, options, steps_per_launch) for each in forms)
+    return Pass(tile.rows, narrow, wide)
 
 
 def choose_grid_pass(
