@@ -156,7 +156,9 @@ class _Sizes:
         H, V, partial = self.H, self.V, sums.partial
         grads: list[Any] = [None if w is None or partial is None else torch.empty_like(w) for w in self.weights]
         blocks = 1 if partial is None else sum(-(-numel // BLOCK) for numel in (V * H, H * H, V * H, H, V))
-        squares = self.empty(blocks) if any(trained) else None
+        squares, bits = None, 0
+        if any(trained):
+            squares, bits = self.empty(blocks), sum(bool(t) << i for i, t in enumerate(trained))
         start(
             language_model_sums_kernel,
             (blocks, 1, 1),
@@ -170,7 +172,7 @@ class _Sizes:
             sums.losses.shape[1],
             H=H,
             V=V,
-            TRAINED=sum(bool(t) << i for i, t in enumerate(trained)),
+            TRAINED=bits,
             BLOCK_P=BLOCK_P,
             BLOCK=BLOCK,
             **launch_options(SUM_WARPS, self.target),
