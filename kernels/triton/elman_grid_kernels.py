@@ -30,6 +30,7 @@ from .elman_grid_forms import (
     wait,
 )
 from .elman_walk import (
+    Walk,
     begin_walk,
     load_bias,
     load_ids,
@@ -128,7 +129,8 @@ def elman_grid_forward_kernel(
     part_ptr, part_programs = part_counters(counters_ptr, F)
     buffer = gl.allocate_shared_memory(F.acc, F.sums_shape, F.shared)
 
-    walk = begin_walk(steps_ptr, T, B, first_row, (reverse >> pid_d) & 1)
+    steps, begin, way = begin_walk(steps_ptr, T, first_row, (reverse >> pid_d) & 1)
+    walk = Walk(steps_ptr, T, B, first_row, steps, begin, way)
     first = gl.minimum(first_step, walk.steps)
     last = gl.minimum(first_step + num_steps, walk.steps)
     # The state before the first step: of the step before in `out`; h0 in rows that had none, all where the walk begins.
@@ -250,7 +252,8 @@ def elman_grid_backward_kernel(
     grad_bias = zero_tile(F)
 
     # The walk of the forward pass, from its end, and one step more, which has a product alone.
-    walk = begin_walk(steps_ptr, T, B, first_row, 1 - ((reverse >> pid_d) & 1))
+    steps, begin, way = begin_walk(steps_ptr, T, first_row, 1 - ((reverse >> pid_d) & 1))
+    walk = Walk(steps_ptr, T, B, first_row, steps, begin, way)
     first = gl.minimum(first_step, walk.steps + 1)
     last = gl.minimum(first_step + num_steps, walk.steps + 1)
     before, before_active = place_of(walk, first - 1, first > 0)

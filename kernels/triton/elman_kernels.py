@@ -38,6 +38,7 @@ from .elman_forms import (
     zero_tile,
 )
 from .elman_walk import (
+    Walk,
     begin_walk,
     load_bias,
     load_ids,
@@ -119,7 +120,8 @@ def elman_forward_kernel(
     states = state_buffers(F)
     states[0].store(cast(h, F.operand))
 
-    walk = begin_walk(steps_ptr, T, B, first_row, (reverse >> pid_d) & 1)
+    steps, begin, way = begin_walk(steps_ptr, T, first_row, (reverse >> pid_d) & 1)
+    walk = Walk(steps_ptr, T, B, first_row, steps, begin, way)
     places = places_of(walk, 0, AHEAD)
     following = places_of(walk, AHEAD, AHEAD)
     if steps_ptr is not None:
@@ -225,7 +227,8 @@ def elman_backward_kernel(
     gradients = state_buffers(F)
 
     # The walk of the forward pass, from its end.
-    walk = begin_walk(steps_ptr, T, B, first_row, 1 - ((reverse >> pid_d) & 1))
+    steps, begin, way = begin_walk(steps_ptr, T, first_row, 1 - ((reverse >> pid_d) & 1))
+    walk = Walk(steps_ptr, T, B, first_row, steps, begin, way)
     places = places_of(walk, 0, AHEAD)
     following = places_of(walk, AHEAD, AHEAD)
     h = load_tiles(out_ptr, places, stride_out_t, offs_out, rows, in_width, F)

@@ -15,7 +15,7 @@ from .gluon_interpreter import device_function, gl
 
 
 class Walk(NamedTuple):
-    """A program's steps: those in which its first row is active."""
+    """A program's steps: those in which its first row is active. The last three fields are what `begin_walk` finds."""
 
     steps_ptr: tl.tensor  # (2, T), or None
     T: tl.tensor
@@ -27,8 +27,11 @@ class Walk(NamedTuple):
 
 
 @device_function
-def begin_walk(steps_ptr, T, B, first_row, backwards):
-    """A program's walk. Batch sizes do not increase, so its steps are the first ones, and bisection counts them."""
+def begin_walk(steps_ptr, T, first_row, backwards):
+    """A program's walk. Batch sizes do not increase, so its steps are the first ones, and bisection counts them.
+
+    What there is before it, of which some may be None, a caller puts to it: Triton 3.6 returns no None.
+    """
     steps = T
     if steps_ptr is not None:
         low = T * 0
@@ -38,8 +41,7 @@ def begin_walk(steps_ptr, T, B, first_row, backwards):
                 low = middle + 1
             else:
                 steps = middle
-    start, way = (backwards * (steps - 1)).to(gl.int64), (1 - 2 * backwards).to(gl.int64)
-    return Walk(steps_ptr, T, B, first_row, steps, start, way)
+    return steps, (backwards * (steps - 1)).to(gl.int64), (1 - 2 * backwards).to(gl.int64)
 
 
 @device_function
