@@ -242,8 +242,9 @@ def elman_grid_backward_kernel(
     continued = gl.where(first_step > 0, B - first_row, 0)
     carry = gl.load(grad_h0_ptr + offs_grad_h0, mask=(rows < continued) & in_width, other=0.0).to(F.acc)
     if grad_h_n_ptr is not None:
-        mask, strides = in_batch & (rows >= continued), (stride_grad_h_n_d, stride_grad_h_n_b)
-        carry += load_state(grad_h_n_ptr, pid_d, first_row, strides, rows, units, mask, F).to(F.acc)
+        grad_h_n_ptr += pid_d.to(gl.int64) * stride_grad_h_n_d + first_row.to(gl.int64) * stride_grad_h_n_b
+        mask = in_batch & (rows >= continued)
+        carry += gl.load(grad_h_n_ptr + rows * stride_grad_h_n_b + units, mask=mask, other=0.0).to(F.acc)
     h0 = load_state(h0_ptr, pid_d, first_row, (stride_h0_d, stride_h0_b), rows, units, in_batch, F)
     late_ptr = counters_ptr
     counters_ptr += (1 + team * F.counters) * COUNTER_STRIDE
