@@ -44,9 +44,9 @@ def gradients(module, result, *leaves, **options):
     return torch.autograd.grad(loss_of(result), [*leaves, *module.parameters()], **options)
 
 
-def differentiated(module, result, *leaves):
+def differentiated(module, result, *leaves, **options):
     """The results as plain tensors, and then the gradients of leaves and of the module's parameters."""
-    return [*plain(result), *gradients(module, result, *leaves)]
+    return [*plain(result), *gradients(module, result, *leaves, **options)]
 
 
 def assert_same(ours, theirs, *given, **tolerances):

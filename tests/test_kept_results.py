@@ -5,18 +5,11 @@ import sys
 
 import kept
 import pytest
-from children import serving
 
 pytestmark = pytest.mark.skipif(
     not (sys.platform.startswith("linux") and hasattr(ctypes.CDLL(None), "malloc_trim")),
     reason="reads Linux's /proc and trims glibc's allocator",
 )
-
-
-@pytest.fixture(scope="module")
-def server():
-    with serving() as server:
-        yield server
 
 
 @pytest.mark.parametrize("case", [case for case in kept.CASES if case != "a leak"])

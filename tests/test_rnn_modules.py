@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from rnn_modules import OPTIONS, Halved, gradients, loss_of, one_hot
+from rnn_modules import OPTIONS, Halved, assert_same, differentiated, gradients, loss_of, one_hot, pair
 from torch import nn
 from torch.func import vmap
 from torch.nn.utils.rnn import pack_padded_sequence, pack_sequence
@@ -21,12 +21,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning") 
 
 
 @pytest.fixture
-def rnn(backend, device):
-    torch.manual_seed(0)
-    return FusedRNN(3, 4, backend=backend, device=device, **OPTIONS)
-
-
-@pytest.fixture
 def theirs(rnn):
     """The torch.nn.RNN with the same parameters' values."""
     other = nn.RNN(3, 4, device=rnn.weight_hh_l0.device, **OPTIONS)
@@ -34,27 +28,19 @@ def theirs(rnn):
     return other
 
 
-@pytest.fixture
-def x(device):
-    return torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(1)).to(device)
-
-
 # ---- construction -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("kwargs", [{}, OPTIONS, {"bias": False, "nonlinearity": "relu", "dtype": torch.bfloat16}])
 def test_same_seed_same_parameters(kwargs):
-    torch.manual_seed(3)
-    theirs = nn.RNN(3, 4, **kwargs)
+    theirs, ours = pair(3, 4, **kwargs)
     after = torch.rand(1)
-    torch.manual_seed(3)
-    ours = FusedRNN(3, 4, **kwargs)
+    torch.manual_seed(0)
+    nn.RNN(3, 4, **kwargs)
     assert torch.equal(torch.rand(1), after)
-    assert [name for name, _ in ours.named_parameters()] == [name for name, _ in theirs.named_parameters()]
-    assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
-    assert [[p.shape for p in row] for row in ours.all_weights] == [
-        [p.shape for p in row] for row in theirs.all_weights
-    ]
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+    torch.testing.assert_close(ours.state_dict(), theirs.state_dict(), rtol=0, atol=0)
+    torch.testing.assert_close(ours.all_weights, theirs.all_weights)
     state = {name: value for name, value in vars(theirs).items() if not isinstance(value, (dict, list))}
     assert {name: vars(ours)[name] for name in state} == state
     assert ours.backend == "auto"
@@ -103,19 +89,13 @@ def test_tokens_are_one_hot_rows(rnn, device, form):
     elif form == "no h0":
         h0 = None
     results = rnn.forward_tokens(ids, h0), rnn(one_hot(ids), h0)
-    torch.testing.assert_close(*results)
-    wanted = [*rnn.parameters(), *([] if h0 is None else [h0])]
-    torch.testing.assert_close(*(torch.autograd.grad(loss_of(result), wanted) for result in results))
+    torch.testing.assert_close(*(differentiated(rnn, result, *([] if h0 is None else [h0])) for result in results))
 
 
 def test_packed_sequences_keep_their_order(rnn, theirs, device):
     rows = [torch.randn(length, 3, device=device) for length in (2, 5, 3)]
-    ours_in, theirs_in = (pack_sequence(rows, enforce_sorted=False) for _ in range(2))
-    h0 = torch.randn(4, 3, 4, device=device)
-    (ours, ours_h), (expected, expected_h) = rnn(ours_in, h0), theirs(theirs_in, h0)
-    torch.testing.assert_close(ours_h, expected_h)
-    for got, wanted in zip(ours, expected, strict=True):
-        torch.testing.assert_close(got, wanted)
+    packed, h0 = pack_sequence(rows, enforce_sorted=False), torch.randn(4, 3, 4, device=device)
+    torch.testing.assert_close(rnn(packed, h0), theirs(packed, h0))
 
 
 def test_batches_of_none(rnn, theirs):
@@ -227,8 +207,7 @@ def test_parametrizations(rnn, theirs, x):
     for module in (rnn, theirs):
         nn.utils.parametrize.register_parametrization(module, "weight_hh_l0", Halved())
         nn.utils.parametrizations.weight_norm(module, "weight_ih_l1")
-    torch.testing.assert_close(rnn(x), theirs(x))
-    torch.testing.assert_close(gradients(rnn, rnn(x)), gradients(theirs, theirs(x)))
+    assert_same(rnn, theirs, x)
     with nn.utils.parametrize.cached():
         torch.testing.assert_close(rnn(x), theirs(x))
     for module in (rnn, theirs):
@@ -241,14 +220,13 @@ def test_weight_norm_by_hooks(rnn, theirs, x):
     for module in (rnn, theirs):
         nn.utils.spectral_norm(module, "weight_hh_l0")
     rnn.weight_hh_l0_u.copy_(theirs.weight_hh_l0_u)
-    torch.testing.assert_close(rnn(x), theirs(x))
-    torch.testing.assert_close(gradients(rnn, rnn(x)), gradients(theirs, theirs(x)), atol=1e-4, rtol=1e-4)
+    assert_same(rnn, theirs, x, atol=1e-4, rtol=1e-4)
 
 
 def test_one_parameter_in_two_places(rnn, theirs, x):
     for module in (rnn, theirs):
         module.weight_hh_l1_reverse = module.weight_hh_l1
-    torch.testing.assert_close(gradients(rnn, rnn(x)), gradients(theirs, theirs(x)))
+    assert_same(rnn, theirs, x)
 
 
 def test_frozen_parameters(rnn, x):

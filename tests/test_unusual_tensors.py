@@ -6,13 +6,6 @@ import malformed
 import pytest
 import surroundings
 import unusual
-from children import serving
-
-
-@pytest.fixture(scope="module")
-def server():
-    with serving() as server:
-        yield server
 
 
 @pytest.mark.parametrize("name", unusual.OPERATIONS)
