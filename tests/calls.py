@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from drawn import NOT_TENSORS, REFUSALS, Call, Draw, outcome_of
+from drawn import NOT_TENSORS, REFUSALS, Call, Draw
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from unusual import TorchLM, _one_hot, tensors_of
+from unusual import OneHotRNN, TorchLM, outcome, tensors_of
 
 from charrnn_fast import CharRNN, FusedRNN, clip_grad_norm_, linear_cross_entropy
 
@@ -122,22 +122,7 @@ def rnn_call(draw: Draw) -> Call:
 
 
 def rnn_constructor(draw: Draw) -> Call:
-    values: list[Any] = [
-        0,
-        1,
-        3,
-        -1,
-        2.5,
-        "x",
-        None,
-        True,
-        math.nan,
-        "relu",
-        "tanh",
-        torch.float64,
-        torch.int64,
-        "meta",
-    ]
+    values = [0, 1, 3, -1, 2.5, "x", None, True, math.nan, "relu", "tanh", torch.float64, torch.int64, "meta"]
     names = ("num_layers", "nonlinearity", "bias", "batch_first", "dropout", "bidirectional", "device", "dtype")
     options = {name: draw.choice(values) for name in draw.sample([*names, "proj_size", "other"], draw.randrange(3))}
     sizes = [draw.choice(values) if draw.rarely(4) else 3 for _ in range(2)]
@@ -154,28 +139,26 @@ def rnn_constructor(draw: Draw) -> Call:
     return Call(make(FusedRNN), make(nn.RNN))
 
 
-class OneHotRNN(nn.RNN):
-    """forward_tokens by torch, with the documented errors for ids that are none."""
+def _checked(ids: Tensor, below: int) -> Tensor:
+    """The documented errors for ids that are none."""
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError("not ids")
+    ids = ids.long()
+    if ids.device.type == "cpu" and ids.numel() and not (ids.min() >= 0 and ids.max() < below):
+        raise IndexError("no such id")
+    return ids
 
-    def forward_tokens(self, tokens: Any, hx: Tensor | None = None) -> Any:
-        if isinstance(tokens, PackedSequence):
-            return self(tokens._replace(data=self._rows(tokens.data)), hx)
-        return self(self._rows(tokens), hx)
 
-    def _rows(self, ids: Tensor) -> Tensor:
-        if ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError("not ids")
-        ids = ids.long()
-        if ids.device.type == "cpu" and ids.numel() and not (ids.min() >= 0 and ids.max() < self.input_size):
-            raise IndexError("no such id")
-        return _one_hot(ids, self.input_size, self.weight_ih_l0.dtype)
+class _CheckedRNN(OneHotRNN):
+    def rows_of(self, ids: Tensor) -> Tensor:
+        return super().rows_of(_checked(ids, self.input_size))
 
 
 def tokens_call(draw: Draw) -> Call:
-    ours, theirs = _modules(draw, OneHotRNN)
+    ours, theirs = _modules(draw, _CheckedRNN)
     ids, batch = _input(draw, ours, lambda *shape: draw.ids(*shape, below=ours.input_size))
     hx = _state(draw, ours, batch)
-    wrong = () if outcome_of(lambda: theirs.forward_tokens(ids, hx))[1] is None else REFUSALS
+    wrong = () if outcome(lambda: theirs.forward_tokens(ids, hx))[1] is None else REFUSALS
     return Call(
         _with_gradients(ours, lambda: _unpacked(ours.forward_tokens(ids, hx))),
         _with_gradients(theirs, lambda: _unpacked(theirs.forward_tokens(ids, hx))),
@@ -278,17 +261,8 @@ _MODELS: dict[int, tuple[CharRNN, TorchLM]] = {}
 
 
 class _CheckedLM(TorchLM):
-    def forward(self, tokens: Any, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if tokens.dtype not in (torch.int64, torch.int32):
-            raise ValueError("not ids")
-        tokens = tokens.long()
-        if tokens.device.type == "cpu" and tokens.numel() and not (tokens.min() >= 0 and tokens.max() < 11):
-            raise IndexError("no such id")
-        return super().forward(tokens, state)
-
-    def loss(self, tokens: Any, targets: Any, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        logits, state = self(tokens, state)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten()), state
+    def forward(self, tokens: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return super().forward(_checked(tokens, 11), state)
 
 
 def _models(draw: Draw) -> tuple[CharRNN, TorchLM]:
@@ -306,7 +280,7 @@ def model_loss_call(draw: Draw) -> Call:
     tokens, targets = draw.ids(batch, steps, below=11), draw.ids(batch, steps, below=11)
     state = None if draw.rarely(2) else draw.floats(1, batch, 8)
     arguments = (tokens, targets, state)
-    right = outcome_of(lambda: theirs.loss(*arguments))[1] is None and targets.shape == tokens.shape
+    right = outcome(lambda: theirs.loss(*arguments))[1] is None and targets.shape == tokens.shape
     wrong = () if right else REFUSALS
     return Call(
         _with_gradients(ours, lambda: ours.loss(*arguments)),
