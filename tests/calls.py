@@ -14,9 +14,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from drawn import NOT_TENSORS, REFUSALS, Call, Draw
+from rnn_modules import OneHotRNN
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from unusual import OneHotRNN, TorchLM, outcome, tensors_of
+from unusual import TorchLM, outcome, tensors_of
 
 from charrnn_fast import CharRNN, FusedRNN, clip_grad_norm_, linear_cross_entropy
 

@@ -1,19 +1,51 @@
 """What the tests of FusedRNN beside torch.nn.RNN share."""
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 from charrnn_fast import FusedRNN
 
 OPTIONS = {"num_layers": 2, "bidirectional": True}
+# From contiguous values to the same values behind other strides.
+LAYOUTS = {
+    "plain": lambda x: x,
+    "first two turned": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
+    "last two turned": lambda x: x.transpose(-2, -1).contiguous().transpose(-2, -1),
+    "all turned": lambda x: x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim()))),
+    "every other column": lambda x: torch.stack([x, -x], dim=-1)[..., 0],
+    "every other step": lambda x: torch.stack([x, -x], dim=1)[:, 0],
+    "columns of a wider tensor": lambda x: torch.cat([x, x], dim=-1)[..., : x.shape[-1]],
+    "one step for all": lambda x: x[:1].expand(x.shape),
+    "one sequence for all": lambda x: x[:, :1].expand(x.shape),
+    "one column for all": lambda x: x[..., :1].expand(x.shape),
+    "an offset": lambda x: torch.cat([x[:1], x])[1:],
+}
+
+
+class OneHotRNN(nn.RNN):
+    """forward_tokens by torch."""
+
+    def forward_tokens(self, tokens: Any, hx: Tensor | None = None) -> Any:
+        rows = self.rows_of(tokens.data if isinstance(tokens, PackedSequence) else tokens)
+        return self(tokens._replace(data=rows) if isinstance(tokens, PackedSequence) else rows, hx)
+
+    def rows_of(self, ids: Tensor) -> Tensor:
+        return one_hot(ids, self.input_size, self.weight_ih_l0.dtype)
+
+
+def one_hot(ids: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+    """torch.nn.functional.one_hot, which looks at the ids and so cannot be traced."""
+    rows = torch.zeros(*ids.shape, classes, dtype=dtype, device=ids.device)
+    return rows.scatter(-1, ids.long().unsqueeze(-1), 1)
 
 
 def pair(*sizes, backend="auto", seed=0, checkpoint_steps=None, **options):
     """A torch.nn.RNN and the FusedRNN of the same seed."""
     torch.manual_seed(seed)
-    theirs = nn.RNN(*sizes, **options)
+    theirs = OneHotRNN(*sizes, **options)
     torch.manual_seed(seed)
     return theirs, FusedRNN(*sizes, **options, backend=backend, checkpoint_steps=checkpoint_steps)
 
@@ -54,19 +86,6 @@ def assert_same(ours, theirs, *given, **tolerances):
     leaves = [x for x in given if isinstance(x, torch.Tensor) and x.requires_grad]
     found, expected = (differentiated(module, module(*given), *leaves) for module in (ours, theirs))
     torch.testing.assert_close(found, expected, **tolerances)
-
-
-def one_hot(ids, size=3, dtype=torch.float32):
-    if isinstance(ids, PackedSequence):
-        return ids._replace(data=one_hot(ids.data, size, dtype))
-    return F.one_hot(ids.long(), size).to(dtype)
-
-
-def on_tokens(module, ids, hx=None):
-    """A FusedRNN on token ids, a torch.nn.RNN on the rows that they stand for."""
-    if isinstance(module, FusedRNN):
-        return module.forward_tokens(ids, hx)
-    return module(one_hot(ids, module.input_size, module.weight_ih_l0.dtype), hx)
 
 
 class Halved(nn.Module):

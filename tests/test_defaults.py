@@ -2,33 +2,25 @@
 type, their operands are.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
-from rnn_modules import differentiated, on_tokens, pair
+from rnn_modules import differentiated, pair
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
+from torch.testing._internal.common_utils import set_default_dtype
 
 from charrnn_fast import CharRNN, Trainer, clip_grad_norm_, linear_cross_entropy
 from charrnn_fast.lm.data import Vocabulary, Windows
 from charrnn_fast.lm.generation import generate
 
 
-@contextmanager
-def _default_float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 @pytest.fixture(params=["meta", "float64"])
 def elsewhere(request) -> Callable:
-    return (lambda: torch.device("meta")) if request.param == "meta" else _default_float64
+    return (lambda: torch.device("meta")) if request.param == "meta" else (lambda: set_default_dtype(torch.float64))
 
 
 @pytest.fixture
@@ -52,7 +44,7 @@ def test_fused_rnn(backend, device, elsewhere, options, form):
         x = pack_sequence([x[:n, b] for b, n in enumerate((9, 4, 1))])
 
     def everything(module):
-        return differentiated(module, on_tokens(module, x) if "tokens" in form else module(x))
+        return differentiated(module, (module.forward_tokens if "tokens" in form else module)(x))
 
     with elsewhere():
         found = everything(ours)

@@ -127,7 +127,7 @@ def test_what_is_kept_is_the_states_of_every_kth_step(backend, device, options):
 
 
 def test_dropout_keeps_a_bit_for_each_number():
-    total, rnn = 400, pair(steps=50, dtype=torch.float32, num_layers=2, dropout=0.5)[1]
+    total, rnn = 400, both(steps=50, dtype=torch.float32, num_layers=2, dropout=0.5)[1]
     x = torch.randn(total, 2, F_IN)
     states = 2 * (total // 50) * 2 * H * 4
     assert kept_bytes(rnn, x, lambda output, h_n: h_n.sum()) == states + total * 2 * 1  # 6 bits in a byte

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from rnn_modules import OPTIONS, differentiated, gradients, on_tokens, pair
+from rnn_modules import LAYOUTS, OPTIONS, differentiated, gradients, pair
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
@@ -232,13 +232,16 @@ def test_any_size_runs():
 # ---- random shapes, strides and options ---------------------------------------------------------------------------
 
 
+FORMS = ["plain", "every other column", "one step for all", "all turned", "unbatched", "packed", "tokens"]
+
+
 @st.composite
 def problems(draw):
     dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
     # With 16 bits a relu near its kink may fall on either side, and gradients then differ by their whole size.
     nonlinearities = ["tanh"] if dtype.itemsize == 2 else ["tanh", "relu"]
     return {
-        "form": draw(st.sampled_from(["plain", "strided", "expanded", "turned", "unbatched", "packed", "tokens"])),
+        "form": draw(st.sampled_from(FORMS)),
         "dtype": dtype,
         "steps": draw(st.integers(1, 4)),
         "batch": draw(st.integers(0, 5)),
@@ -281,34 +284,15 @@ def make_given(problem):
     return input, (h0 if problem["h0"] else None)
 
 
-def laid_out(values, form):
-    """(leaf, a view of it that holds ``values`` behind other strides)."""
-    if form == "strided":
-        leaf = torch.stack([values, torch.ones_like(values)], dim=-1).requires_grad_()
-        return leaf, leaf[..., 0]
-    if form == "turned":
-        order = tuple(reversed(range(values.dim())))
-        leaf = values.permute(order).contiguous().requires_grad_()
-        return leaf, leaf.permute(order)
-    leaf = values.clone().requires_grad_()
-    return leaf, leaf
-
-
 def evaluate(module, input, h0, dtype, form):
     """Outputs and gradients by name, in fp64 on the CPU. Ids go to torch.nn.RNN as one-hot rows."""
     where = next(module.parameters()).device
     h0 = None if h0 is None else h0.to(where, dtype).requires_grad_()
     if form == "tokens":
-        result = on_tokens(module, input.to(where), h0)
+        result = module.forward_tokens(input.to(where), h0)
     else:
-        if form == "packed":
-            leaf = input.data.to(where, dtype).requires_grad_()
-            given = input.to(where)._replace(data=leaf)
-        elif form == "expanded":
-            leaf = input[:1].to(where, dtype).requires_grad_()
-            given = leaf.expand(input.shape)
-        else:
-            leaf, given = laid_out(input.to(where, dtype), form)
+        leaf = (input.data if form == "packed" else input).to(where, dtype).requires_grad_()
+        given = input.to(where)._replace(data=leaf) if form == "packed" else LAYOUTS.get(form, LAYOUTS["plain"])(leaf)
         result = module(given, h0)
     leaves = {} if form == "tokens" else {"input": leaf}
     leaves |= {} if h0 is None else {"h0": h0}

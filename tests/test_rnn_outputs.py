@@ -7,26 +7,12 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
-from rnn_modules import differentiated, drawn, on_tokens, pair, plain
+from rnn_modules import LAYOUTS, differentiated, drawn, pair, plain
 from torch import nn
 from torch.nn.utils.rnn import pack_padded_sequence
 
 STEPS, BATCH, FEATURES, HIDDEN = 5, 3, 4, 7
 
-# From contiguous values to the same values behind other strides.
-LAYOUTS = {
-    "plain": lambda x: x,
-    "first two turned": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-    "last two turned": lambda x: x.transpose(-2, -1).contiguous().transpose(-2, -1),
-    "all turned": lambda x: x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim()))),
-    "every other column": lambda x: torch.stack([x, -x], dim=-1)[..., 0],
-    "every other step": lambda x: torch.stack([x, -x], dim=1)[:, 0],
-    "columns of a wider tensor": lambda x: torch.cat([x, x], dim=-1)[..., : x.shape[-1]],
-    "one step for all": lambda x: x[:1].expand(x.shape),
-    "one sequence for all": lambda x: x[:, :1].expand(x.shape),
-    "one column for all": lambda x: x[..., :1].expand(x.shape),
-    "an offset": lambda x: torch.cat([x[:1], x])[1:],
-}
 OPTIONS = [
     {"num_layers": layers, "bidirectional": both, "dropout": dropout}
     for layers, dropout in ((1, 0.0), (2, 0.0), (3, 0.5))
@@ -88,11 +74,24 @@ def test_packed(backend, device, layout, enforce_sorted, batch_first):
         check_alike(modules, functools.partial(call, x=x), x)
 
 
+TOKENS = {
+    "plain": lambda ids, _: ids,
+    "first two turned": lambda ids, _: LAYOUTS["first two turned"](ids),
+    "every other step": lambda ids, _: LAYOUTS["every other step"](ids),
+    "one step for all": lambda ids, _: LAYOUTS["one step for all"](ids),
+    "int32": lambda ids, _: ids.int(),
+    "unbatched": lambda ids, batch_first: ids[0] if batch_first else ids[:, 0],
+    "packed": lambda ids, batch_first: pack_padded_sequence(ids, [2, STEPS, 4], batch_first, enforce_sorted=False),
+}
+
+
 @pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("layout", ["plain", "first two turned", "every other step", "one step for all"])
-def test_tokens(backend, device, layout, batch_first):
-    for modules, x, _ in pairs(backend, device, batch_first, device.type == "cpu"):  # cuDNN draws masks of its own
-        check_alike(modules, functools.partial(on_tokens, ids=LAYOUTS[layout](x.argmax(-1))))
+@pytest.mark.parametrize("form", TOKENS)
+def test_tokens(backend, device, form, batch_first):
+    for modules, x, h0 in pairs(backend, device, batch_first, device.type == "cpu"):  # cuDNN draws masks of its own
+        ids = TOKENS[form](x.argmax(-1), batch_first)
+        h0 = h0[:, 0] if form == "unbatched" else h0
+        check_alike(modules, lambda module, ids=ids, h0=h0: module.forward_tokens(ids, h0), h0)
 
 
 @pytest.mark.parametrize("batch_first", [False, True])

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from rnn_modules import OneHotRNN, one_hot
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence
@@ -93,23 +94,6 @@ def _tokens() -> Operation:
         return lambda hx, *weights: _of_parameters(model, "forward_tokens", ids, hx)(*weights)
 
     return Operation(call(ours), call(theirs), (torch.randn(1, B, 7), *_detached(ours)))
-
-
-class OneHotRNN(nn.RNN):
-    """forward_tokens by torch."""
-
-    def forward_tokens(self, tokens: Any, hx: Tensor | None = None) -> Any:
-        rows = self.rows_of(tokens.data if isinstance(tokens, PackedSequence) else tokens)
-        return self(tokens._replace(data=rows) if isinstance(tokens, PackedSequence) else rows, hx)
-
-    def rows_of(self, ids: Tensor) -> Tensor:
-        return one_hot(ids, self.input_size, self.weight_ih_l0.dtype)
-
-
-def one_hot(ids: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
-    """torch.nn.functional.one_hot, which looks at the ids and so cannot be traced."""
-    rows = torch.zeros(*ids.shape, classes, dtype=dtype, device=ids.device)
-    return rows.scatter(-1, ids.unsqueeze(-1), 1)
 
 
 def _detached(module: nn.Module) -> list[Tensor]:
