@@ -6,7 +6,7 @@ import processes
 import pytest
 import torch
 
-DATA_PARALLEL = [
+OPTIONS = [
     {},
     {"find_unused_parameters": True},
     {"gradient_as_bucket_view": True},
@@ -14,23 +14,24 @@ DATA_PARALLEL = [
     {"gradient_as_bucket_view": True, "static_graph": True, "bucket_cap_mb": 1e-4},
 ]
 MODELS = ["tagger", "loss"]
+DATA_PARALLEL = [(name, options) for name in MODELS for options in OPTIONS]
+DATA_PARALLEL += [("tagger", {}, "torch"), ("tagger", {}, "triton", "cuda" if torch.cuda.is_available() else "cpu")]
 PARTS = {"tagger": [[], ["rnn"], ["rnn", "head"]], "loss": [[], ["model"], ["model.rnn", "model"]]}
 
 
 @pytest.fixture(scope="module")
 def two(tmp_path_factory):
     """What two processes came to, by case."""
-    cases = [("wrappers.data_parallel", name, options) for name in MODELS for options in DATA_PARALLEL]
+    cases = [("wrappers.data_parallel", *case) for case in DATA_PARALLEL]
     cases += [("wrappers.sharded", name, parts) for name in MODELS for parts in PARTS[name]]
     cases += [("wrappers.checkpointed", name) for name in MODELS]
     results = processes.run(2, tmp_path_factory.mktemp("processes") / "two", cases)
     return {json.dumps(case): found for case, *found in zip(cases, *results, strict=True)}
 
 
-@pytest.mark.parametrize("options", DATA_PARALLEL, ids=str)
-@pytest.mark.parametrize("name", MODELS)
-def test_distributed_data_parallel(two, name, options):
-    ranks = two[json.dumps(("wrappers.data_parallel", name, options))]
+@pytest.mark.parametrize("case", DATA_PARALLEL, ids=str)
+def test_distributed_data_parallel(two, case):
+    ranks = two[json.dumps(("wrappers.data_parallel", *case))]
     for ours, theirs in ranks:
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
     assert ranks[0][0][7:] == ranks[1][0][7:]  # the parameters, and the last norm

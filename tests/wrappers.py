@@ -3,6 +3,8 @@ torch.distributed.checkpoint around this library's modules, beside torch's own.
 """
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ T, B, V, H = 9, 4, 7, 6
 class Tagger(nn.Module):
     """Packed input, two directions, and a parameter that nothing uses."""
 
-    def __init__(self, kind: type[nn.RNN], unused: bool = False):
+    def __init__(self, kind: Callable[..., nn.RNN], unused: bool = False):
         super().__init__()
         self.rnn = kind(V, H, 2, bidirectional=True)
         self.head = nn.Linear(2 * H, V)
@@ -51,11 +53,11 @@ class Loss(nn.Module):
         return self.model.loss(ids[:, :-1], ids[:, 1:])[0]
 
 
-def _pair(name: str, unused: bool = False) -> tuple[nn.Module, nn.Module]:
+def _pair(name: str, unused: bool = False, backend: str = "auto") -> tuple[nn.Module, nn.Module]:
     """The same model with this library's modules and with torch's, in float64."""
     torch.manual_seed(0)
     if name == "tagger":
-        ours, theirs = Tagger(FusedRNN, unused), Tagger(nn.RNN, unused)
+        ours, theirs = Tagger(partial(FusedRNN, backend=backend), unused), Tagger(nn.RNN, unused)
     else:
         ours, theirs = Loss(CharRNN), Loss(TorchCharRNN)
     theirs.load_state_dict(ours.state_dict())
@@ -64,10 +66,10 @@ def _pair(name: str, unused: bool = False) -> tuple[nn.Module, nn.Module]:
 
 def _trained(model: nn.Module, wrapped: nn.Module, clip: Any, rank: int, steps: int = 3) -> list[float]:
     """The losses, norms and last parameters of some steps on each process's own batches."""
-    generator = torch.Generator().manual_seed(rank)
+    generator, device = torch.Generator().manual_seed(rank), next(model.parameters()).device
     optimizer, found = torch.optim.Adam(wrapped.parameters(), lr=0.05), []
     for _ in range(steps):
-        loss = wrapped(torch.randint(V, (T, B), generator=generator))
+        loss = wrapped(torch.randint(V, (T, B), generator=generator).to(device))
         loss.backward()
         norm = clip(wrapped.parameters(), 0.5)
         found += [float(loss), float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)]
@@ -78,15 +80,17 @@ def _trained(model: nn.Module, wrapped: nn.Module, clip: Any, rank: int, steps: 
     return found
 
 
-def data_parallel(processes: Processes, folder: Path, name: str, options: dict[str, Any]) -> Any:
+def data_parallel(
+    processes: Processes, folder: Path, name: str, options: dict[str, Any], backend: str = "auto", device: str = "cpu"
+) -> Any:
     """[ours, theirs] of a run under DistributedDataParallel; with no_sync's accumulation before it."""
     results = []
     unused = options.get("find_unused_parameters", False) and name == "tagger"
-    for model, clip in zip(_pair(name, unused), (clip_grad_norm_, nn.utils.clip_grad_norm_), strict=True):
-        wrapped = DistributedDataParallel(model, **options)
+    for model, clip in zip(_pair(name, unused, backend), (clip_grad_norm_, nn.utils.clip_grad_norm_), strict=True):
+        wrapped = DistributedDataParallel(model.to(device), **options)
         if not options.get("static_graph"):
             with wrapped.no_sync():
-                wrapped(torch.full((T, B), processes.rank + 1)).backward()
+                wrapped(torch.full((T, B), processes.rank + 1, device=device)).backward()
         results.append(_trained(model, wrapped, clip, processes.rank))
     return results
 
