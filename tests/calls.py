@@ -178,15 +178,13 @@ def loss_call(draw: Draw) -> Call:
     if draw.rarely(15):
         target = draw.floats(rows, classes, dtype=dtype)
     w, b = draw.floats(classes, hidden, dtype=dtype), draw.floats(classes, dtype=dtype)
-    options: dict[str, Any] = {}
-    if draw.rarely(3):
-        options["reduction"] = draw.choice(["mean", "sum", "none", "none", "x", "", 3])
-    if draw.rarely(5):
-        options["ignore_index"] = draw.choice([0, 1, -100, -1, 2**40, -(2**63), 2**64, "x", 1.5])
+    options = draw.options(
+        reduction=(3, ["mean", "sum", "none", "none", "x", "", 3]),
+        ignore_index=(5, [0, 1, -100, -1, 2**40, -(2**63), 2**64, "x", 1.5]),
+    )
     if draw.rarely(8):
         options["weight"] = draw.floats(classes, dtype=dtype)
-    if draw.rarely(8):
-        options["label_smoothing"] = draw.choice([0.0, 0.1, 1.0, 1.5, -0.1, math.nan, "x", None])
+    options |= draw.options(label_smoothing=(8, [0.0, 0.1, 1.0, 1.5, -0.1, math.nan, "x", None]))
     bias = None if draw.rarely(4) else b
     if isinstance(w, Tensor) and w.dim() > 2:  # a K-dimensional loss, of which torch's linear knows nothing
         w = w.flatten(0, -2)
@@ -220,13 +218,11 @@ def clip_call(draw: Draw) -> Call:
     grads = [g if g is None or isinstance(g, Tensor) else torch.ones(2) for g in grads]
     shared = draw.rarely(6)
     max_norm = draw.choice([0.1, 1.0, 100, 0, -1.0, math.inf, math.nan, "x", None, torch.tensor(0.5), True])
-    options: dict[str, Any] = {}
-    if draw.rarely(3):
-        options["norm_type"] = draw.choice([2, 2.0, 1, 0, math.inf, "inf", -1, 3.5, "x", None, math.nan])
-    if draw.rarely(5):
-        options["error_if_nonfinite"] = draw.choice([True, False, 1])
-    if draw.rarely(5):
-        options["foreach"] = draw.choice([True, False, None])
+    options = draw.options(
+        norm_type=(3, [2, 2.0, 1, 0, math.inf, "inf", -1, 3.5, "x", None, math.nan]),
+        error_if_nonfinite=(5, [True, False, 1]),
+        foreach=(5, [True, False, None]),
+    )
     form = draw.choice([list, tuple, iter, "generator", "one", "dict", "wrong"] if draw.rarely(4) else [list])
     odd = draw.choice(NOT_TENSORS)
 

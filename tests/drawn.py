@@ -20,6 +20,10 @@ class Draw(random.Random):
     def rarely(self, one_in: int = 12) -> bool:
         return self.randrange(one_in) == 0
 
+    def options(self, **of: tuple[int, list[Any]]) -> dict[str, Any]:
+        """Each option one time in so many, with one of its values."""
+        return {name: self.choice(values) for name, (one_in, values) in of.items() if self.rarely(one_in)}
+
     def size(self, right: int) -> int:
         return self.choice([0, 1, 2, 3, 5, 9]) if self.rarely(20) else right
 
