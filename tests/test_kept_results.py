@@ -4,7 +4,7 @@ process of its own.
 
 import ctypes
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import pytest
 import torch
@@ -29,57 +29,42 @@ def resident() -> int:
         return int(file.read().split()[1]) * 4096
 
 
+def _again(leaves: Iterable[Tensor], run: Callable[[], Tensor]) -> Callable[[], Tensor]:
+    """The loss that run gives, after its backward pass."""
+    leaves = list(leaves)
+
+    def loss() -> Tensor:
+        for leaf in leaves:
+            leaf.grad = None
+        found = run()
+        found.backward()
+        return found
+
+    return loss
+
+
 def _loss(classes: int, reduction: str) -> Callable[[], Tensor]:
     rows = 4096 if classes < 100 else 1024  # gradients of 4 MB, or of 2
     h = torch.randn(rows, 256, requires_grad=True)
     w = torch.randn(classes, 256, requires_grad=True)
     target = torch.randint(classes, (rows,))
-
-    def run() -> Tensor:
-        h.grad = w.grad = None
-        loss = linear_cross_entropy(h, w, target, reduction=reduction).sum()
-        loss.backward()
-        return loss.view(())
-
-    return run
+    return _again([h, w], lambda: linear_cross_entropy(h, w, target, reduction=reduction).sum().view(()))
 
 
 def _model_loss() -> Callable[[], Tensor]:
     model, ids = CharRNN(512, 512), torch.randint(512, (12, 2))  # 3 MB of parameters, and as much for gradients
-
-    def run() -> Tensor:
-        model.zero_grad()
-        loss, _ = model.loss(ids, ids)
-        loss.backward()
-        return loss
-
-    return run
+    return _again(model.parameters(), lambda: model.loss(ids, ids)[0])
 
 
 def _layer(tokens: bool) -> Callable[[], Tensor]:
     rnn, x = FusedRNN(256, 256), torch.randn(16, 256, 256, requires_grad=True)  # 4 MB
     ids = torch.randint(256, (16, 256))
-
-    def run() -> Tensor:
-        rnn.zero_grad()
-        x.grad = None
-        loss = (rnn.forward_tokens(ids) if tokens else rnn(x))[0].sum()
-        loss.backward()
-        return loss
-
-    return run
+    return _again([x, *rnn.parameters()], lambda: (rnn.forward_tokens(ids) if tokens else rnn(x))[0].sum())
 
 
 def _torchs() -> Callable[[], Tensor]:
     h, w = torch.randn(4096, 256, requires_grad=True), torch.randn(28, 256, requires_grad=True)
-
-    def run() -> Tensor:
-        h.grad = w.grad = None
-        loss = F.cross_entropy(F.linear(h, w), torch.zeros(4096, dtype=torch.long))
-        loss.backward()
-        return loss
-
-    return run
+    return _again([h, w], lambda: F.cross_entropy(F.linear(h, w), torch.zeros(4096, dtype=torch.long)))
 
 
 def _a_leak() -> Callable[[], Tensor]:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
-from rnn_modules import LAYOUTS, OPTIONS, differentiated, gradients, pair
+from rnn_modules import LAYOUTS, OPTIONS, differentiated, drawn, gradients, pair
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
@@ -259,29 +259,18 @@ def problems(draw):
     }
 
 
-def make_given(problem):
-    """fp64 input (token ids for form "tokens") and h0 or None."""
-    generator = torch.Generator().manual_seed(problem["seed"])
-    options, form = problem["options"], problem["form"]
-    steps, batch, features = problem["steps"], problem["batch"], options["input_size"]
-    if form == "packed":
-        batch = max(batch, 1)
-    shape = (steps, batch, features)
+def make_given(problem, exact):
+    """Input (token ids for form "tokens") of a module in fp64, and h0 or None."""
+    form, steps = problem["form"], problem["steps"]
+    batch = {"unbatched": 1, "packed": max(problem["batch"], 1)}.get(form, problem["batch"])
+    input, h0 = (x if x is None else x.detach() for x in drawn(exact, steps, batch, problem["h0"], problem["seed"]))
     if form == "unbatched":
-        shape = (steps, features)
-    elif options["batch_first"]:
-        shape = (batch, steps, features)
-    rows = options["num_layers"] * (2 if options["bidirectional"] else 1)
-    sizes = (rows,) if form == "unbatched" else (rows, batch)
-    h0 = torch.randn(*sizes, options["hidden_size"], generator=generator, dtype=torch.float64)
-    if form == "tokens":
-        input = torch.randint(0, features, shape[:-1], generator=generator)
-    else:
-        input = torch.randn(*shape, generator=generator, dtype=torch.float64)
-    if form == "packed":
-        lengths = torch.randint(1, steps + 1, (batch,), generator=generator)
-        input = pack_padded_sequence(input, lengths, batch_first=options["batch_first"], enforce_sorted=False)
-    return input, (h0 if problem["h0"] else None)
+        input, h0 = input.squeeze(0 if exact.batch_first else 1), None if h0 is None else h0[:, 0]
+    elif form == "tokens":
+        input = input.argmax(-1)
+    elif form == "packed":
+        input = pack_padded_sequence(input, torch.randint(1, steps + 1, (batch,)), exact.batch_first, False)
+    return input, h0
 
 
 def evaluate(module, input, h0, dtype, form):
@@ -306,7 +295,7 @@ def check_against_torch(problem, backend, device):
     dtype, form = problem["dtype"], problem["form"]
     theirs, ours = pair(**problem["options"], backend=backend, seed=problem["seed"], dtype=dtype)
     exact = copy.deepcopy(theirs).double()
-    input, h0 = make_given(problem)
+    input, h0 = make_given(problem, exact)
     if form == "packed":
         input = input._replace(data=input.data.to(dtype).double())
     elif form != "tokens":
