@@ -5,6 +5,7 @@ documented ones. A call is made from (seed, index) alone, so that a failure can 
 tests/test_malformed_calls.py runs them in processes of their own.
 """
 
+import functools
 import math
 import warnings
 from collections import Counter
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from drawn import NOT_TENSORS, REFUSALS, Call, Draw
-from rnn_modules import OneHotRNN
+from rnn_modules import OneHotRNN, pair
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 from unusual import TorchLM, outcome, tensors_of
@@ -22,8 +23,8 @@ from unusual import TorchLM, outcome, tensors_of
 from charrnn_fast import CharRNN, FusedRNN, clip_grad_norm_, linear_cross_entropy
 
 
-def _modules(draw: Draw, kind: type) -> tuple[Any, Any]:
-    """A FusedRNN and its like of this kind, with random options; well-formed."""
+def _modules(draw: Draw) -> tuple[FusedRNN, "_CheckedRNN"]:
+    """A FusedRNN and torch's, with random options; well-formed."""
     options: dict[str, Any] = {
         "num_layers": draw.choice([1, 1, 2]),
         "nonlinearity": draw.choice(["tanh", "relu"]),
@@ -32,17 +33,11 @@ def _modules(draw: Draw, kind: type) -> tuple[Any, Any]:
         "bidirectional": draw.rarely(4),
         "dtype": torch.float64 if draw.rarely(6) else torch.float32,
     }
-    sizes = (draw.choice([1, 3, 5]), draw.choice([1, 4, 7]))
-    key = (kind, sizes, *options.values())
-    if key not in _MODULES:
-        torch.manual_seed(0)
-        ours, theirs = FusedRNN(*sizes, **options), kind(*sizes, **options)
-        theirs.load_state_dict(ours.state_dict())
-        _MODULES[key] = ours, theirs
-    return _MODULES[key]
+    theirs, ours = _pair(draw.choice([1, 3, 5]), draw.choice([1, 4, 7]), kind=_CheckedRNN, **options)
+    return ours, theirs
 
 
-_MODULES: dict[Any, tuple[Any, Any]] = {}
+_pair = functools.cache(pair)
 
 
 def _with_gradients(model: nn.Module, run: Callable[[], Any]) -> Callable[[], Any]:
@@ -110,7 +105,7 @@ def _state(draw: Draw, rnn: nn.RNNBase, batch: int) -> Any:
 
 
 def rnn_call(draw: Draw) -> Call:
-    ours, theirs = _modules(draw, nn.RNN)
+    ours, theirs = _modules(draw)
     dtype = ours.weight_hh_l0.dtype
     x, batch = _input(draw, ours, lambda *shape: draw.floats(*shape, dtype=dtype), ours.input_size)
     hx = _state(draw, ours, batch)
@@ -156,7 +151,7 @@ class _CheckedRNN(OneHotRNN):
 
 
 def tokens_call(draw: Draw) -> Call:
-    ours, theirs = _modules(draw, _CheckedRNN)
+    ours, theirs = _modules(draw)
     ids, batch = _input(draw, ours, lambda *shape: draw.ids(*shape, below=ours.input_size))
     hx = _state(draw, ours, batch)
     wrong = () if outcome(lambda: theirs.forward_tokens(ids, hx))[1] is None else REFUSALS
@@ -254,25 +249,21 @@ def clip_call(draw: Draw) -> Call:
     return Call(run(clip_grad_norm_), run(nn.utils.clip_grad_norm_))
 
 
-_MODELS: dict[int, tuple[CharRNN, TorchLM]] = {}
-
-
 class _CheckedLM(TorchLM):
     def forward(self, tokens: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return super().forward(_checked(tokens, 11), state)
 
 
-def _models(draw: Draw) -> tuple[CharRNN, TorchLM]:
-    if not _MODELS:
-        torch.manual_seed(0)
-        ours, theirs = CharRNN(11, 8), _CheckedLM()
-        theirs.load_state_dict(ours.state_dict())
-        _MODELS[0] = ours, theirs
-    return _MODELS[0]
+@functools.cache
+def _models() -> tuple[CharRNN, TorchLM]:
+    torch.manual_seed(0)
+    ours, theirs = CharRNN(11, 8), _CheckedLM()
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
 
 
 def model_loss_call(draw: Draw) -> Call:
-    ours, theirs = _models(draw)
+    ours, theirs = _models()
     batch, steps = draw.choice([1, 3, 16]), draw.choice([1, 3, 5])
     tokens, targets = draw.ids(batch, steps, below=11), draw.ids(batch, steps, below=11)
     state = None if draw.rarely(2) else draw.floats(1, batch, 8)
@@ -290,7 +281,7 @@ def model_loss_call(draw: Draw) -> Call:
 def generate_call(draw: Draw) -> Call:
     from charrnn_fast.reference.generate import generate
 
-    ours, theirs = _models(draw)
+    ours, theirs = _models()
     batch, count = draw.choice([1, 3]), draw.choice([0, 1, 4])
     prompt = draw.ids(batch, draw.choice([1, 3]), below=11)
     options: dict[str, Any] = {}

@@ -42,10 +42,10 @@ def one_hot(ids: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
     return rows.scatter(-1, ids.long().unsqueeze(-1), 1)
 
 
-def pair(*sizes, backend="auto", seed=0, checkpoint_steps=None, **options):
+def pair(*sizes, kind=OneHotRNN, backend="auto", seed=0, checkpoint_steps=None, **options):
     """A torch.nn.RNN and the FusedRNN of the same seed."""
     torch.manual_seed(seed)
-    theirs = OneHotRNN(*sizes, **options)
+    theirs = kind(*sizes, **options)
     torch.manual_seed(seed)
     return theirs, FusedRNN(*sizes, **options, backend=backend, checkpoint_steps=checkpoint_steps)
 

@@ -39,11 +39,6 @@ def _everything(f: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *operands: results_and_gradients(f, operands, torch.ones_like)
 
 
-def _compare(operation: Operation, run: Callable[[Callable[..., Any]], Any], *arguments: Any) -> None:
-    """run(f) of this library's function and of torch's; arguments: of same_outcome."""
-    same_outcome(lambda: run(operation.ours), lambda: run(operation.theirs), *arguments)
-
-
 def in_fake_mode(name: str, kind: str) -> None:
     from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -55,7 +50,7 @@ def in_fake_mode(name: str, kind: str) -> None:
             found = (f if kind == "results" else _everything(f))(*operands)
             return [torch.empty_like(t, device="meta") for t in tensors_of(found)]
 
-    _compare(operation, shapes)
+    operation.compare(shapes)
 
 
 def traced_by_make_fx(name: str, mode: str) -> None:
@@ -69,19 +64,12 @@ def traced_by_make_fx(name: str, mode: str) -> None:
         graph = make_fx(f, tracing_mode=mode, _allow_non_fake_inputs=True)(*_leaves(operation))
         return graph(*_leaves(operation, others))
 
-    _compare(operation, traced)
-    _compare(operation, lambda f: traced(_everything(f)))
-
-
-def _same_as_either(
-    run: Callable[[Callable[..., Any]], Any], operation: Operation, otherwise: Callable[[], Any]
-) -> None:
-    """Torch's own way through a transform, or what it would be where torch's RNN has none."""
-    only_ours = outcome(lambda: run(operation.ours))[1] is None and outcome(lambda: run(operation.theirs))[1]
-    same_outcome(lambda: run(operation.ours), otherwise if only_ours else lambda: run(operation.theirs))
+    operation.compare(traced)
+    operation.compare(lambda f: traced(_everything(f)))
 
 
 def transformed(name: str, transform: str) -> None:
+    """Torch's own way through a transform, or what it would be where torch's RNN has none."""
     from torch import func
 
     operation = OPERATIONS[name]()
@@ -95,9 +83,9 @@ def transformed(name: str, transform: str) -> None:
         result, pull = func.vjp(lambda *x: tuple(tensors_of(f(*x))), *operands)
         return *result, *pull(tuple(torch.ones_like(t) for t in result))
 
-    def jvp(f):
-        results = func.jvp(lambda *x: tuple(tensors_of(f(*x))), operands, tangents)
-        return *results[0], *results[1]
+    def jvp(f, jvp=func.jvp):
+        results, products = jvp(lambda *x: tuple(tensors_of(f(*x))), operands, tangents)
+        return *results, *products
 
     def dual(f):
         import torch.autograd.forward_ad as forward_ad
@@ -108,10 +96,7 @@ def transformed(name: str, transform: str) -> None:
             return [*(p.primal for p in parts), *(p.tangent for p in parts if p.tangent is not None)]
 
     def twice_backward():
-        results, products = torch.autograd.functional.jvp(
-            lambda *x: tuple(tensors_of(operation.theirs(*x))), operands, tangents
-        )
-        return *results, *products
+        return jvp(operation.theirs, torch.autograd.functional.jvp)
 
     def gradients(*x):
         leaves = [y.clone().requires_grad_() for y in x]
@@ -143,7 +128,10 @@ def transformed(name: str, transform: str) -> None:
     run, otherwise = runs[transform]
     if transform in ("grad", "vmap of grad") and not operation.differentiable:
         return
-    _same_as_either(run, operation, otherwise)
+    ours, theirs = (functools.partial(run, f) for f in (operation.ours, operation.theirs))
+    if outcome(theirs)[1] is not None and outcome(ours)[1] is None:
+        theirs = otherwise
+    same_outcome(ours, theirs)
 
 
 def watched(name: str, mode: str) -> None:
@@ -173,7 +161,7 @@ def watched(name: str, mode: str) -> None:
         seen.append(entered.get_total_flops() if mode == "flops" else entered.seen)
         return results
 
-    _compare(operation, inside)
+    operation.compare(inside)
     if seen:
         theirs, ours = seen
         assert ours == theirs if mode == "flops" else ours > 0, f"{mode}: torch's {theirs}, here {ours}"
@@ -216,7 +204,7 @@ def in_a_region(name: str, name_of_region: str) -> None:
     tolerance = 0.1 if name_of_region == "autocast" else 1e-4
     # The decoder computes in the weights' type whatever the region, so that its texts do not depend on it.
     numbers = not (operation.own_errors and name_of_region == "autocast")
-    _compare(operation, inside, name_of_region, tolerance, numbers)
+    operation.compare(inside, name_of_region, tolerance, numbers)
 
 
 def without_a_graph(name: str, mode: str) -> None:
@@ -226,7 +214,7 @@ def without_a_graph(name: str, mode: str) -> None:
         with {"no_grad": torch.no_grad, "inference": torch.inference_mode}[mode]():
             return f(*(x.clone() for x in operation.operands))
 
-    _compare(operation, inside)
+    operation.compare(inside)
 
 
 def checkpointed(name: str, kind: str) -> None:
@@ -240,7 +228,7 @@ def checkpointed(name: str, kind: str) -> None:
         again = functools.partial(checkpoint, f, use_reentrant=kind == "reentrant")
         return _everything(again)(*_leaves(operation))
 
-    _compare(operation, run)
+    operation.compare(run)
 
 
 # ---- distributed ----------------------------------------------------------------------------------------------------
@@ -275,7 +263,7 @@ def distributed(name: str, placement: str) -> None:
                 operands = [x.detach().requires_grad_(operation.differentiable) for x in operands]
                 return _everything(f)(*operands)
 
-            _compare(operation, run, f"operands {chosen}")
+            operation.compare(run, f"operands {chosen}")
 
 
 def fully_sharded(method: str, parts: Sequence[str]) -> None:

@@ -30,6 +30,10 @@ class Operation(NamedTuple):
     differentiable: bool = True
     own_errors: bool = False  # no function of torch's: what it refuses is a ValueError of this library
 
+    def compare(self, run: Callable[[Callable[..., Any]], Any], *arguments: Any, **options: Any) -> None:
+        """run(f) of this library's function and of torch's; arguments, options: of same_outcome."""
+        same_outcome(lambda: run(self.ours), lambda: run(self.theirs), *arguments, **options)
+
 
 class TorchLM(nn.Module):
     """CharRNN by torch alone, with parameters of the same names."""
@@ -334,18 +338,14 @@ def operands_of_a_kind(name: str, kind: str) -> int:
                     made.append(x)
                 return made
 
-            def run(f, fresh=fresh):
-                return lambda: results_and_gradients(f, fresh(), _random_like)
-
             try:
                 fresh()
             except Exception:
                 continue  # there is no such tensor of this shape
             # What torch computes from one operand on "meta" and others with memory is whatever was there; and between
             # logits that are nearly equal, a rounding in 16 bit decides what a decoder says.
-            same_outcome(
-                run(operation.ours),
-                run(operation.theirs),
+            operation.compare(
+                lambda f, fresh=fresh: results_and_gradients(f, fresh(), _random_like),
                 f"operands {chosen}, graph {graph}",
                 0.1 if kind == "bfloat16" else 1e-4,
                 numbers=(kind != "meta" or len(chosen) == count) and not (operation.own_errors and kind == "bfloat16"),
@@ -371,8 +371,7 @@ def gradients_of_a_kind(name: str, kind: str) -> int:
         return make(grad) if grad.dim() or kind not in ("zero stride", "overlapping", "reversed") else grad
 
     def run(f):
-        leaves = [x.clone().requires_grad_() for x in operation.operands]
-        return lambda: results_and_gradients(f, leaves, upstream)
+        return results_and_gradients(f, [x.clone().requires_grad_() for x in operation.operands], upstream)
 
-    same_outcome(run(operation.ours), run(operation.theirs), kind)
+    operation.compare(run, kind)
     return 1
