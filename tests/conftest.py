@@ -11,7 +11,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))  # what test files in different folders share
 import malformed
-from children import Server, serving
+from children import Server
 from gpu_too import is_gpu_test
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -72,8 +72,9 @@ def x(device: torch.device) -> torch.Tensor:
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
     """Runs functions of the modules in tests/ in processes of their own."""
-    with serving() as server:
-        yield server
+    server = Server()
+    yield server
+    server.close()
 
 
 @pytest.fixture
