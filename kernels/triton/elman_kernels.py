@@ -133,9 +133,8 @@ def elman_forward_kernel(
     if weight_ih_ptr is not None:
         inputs[0].store(x[0].to(F.acc))
         projected = fma_product(inputs[0], w_ih, F)
-        inputs[1].store(
-            x[1].to(F.acc)
-        )  # so that what the loop begins with waits for is what it waits for when it repeats
+        # So that what the loop begins with waits for is what it waits for when it repeats.
+        inputs[1].store(x[1].to(F.acc))
     ids = load_ids(tokens_ptr, following, AHEAD, stride_tokens_t, offs_tokens, rows)
     for i in range(0, walk.steps, AHEAD):
         if steps_ptr is None:
