@@ -232,15 +232,10 @@ def linear_cross_entropy_build(step: str, kind: str, tile, target: str) -> Build
     value, sums = POINTER[kind], accumulator(kind)
     streams = step in ("loss", "logits") and tile.max_h > tile.block_h
     types = pointers(value, "hidden weight bias") | pointers("*i64", "target") | pointers(sums, "lse")
-    constants = {
-        "H": tile.multiple * (999 // tile.multiple) if streams else tile.block_h - (tile.multiple == 1),
-        "V": 1000 if tile.max_v > tile.block_v and step != "classes" else tile.block_v - 4,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_V": tile.block_v,
-        "BLOCK_H": tile.block_h,
-        "HAS_BIAS": True,
-        "PRECISION": kind if value == "*fp32" else "ieee",
-    }
+    H = tile.multiple * (999 // tile.multiple) if streams else tile.block_h - (tile.multiple == 1)
+    V = 1000 if tile.max_v > tile.block_v and step != "classes" else tile.block_v - 4
+    precision = kind if value == "*fp32" else "ieee"
+    constants = {"F": load("linear_cross_entropy_kernels").Form.of(tile, H, V, True, precision)}
     if step == "loss":
         kernel = "loss_kernel"
         types |= pointers(sums, "totals")
@@ -252,7 +247,7 @@ def linear_cross_entropy_build(step: str, kind: str, tile, target: str) -> Build
         constants |= {"MEAN": True}
         if step == "classes":
             types |= pointers(sums, "grad_weight")
-            constants |= {"GRAD_HIDDEN": True, "PARTIAL": True, "HALVES": tile.halves}
+            constants |= {"GRAD_HIDDEN": True, "PARTIAL": True}
         elif step == "rows":
             constants |= {"SPLIT": False}
     width = f"{tile.multiple}*" if streams else tile.block_h
@@ -378,7 +373,7 @@ def generate_build(target: str, kind: str, H: int, V: int, L: int, sampled: bool
         module="generate_kernels",
         kernel="generate_kernel",
         types=types,
-        constants=tile.constants() | {"TANH": True, "STACKED": L > 1, "SAMPLE": sampled, "TOP_K": sampled},
+        constants={"F": tile, "TANH": True, "STACKED": L > 1, "SAMPLE": sampled, "TOP_K": sampled},
         tile=tile,
         values={"P": 1, "N": 1000, "V": V, "L": L},
     )
@@ -399,7 +394,7 @@ def generate_grid_builds(target: str) -> list[Build]:
 def generate_grid_build(target: str, kind: str, hidden: int, layers: int, sampled: bool) -> Build:
     value, V = f"*{kind}", 90 if sampled else 28
     tile = load("generate_grid_tiles").grid_tile(hidden, 4, layers)
-    of = (tile, hidden - sampled, V, DTYPES[value], sampled, sampled)
+    of = (tile, hidden - sampled, V, DTYPES[value])
     types = pointers(value, "table weight head head_bias") | pointers("*fp32", "states partials")
     types |= pointers("*i32", "counters") | pointers("*i64", "prompt ids") | {"sharpness_bits": "i64"}
     types |= pointers("*fp64", "uniforms") if sampled else {}
@@ -412,7 +407,7 @@ def generate_grid_build(target: str, kind: str, hidden: int, layers: int, sample
         module="generate_grid_kernels",
         kernel="generate_grid_kernel",
         types=types,
-        constants={"F": load("generate_grid_kernels").grid_form(*of, layers=layers)},
+        constants={"F": load("generate_grid_kernels").grid_form(*of, sample=sampled, top_k=sampled, layers=layers)},
         tile=tile,
         values={"P": 1, "N": 1000, "V": V, "top_k": 3, "first_step": 0, "num_steps": 1001, "first_team": 0},
         team=tile.programs(hidden),
