@@ -148,10 +148,3 @@ def same_run(one: Trainer, other: Trainer) -> None:
 def save(path: Path, trainer: Trainer, sampler: data.Sampler, recipe: Recipe) -> None:
     """A checkpoint of a run of VOCAB's text."""
     checkpoint.save(path, trainer, sampler, VOCAB, recipe, kind="fused", seed=0, source="a text")
-
-
-def resumed(path: Path, recipe: Recipe, text: torch.Tensor = TEXT, **options: Any) -> tuple[Trainer, data.Sampler]:
-    """A trainer made anew, and its sampler, where a checkpoint of this recipe stands."""
-    trainer, sampler = start(recipe, text, **options)
-    checkpoint.resume(checkpoint.load(path), trainer, sampler, recipe)
-    return trainer, sampler
