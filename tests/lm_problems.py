@@ -1,7 +1,7 @@
 """What the tests of the language model share: a text, tiny models, runs of a recipe, and how runs are compared."""
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from string import ascii_lowercase
@@ -27,39 +27,29 @@ TEXT = VOCAB.encode(ENGLISH)[:20_000]
 V, H = 7, 5  # of a tiny model
 
 
-def tiny(form: str = "fused", seed: int = 0, **options: Any) -> LanguageModel:
+def tiny(form="fused", seed=0, **options) -> LanguageModel:
     """A model of V symbols and H units in fp64, the same in each form."""
     torch.manual_seed(seed)
     return make(form, V, H, **{"dtype": torch.float64, **options})
 
 
 def start(
-    recipe: Recipe,
-    text: torch.Tensor = TEXT,
-    *,
-    capture: bool | str = "auto",
-    seed: int = 0,
-    kind: str = "fused",
-    device: torch.device | str = "cpu",
-    dtype: torch.dtype = torch.float32,
-    **changes: Any,
+    recipe, text=TEXT, *, capture="auto", seed=0, kind="fused", device="cpu", dtype=torch.float32, **changes
 ) -> tuple[Trainer, data.Sampler]:
-    """The trainer and the sampler of a recipe, which is changed so."""
+    """The trainer and the sampler of a recipe, with these changes to it; the same parameters in each form."""
     recipe = replace(recipe, **changes)
     model = build_model(recipe, len(VOCAB), seed, kind=kind, device=device, dtype=dtype)
     return build_trainer(recipe, model, capture), build_sampler(recipe, text, seed)
 
 
-def fit(recipe: Recipe, text: torch.Tensor = TEXT, **options: Any) -> Trainer:
+def fit(recipe, text=TEXT, **options) -> Trainer:
     """The same, trained to its last epoch."""
     trainer, sampler = start(recipe, text, **options)
     trainer.fit(sampler)
     return trainer
 
 
-def by_form(
-    recipe: Recipe, text: torch.Tensor, steps: int, *, reordered: int = 0, **options: Any
-) -> tuple[list[float], int, Trainer, data.Sampler]:
+def by_form(recipe, text, steps, *, reordered=0, **options) -> tuple[list[float], int, Trainer, data.Sampler]:
     """So many training steps, and on to the end of an epoch, by the loop of the model's form, which is the
     specification's own for the reference -> their losses, the epochs, and what was trained.
 
@@ -67,21 +57,18 @@ def by_form(
     """
     trainer, sampler = start(recipe, text, **options)
     run = reference.train_batches if trainer.model.form == "reference" else train_batches
-    losses: list[float] = []
-    epochs = 0
+    losses, epochs = [], 0
     while len(losses) < steps:
-        batches: Iterable = sampler.train()
+        batches = sampler.train()
         if reordered:
             batches = [(X.roll(reordered, 0), Y.roll(reordered, 0)) for X, Y in batches]
         carried = {"carry_state": sampler.carry_state}
-        losses += map(float, run(trainer.model, batches, trainer.optimizer, recipe.clip, **carried))
+        losses += map(float, run(trainer.model, batches, trainer.optimizer, trainer.clip, **carried))
         epochs += 1
     return losses, epochs, trainer, sampler
 
 
-def by_hand(
-    loss_of: Callable[..., torch.Tensor], optimizer: torch.optim.Optimizer, batches: Iterable, clip: float | None = None
-) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+def by_hand(loss_of, optimizer, batches, clip=None) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """The loop that everybody writes -> each batch's loss, and the norm of all that the optimizer holds."""
     held = [p for group in optimizer.param_groups for p in group["params"]]
     for X, Y in batches:
@@ -94,9 +81,9 @@ def by_hand(
 
 
 class Listener(Callback):
-    """The learning rates, losses and gradient norms of all updates, and what `each` says after each."""
+    """The learning rates, losses and gradient norms of all updates, and what `each` says of the trainer after each."""
 
-    def __init__(self, each: Callable[[], Any] = lambda: None):
+    def __init__(self, each: Callable[[Trainer], Any] = lambda trainer: None):
         self.lrs, self.losses, self.norms, self.said = [], [], [], []
         self.each = each
 
@@ -104,7 +91,7 @@ class Listener(Callback):
         self.lrs.append(step.lr)
         self.losses.append(step.loss)
         self.norms.append(step.grad_norm)
-        self.said.append(self.each())
+        self.said.append(self.each(trainer))
 
 
 class Calling:
@@ -140,9 +127,11 @@ def same_parameters(one: Any, other: Any) -> None:
 
 
 def same_run(one: Trainer, other: Trainer) -> None:
-    """Figures and parameters to the bit."""
+    """Figures, parameters and the optimizers' state to the bit."""
     assert figures(one) == figures(other) and one.step == other.step
     same_parameters(one.model, other.model)
+    states = [trainer.optimizer.state_dict()["state"] for trainer in (one, other)]
+    torch.testing.assert_close(*states, rtol=0, atol=0)
 
 
 def save(path: Path, trainer: Trainer, sampler: data.Sampler, recipe: Recipe) -> None:

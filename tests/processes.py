@@ -62,21 +62,6 @@ def built(form: str, processes: Processes | None, **options: Any) -> tuple[Train
     return trainer, build_sampler(recipe, TOKENS, seed=0), recipe
 
 
-class Losses(Listener):
-    """Stops after so many updates, or ends the process."""
-
-    def __init__(self, stop_after: int | None = None, fatal: int | None = None):
-        super().__init__()
-        self.stop_after, self.fatal = stop_after, fatal
-
-    def on_step(self, trainer, step):
-        super().on_step(trainer, step)
-        if self.stop_after == len(self.losses):
-            trainer.stop("enough")
-        if self.fatal == len(self.losses):
-            os._exit(7)
-
-
 def curve(processes: Processes | None, folder: Path, form: str, options: dict[str, Any]) -> Any:
     """Losses and norms of every update, the epochs' figures, and the parameters at the end."""
     trainer, sampler, _ = built(form, processes, **options)
@@ -108,7 +93,8 @@ def stopped_and_resumed(processes: Processes | None, folder: Path, form: str, dr
     torch.manual_seed(processes.rank if processes else 0)
     keeper = Keeper(folder, trainer, sampler, VOCAB, recipe, identity=IDENTITY, every=Every(1e9, seconds=True))
     last = processes is None or processes.rank == processes.count - 1
-    trainer.fit(sampler, callbacks=[Losses(stop_after=at if last else None), keeper])
+    stopping = Listener(lambda trainer: trainer.stop("enough") if last and trainer.step == at else None)
+    trainer.fit(sampler, callbacks=[stopping, keeper])
     found = {"stopped": trainer.stopped, "step": trainer.step, "between": trainer.between_epochs}
     assert keeper.write()
 
@@ -158,7 +144,7 @@ def one_dies(processes: Processes, folder: Path) -> Any:
     trainer, sampler, _ = built("windows", processes, on_nan="restore")
     last = processes.rank == processes.count - 1
     try:
-        trainer.fit(sampler, callbacks=[Losses(fatal=5 if last else None)])
+        trainer.fit(sampler, callbacks=[Listener(lambda trainer: os._exit(7) if last and trainer.step == 5 else None)])
     except TrainingError as error:
         return {"error": str(error), "step": trainer.step}
     return {"error": None}

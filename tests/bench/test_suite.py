@@ -94,8 +94,7 @@ def test_work_is_counted(config: Config):
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_row_on_a_device(case: Case):
-    options = {"device": torch.device("cuda")}
-    row = suite.measure(case, run(TorchRNN(), Reference(), **options))
+    row = suite.measure(case, run(TorchRNN(), Reference(), device=torch.device("cuda")))
     assert row["ms"] > 0 and row["ratios"]["torch.nn.RNN"]["median"] > 0
 
 

@@ -5,16 +5,13 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.utils.prune
-from lm_problems import VOCAB, H, V, by_hand, save, start, tiny
+from lm_problems import H, V, by_hand, tiny
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations
 
-from charrnn_fast.errors import InputError
 from charrnn_fast.lm import as_built, capture, data
-from charrnn_fast.lm.generation import generate
 from charrnn_fast.lm.model import CharRNN
-from charrnn_fast.lm.recipes import RECIPES
 from charrnn_fast.lm.training import Trainer
 from charrnn_fast.reference import generate as reference_generate
 
@@ -48,15 +45,6 @@ class LowRank(nn.Module):
         return self.base(x) + self.up(self.down(x))
 
 
-def _no_forward_of_its_own(model):
-    original = model.head.forward
-    model.head.forward = lambda x: original(x) * 0.5
-
-
-def _replace(name, make):
-    return lambda model: setattr(model, name, make())
-
-
 CHANGES = {
     "head hook": lambda m: m.head.register_forward_hook(lambda mod, i, o: o * 0.5),
     "head pre-hook": lambda m: m.head.register_forward_pre_hook(lambda mod, i: (i[0] * 2,)),
@@ -64,7 +52,7 @@ CHANGES = {
     "rnn pre-hook": lambda m: m.rnn.register_forward_pre_hook(lambda mod, i: (i[0] * 2, *i[1:])),
     "rnn backward hook": lambda m: m.rnn.register_full_backward_hook(lambda mod, i, o: (None, *i[1:])),
     "head backward hook": lambda m: m.head.register_full_backward_hook(lambda mod, i, o: (i[0] * 2,)),
-    "head's own forward": _no_forward_of_its_own,
+    "head's own forward": lambda m: setattr(m.head, "forward", lambda x, own=m.head.forward: own(x) * 0.5),
     "head pruned": lambda m: nn.utils.prune.random_unstructured(m.head, "weight", 0.5),
     "rnn pruned": lambda m: nn.utils.prune.random_unstructured(m.rnn, "weight_hh_l0", 0.5),
     "head weight_norm": lambda m: parametrizations.weight_norm(m.head),
@@ -72,7 +60,7 @@ CHANGES = {
     "rnn old weight_norm": lambda m: nn.utils.weight_norm(m.rnn, "weight_ih_l0"),
     "head spectral_norm": lambda m: parametrizations.spectral_norm(m.head),
     "head low rank": lambda m: setattr(m, "head", LowRank(m.head)),
-    "head without bias": _replace("head", lambda: nn.Linear(H, V, bias=False, dtype=torch.float64)),
+    "head without bias": lambda m: setattr(m, "head", nn.Linear(H, V, bias=False, dtype=torch.float64)),
     "other sizes": lambda m: (
         setattr(m, "rnn", nn.RNN(m.rnn.input_size, 6, batch_first=True, dtype=torch.float64)),
         setattr(m, "head", nn.Linear(6, V, dtype=torch.float64)),
@@ -95,7 +83,7 @@ for _name, _make in REPLACED.items():
 @pytest.mark.parametrize("form", FORMS, ids=str)
 @pytest.mark.parametrize("change", CHANGES)
 def test_training_is_what_calling_the_modules_gives(change, form):
-    """Ten steps, from and with copies of the same random numbers: losses and every gradient."""
+    """Four steps, from and with copies of the same random numbers: losses and every gradient."""
     curves = []
     for loss_of in (_loss, _plain_loss):
         model = tiny(**form)
@@ -103,7 +91,7 @@ def test_training_is_what_calling_the_modules_gives(change, form):
         CHANGES[change](model)
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.3)
         curve = []
-        for loss, _ in by_hand(partial(loss_of, model), optimizer, [(X, Y)] * 10):
+        for loss, _ in by_hand(partial(loss_of, model), optimizer, [(X, Y)] * 4):
             curve += [loss, *(p.grad for p in model.parameters() if p.grad is not None)]
         curves.append(curve)
     torch.testing.assert_close(curves[0], curves[1], rtol=1e-9, atol=1e-11)
@@ -213,16 +201,6 @@ def test_trainer_carries_the_state_of_whatever_is_trained(change):
     sampler = data.Sequential(tokens, torch.Generator().manual_seed(0), batch_size=4, num_steps=10)
     history = Trainer(model, epochs=4, lr=0.5).fit(sampler)
     assert history[-1].train_loss < history[0].train_loss
-
-
-def test_a_changed_model_is_no_checkpoint(tmp_path):
-    """Its file would be read as the model that its arguments say, with the same sizes and another function."""
-    trainer, sampler = start(RECIPES["ch8"], hidden_size=H)
-    assert generate(trainer.model, VOCAB, "a", 5)
-    trainer.model.rnn = nn.RNN(len(VOCAB), H, nonlinearity="relu", batch_first=True)
-    with pytest.raises(InputError, match="a checkpoint is of a model as it was built, but rnn has mode 'RNN_RELU'"):
-        save(tmp_path / "a.ckpt", trainer, sampler, RECIPES["ch8"])
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize(("options", "hooked"), [({}, False), ({"embedding": 3}, False), ({}, True)])

@@ -88,16 +88,9 @@ class Own(CharRNN):
         return super().loss(tokens, targets, state)
 
 
-def _hooked(where: str) -> CharRNN:
+def _changed(change) -> CharRNN:
     model = CharRNN(7, 5)
-    if where == "head":
-        model.head.register_forward_hook(lambda *_: None)
-    elif where == "parameter":
-        model.head.bias.register_hook(lambda g: g)
-    elif where == "instance":
-        model.loss = model.loss
-    else:
-        model.rnn = nn.RNN(7, 5, batch_first=True)
+    change(model)
     return model
 
 
@@ -106,10 +99,13 @@ REASONS = {
     "the model has a learned embedding": lambda: (CharRNN(7, 5, embedding=3), {}),
     "dropout draws numbers": lambda: (CharRNN(7, 5, dropout=0.1), {}),
     "a method of the model is not CharRNN's": lambda: (Own(7, 5), {}),
-    "a method of the model is not CharRNN's ": lambda: (_hooked("instance"), {}),
-    "it would not call its modules, and head has a forward hook": lambda: (_hooked("head"), {}),
-    "it would not call the hook of head.bias": lambda: (_hooked("parameter"), {}),
-    "rnn is a RNN": lambda: (_hooked("rnn"), {}),
+    "a method of the model is not CharRNN's ": lambda: (_changed(lambda m: setattr(m, "loss", m.loss)), {}),
+    "it would not call its modules, and head has a forward hook": lambda: (
+        _changed(lambda m: m.head.register_forward_hook(lambda *_: None)),
+        {},
+    ),
+    "it would not call the hook of head.bias": lambda: (_changed(lambda m: m.head.bias.register_hook(lambda g: g)), {}),
+    "rnn is a RNN": lambda: (_changed(lambda m: setattr(m, "rnn", nn.RNN(7, 5, batch_first=True))), {}),
     "PyTorch alone is trained as PyTorch does": lambda: (make("torch", 7, 5), {}),
     "the reference model is trained operation by operation": lambda: (make("reference", 7, 5), {}),
     "an update is made for 3 batches": lambda: (CharRNN(7, 5), {"accumulate": 3}),

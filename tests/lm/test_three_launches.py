@@ -71,7 +71,7 @@ def test_trainer_follows_the_reference(name, steps, device):
 def test_a_step_is_three_launches_and_a_batch_of_the_validation_two(device, launches):
     """Eager; nothing of ATen's is launched in between but what keeps the norm."""
 
-    def counted():
+    def counted(trainer):
         said = len(launches)
         launches.clear()
         return said

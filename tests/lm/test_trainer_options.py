@@ -5,7 +5,8 @@ PyTorch's own or the loop that everybody writes.
 import json
 import math
 import sys
-from types import ModuleType
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -75,8 +76,6 @@ def test_an_optimizer_of_something_else_is_refused(form):
     for wrong in (None, 3, torch.nn.Linear(2, 2)):
         with pytest.raises(TypeError, match="optimizer must be"):
             Trainer(model, optimizer=wrong)
-    with pytest.raises(ValueError, match="LBFGS"):
-        Trainer(model, optimizer=torch.optim.LBFGS(model.parameters()))
 
 
 def test_modules_that_are_replaced_after_the_optimizer_was_made_are_noticed():
@@ -182,7 +181,6 @@ def test_a_cosine_needs_a_length():
         ({"momentum": 1.0}, "momentum must be at least 0 and below 1"),
         ({"weight_decay": -1.0}, "weight_decay must be at least 0"),
         ({"accumulate": 0}, "accumulate must be 1 to"),
-        ({"accumulate": 2, "graph_batches": 2}, "one of them at a time"),
         ({"precision": "fp8"}, "precision must be"),
         ({"on_nan": "ignore"}, "on_nan must be one of stop, skip, restore"),
         ({"patience": 0}, "patience must be at least 1"),
@@ -197,8 +195,6 @@ def test_options_that_the_reference_does_not_have():
     for options in ({"accumulate": 2}, {"schedule": Schedule("cosine")}, {"precision": "bf16"}, {"on_nan": "skip"}):
         with pytest.raises(ValueError, match="the reference model"):
             Trainer(tiny().to_reference(), **options)
-    with pytest.raises(ValueError, match="no dropout"):
-        tiny(dropout=0.1).to_reference()
 
 
 @pytest.mark.parametrize("form", ["fused", "torch"])
@@ -241,16 +237,12 @@ def test_dropout_is_between_layers_and_before_the_head(form, layers):
     logits = model.head(torch.nn.functional.dropout(outputs, 0.4))
     assert loss.item() == pytest.approx(torch.nn.functional.cross_entropy(logits.flatten(0, 1), Y.flatten()).item())
     assert model.loss(X, Y)[0] != loss, "other numbers each time"
+    without = tiny(num_layers=layers, embedding=4)
+    without.load_state_dict(model.state_dict())
     with model.evaluating():
         assert not model.training and not model.rnn.training
-        assert model.loss(X, Y)[0] == model.loss(X, Y)[0] == _eval(model).loss(X, Y)[0]
+        assert model.loss(X, Y)[0] == model.loss(X, Y)[0] == without.loss(X, Y)[0]
     assert model.training and model.rnn.training
-
-
-def _eval(model) -> CharRNN:
-    other = tiny(num_layers=model.num_layers, embedding=4)
-    other.load_state_dict(model.state_dict())
-    return other.eval()
 
 
 @pytest.mark.parametrize("form", ["fused", "torch"])
@@ -326,25 +318,16 @@ def test_log_and_samples(tmp_path):
 
 def test_tensorboard(tmp_path, monkeypatch):
     """With a writer that keeps what it is given; the package is an extra, and without it there is one line."""
-    written, module = [], ModuleType("torch.utils.tensorboard")
-
-    class SummaryWriter:
-        def __init__(self, folder):
-            written.append(folder)
-
-        def add_scalar(self, name, value, at):
-            written.append((name, at))
-            assert isinstance(value, float | int)
-
-        def flush(self):
-            pass
-
-    module.SummaryWriter = SummaryWriter
+    writer = Mock()
+    module = SimpleNamespace(SummaryWriter=lambda folder: writer)
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
     trainer = Trainer(tiny(), lr=0.1, epochs=2)
     trainer.fit(_sampler(), callbacks=[TensorBoard(tmp_path, every=4)])
-    assert {("step/loss", 4), ("step/grad_norm", 8), ("step/lr", 4), ("epoch/train_loss", 2)} <= set(written[1:])
-    assert not any(name == "epoch/val_ppl" for name, _ in written[1:]), "what was not measured is left out"
+    names, values, at = zip(*(call.args for call in writer.add_scalar.call_args_list), strict=True)
+    assert all(isinstance(value, float | int) for value in values)
+    wanted = {("step/loss", 4), ("step/grad_norm", 8), ("step/lr", 4), ("epoch/train_loss", 2)}
+    assert wanted <= set(zip(names, at, strict=True))
+    assert "epoch/val_ppl" not in names, "what was not measured is left out"
     monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
     with pytest.raises(InputError, match="pip install tensorboard"):
         TensorBoard(tmp_path)
