@@ -78,8 +78,8 @@ def curve(processes: Processes | None, folder: Path, form: str, options: dict[st
     return {"steps": steps, "epochs": figures, "validated": validated, "parameters": _parameters_of(trainer)}
 
 
-def _parameters_of(trainer: Trainer) -> list[list[float]]:
-    return [p.detach().flatten().tolist() for p in trainer.model.parameters()]
+def _parameters_of(trainer: Trainer) -> list[float]:
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()]).tolist()
 
 
 def stopped_and_resumed(processes: Processes | None, folder: Path, form: str, dropout: float, at: int) -> Any:
