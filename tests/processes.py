@@ -155,14 +155,8 @@ def run(count: int, folder: Path, cases: Any, codes: list[int] | None = None) ->
     folder.mkdir()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", __file__]
-    started = [
-        subprocess.Popen(
-            [*command, *map(str, (rank, count, folder, json.dumps(cases)))],
-            stderr=subprocess.PIPE,
-            env=environment,
-        )
-        for rank in range(count)
-    ]
+    given = [map(str, (rank, count, folder, json.dumps(cases))) for rank in range(count)]
+    started = [subprocess.Popen([*command, *of], stderr=subprocess.PIPE, env=environment) for of in given]
     try:
         said = [process.communicate(timeout=300)[1].decode() for process in started]
     finally:

@@ -18,6 +18,7 @@ from generate_problems import DEVICE, Decoder
 from charrnn_fast.kernels.triton.generate import generate, generate_reason
 from charrnn_fast.kernels.triton.generate_grid import generate_grid, generate_grid_limits
 from charrnn_fast.kernels.triton.generate_grid_tiles import GenerateGridTile, why_not_grid
+from charrnn_fast.kernels.triton.generate_types import Decoding
 
 TILE = GenerateGridTile(16, 2, 1.0)  # 16 units a program, two warps
 
@@ -27,15 +28,14 @@ def across(*arguments, tile=TILE, steps_per_launch=None, **options):
     sampled = options["uniforms"] is not None
     sharpness = options.get("alpha", 1.0) / options.get("temperature", 1.0)
     top_k = options.get("top_k") if sampled else None
-    return generate_grid(
+    call = Decoding(
         *arguments,
         uniforms=options["uniforms"],
         sharpness=struct.unpack("q", struct.pack("d", sharpness))[0],
         top_k=top_k if top_k is None or top_k < arguments[2].shape[0] else None,
         tanh=options["nonlinearity"] == "tanh",
-        tile=tile,
-        steps_per_launch=steps_per_launch,
     )
+    return generate_grid(call, tile, steps_per_launch)
 
 
 SAMPLING = (None, {"temperature": 0.6, "top_k": 3}, {"temperature": 1.5, "alpha": 2.0})
@@ -217,20 +217,15 @@ def test_where_no_team_runs_at_once_one_program_decodes(monkeypatch):
     assert asked == [None]
     assert torch.equal(ids, decoder.reference(2, True, top_k=4)[0])
     monkeypatch.setattr(module, "generate_grid", lambda *arguments, **options: (arguments, options))
-    (prompt, num_tokens, _, _, weight_hh, *_), options = generate(
+    (call,), options = generate(
         *(decoder.prompt, 2, torch.zeros(20, 256), [None], [torch.zeros(256, 256)], [None], torch.zeros(20, 256)),
         uniforms=torch.zeros(1, 2),
         top_k=20,
         temperature=0.5,
     )
-    assert num_tokens == 2 and weight_hh[0].shape == (256, 256) and prompt is decoder.prompt
-    assert options == {
-        "uniforms": options["uniforms"],
-        "sharpness": struct.unpack("q", struct.pack("d", 2.0))[0],
-        "top_k": None,
-        "tanh": True,
-        "one_by_one": False,
-    }
+    assert call.num_tokens == 2 and call.weight_hh[0].shape == (256, 256) and call.prompt is decoder.prompt
+    assert call.sharpness == struct.unpack("q", struct.pack("d", 2.0))[0]
+    assert call.top_k is None and call.tanh and call.uniforms is not None and options == {"one_by_one": False}
 
 
 def test_no_tile():

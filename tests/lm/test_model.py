@@ -1,5 +1,7 @@
 """CharRNN against the reference model, and the decoder's string interface."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from lm_problems import H, V, same_parameters, tiny
@@ -11,6 +13,7 @@ from charrnn_fast.lm.forms import FORMS, make, of
 from charrnn_fast.lm.generation import generate
 from charrnn_fast.lm.language_model import LanguageModel
 from charrnn_fast.lm.model import CharRNN
+from charrnn_fast.lm.recipes import RECIPES, build_model
 from charrnn_fast.lm.training import Trainer
 from charrnn_fast.reference.generate import generate as reference_generate
 from charrnn_fast.reference.language_model import RNNLM
@@ -52,15 +55,26 @@ def test_matches_the_reference(options):
             torch.testing.assert_close(p.grad, q, rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
 
 
+@pytest.mark.parametrize("init", ["normal", "uniform", "orthogonal"])
+@pytest.mark.parametrize("second_bias", [False, True])
+def test_all_forms_of_a_recipe_begin_alike(init, second_bias):
+    """Those drawn by the specification have no second bias: it begins as zeros."""
+    recipe = replace(RECIPES["scratch"], hidden_size=5, init=init, second_bias=second_bias)
+    ids = torch.randint(7, (3, 9), generator=torch.Generator().manual_seed(1))
+    first, *others = (build_model(recipe, 7, 0, kind=form, dtype=torch.float64)(ids)[0] for form in FORMS)
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=1e-12, atol=1e-13)
+
+
 @pytest.mark.parametrize("options", [{}, {"embedding": 3, "num_layers": 2}, {"second_bias": False}])
 def test_every_form_is_a_language_model_and_takes_over_every_others_parameters(options):
-    """What the protocol names is there; one file's parameters make one model in each form: loss, state and text."""
+    """One file's parameters make one model in each form: loss, state and text."""
     written = tiny(**options).state_dict()
     tokens = torch.randint(7, (3, 9), generator=torch.Generator().manual_seed(1))
     found = []
     for seed, form in enumerate(FORMS):
         model = tiny(form, seed + 1, **options)
-        assert model.form == form and all(hasattr(model, name) for name in vars(LanguageModel) if name[0] != "_")
+        assert model.form == form and isinstance(model, LanguageModel)
         model.load_state_dict(written)
         again = model.state_dict()
         assert again.keys() == written.keys() and all(torch.equal(again[name], p) for name, p in written.items())
