@@ -23,14 +23,14 @@ MOST = {
         "forward": (25, 6, 1),
         "forward + backward": (60, 19, 2),
         "tokens, forward + backward": (58, 18, 2),
-        "loss + backward": (88, 29, 1),
+        "loss + backward": (81, 29, 1),
     },
     "triton": {
         "forward, no_grad": (26, 2, 1),
         "forward": (22, 2, 1),
         "forward + backward": (55, 18, 3),
         "tokens, forward + backward": (68, 24, 4),
-        "loss + backward": (128, 26, 3),
+        "loss + backward": (114, 26, 3),
     },
 }
 
@@ -39,15 +39,15 @@ MOST = {
 # is a copy of the norm at once (a recorded step has it not), one for each second bias, whose gradient is the first
 # one's, and for two layers the states put together and the products of the second one.
 MOST_OF_A_STEP = {
-    "one layer, SGD": (5, 0, 345),
-    "one layer, evaluation": (2, 0, 140),
-    "one layer, at once": (3, 1, 105),
+    "one layer, SGD": (5, 0, 330),
+    "one layer, evaluation": (2, 0, 130),
+    "one layer, at once": (3, 1, 102),
     "one layer, replayed": (0, 2, 16),
-    "one layer, one bias, SGD": (5, 0, 345),
-    "learned embedding, SGD": (5, 3, 400),
-    "two layers, SGD": (12, 6, 430),
-    "two layers, evaluation": (5, 1, 150),
-    "two layers, Adam": (12, 8, 470),
+    "one layer, one bias, SGD": (5, 0, 330),
+    "learned embedding, SGD": (5, 3, 385),
+    "two layers, SGD": (12, 6, 418),
+    "two layers, evaluation": (5, 1, 143),
+    "two layers, Adam": (12, 8, 453),
 }
 
 
@@ -90,6 +90,19 @@ def steps() -> dict[str, host_steps.Step]:
 def test_no_call_gets_longer(rows):
     backend, found = rows
     _no_longer({row.name: (row.frames, row.operations, row.launches) for row in found}, MOST[backend])
+
+
+def test_no_call_takes_longer_than_torchs():
+    """Its launches left out; torch.nn.RNN's few steps of few numbers are most of its time. On a quiet machine our calls
+    take 0.4 to 0.7 of that; the best of three, as something else may hold one side up.
+    """
+    for _ in range(3):
+        theirs, *ours = ({row.name: row.adds for row in rows} for rows in host.sides().values())
+        assert ours
+        longer = {name: (side[name], adds) for side in ours for name, adds in theirs.items() if side[name] >= adds}
+        if not longer:
+            return
+    raise AssertionError(f"torch.adds, ours and torch.nn.RNN's: {longer}")
 
 
 def test_no_step_gets_longer(steps):
