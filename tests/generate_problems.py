@@ -1,10 +1,13 @@
 """Random decoders and their results written out step by step, for the tests of all that decode."""
 
+import struct
+
 import torch
+from needs import DEVICE
 
+from charrnn_fast.kernels.triton.generate_grid import generate_grid
+from charrnn_fast.kernels.triton.generate_grid_tiles import GenerateGridTile
 from charrnn_fast.reference.generate import next_token
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 class Decoder:
@@ -58,3 +61,35 @@ class Decoder:
             **options,
         )
         return ids.cpu(), state.cpu()
+
+    def rounded_to(self, dtype):
+        """This decoder with its weights and state rounded to dtype."""
+        for name in ("table", "head_weight", "head_bias", "state"):
+            setattr(self, name, getattr(self, name).to(dtype).double())
+        self.weight_hh = [w.to(dtype).double() for w in self.weight_hh]
+        return self
+
+    def behind_greedy(self, ids):
+        """How far the logit of each id is behind the largest, after the prompt and the ids before it."""
+        text, state = torch.cat((self.prompt, ids[:, :-1]), 1), self.state[0]
+        for step, column in enumerate(text.T, 1 - self.prompt.shape[1]):
+            state = torch.tanh(self.table[column] + state @ self.weight_hh[0].T)
+            if step >= 0:
+                logits = state @ self.head_weight.T + self.head_bias
+                yield (logits.amax(1) - logits.gather(1, ids[:, step : step + 1])[:, 0]).max()
+
+
+TILE = GenerateGridTile(16, 2, 1.0)  # 16 units a program, two warps
+
+
+def across(*given, tile=TILE, steps_per_launch=None, uniforms, nonlinearity, top_k=None, alpha=1.0, temperature=1.0):
+    """generate's arguments, across the chip."""
+    return generate_grid(
+        *given,
+        uniforms=uniforms,
+        sharpness=struct.unpack("q", struct.pack("d", alpha / temperature))[0],
+        top_k=top_k if uniforms is not None and top_k is not None and top_k < given[2].shape[0] else None,
+        tanh=nonlinearity == "tanh",
+        tile=tile,
+        steps_per_launch=steps_per_launch,
+    )

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from comparisons import same
 from elman_problems import biases, check, grid_backward, grid_forward, make_problem, oracle, results
+from on_gpu import KINDS
 
 from charrnn_fast.kernels.triton import elman_grid
 from charrnn_fast.kernels.triton.elman_grid import choose_grid_tile
@@ -11,13 +13,6 @@ from charrnn_fast.kernels.triton.launch import processors_of, target_of
 
 pytestmark = pytest.mark.gpu
 
-KINDS = {
-    "tf32": (torch.float32, "tf32"),
-    "ieee": (torch.float32, "ieee"),
-    "bf16": (torch.bfloat16, "ieee"),
-    "fp16": (torch.float16, "ieee"),
-    "fp64": (torch.float64, "ieee"),
-}
 TABLE = {"ieee": "fp32", "bf16": "16bit", "fp16": "16bit"}
 
 
@@ -82,8 +77,7 @@ def test_a_thousand_runs_are_bitwise_equal(kind, H, B):
     options = {"precision": precision, "tile": tiles_of(kind, H)[0]}
     first = results(p, grid_forward, grid_backward, **options)
     for _ in range(1000):
-        again = results(p, grid_forward, grid_backward, **options)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        assert same(first, results(p, grid_forward, grid_backward, **options))
 
 
 def test_beside_kernels_on_other_streams_and_in_a_graph():

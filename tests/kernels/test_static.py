@@ -26,12 +26,11 @@ def static():
     return module
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess:
-    """bench/static.py in a process of its own: this one may have the interpreter in place of the compiler."""
+def run(*command: object) -> subprocess.CompletedProcess:
+    """Python in a process of its own: this one may have the interpreter in place of the compiler."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", str(SCRIPT), *arguments], env=environment, capture_output=True, text=True
-    )
+    words = [sys.executable, "-W", "ignore", *map(str, command)]
+    return subprocess.run(words, env=environment, capture_output=True, text=True)
 
 
 needs_record = pytest.mark.skipif(
@@ -39,15 +38,16 @@ needs_record = pytest.mark.skipif(
 )
 
 
+LOAD = """
+import os, sys
+sys.path.insert(0, os.path.dirname(sys.argv[1]))
+import static
+"""
+
 # The interpreter does not see what only a compiler refuses (a loop variable that changes type, say), and the recorded
 # cases are two of many sets of options.
-OPTIONS = textwrap.dedent("""
-    import dataclasses, importlib.util, itertools, sys
-
-    spec = importlib.util.spec_from_file_location("bench_static", sys.argv[1])
-    static = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = static
-    spec.loader.exec_module(static)
+OPTIONS = LOAD + textwrap.dedent("""
+    import dataclasses
 
     def compile_with(case, types=(), **constants):
         static.compile_case(dataclasses.replace(case, types=case.types | dict(types), constants=case.constants |
@@ -159,8 +159,7 @@ LAUNCHES = textwrap.dedent("""
 
     for max_norm, lr in ((1.0, 0.1), (0.0, 1.0), (2.0, 16.0)):
         clip_and_sgd_step_(tensors(900, 1, 16), tensors(900, 1, 16), max_norm, lr)
-    (cache, *_), = clip_small_kernel.device_caches.values()
-    assert len(cache) == 1, f"{len(cache)} compilations for three thresholds and learning rates"
+    assert compilations(clip_small_kernel) == 1  # for three thresholds and learning rates
     for sizes in ((40000, 3), (5,) * 70):
         clip_grad_norm_([*tensors(*sizes), *tensors(7, dtype=torch.bfloat16)], 1.0)
         clip_and_sgd_step_(tensors(*sizes), tensors(*sizes), None, torch.tensor(0.1))
@@ -173,8 +172,7 @@ LAUNCHES = textwrap.dedent("""
 
     for P, N in ((1, 1), (16, 1), (5, 1000)):
         decode(32, 28, 1, P, N)
-    (cache, *_), = generate_kernel.device_caches.values()
-    assert len(cache) == 1, f"{len(cache)} compilations for three lengths"
+    assert compilations(generate_kernel) == 1  # for three lengths
     decode(200, 90, 2, 3, 4, uniforms=torch.zeros(1, 4), top_k=1, temperature=0.5, nonlinearity="relu")
 """)
 
@@ -234,7 +232,7 @@ STEP_LAUNCHES = textwrap.dedent("""
 
 
 def check(*arguments: str) -> None:
-    result = run("--check", *arguments)
+    result = run(SCRIPT, "--check", *arguments)
     assert result.returncode == 0, result.stderr[-2000:] + "\n".join(
         line for line in result.stdout.splitlines() if "FAILED" in line
     )
@@ -255,12 +253,9 @@ def test_no_figure_got_worse(target):
 
 def run_script(script: str, file: Path | None = None) -> None:
     """file: where the script has to lie, if it has kernels, whose source Triton reads."""
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     if file is not None:
         file.write_text(script)
-    what = ["-c", script] if file is None else [str(file)]
-    command = [sys.executable, "-W", "ignore", *what, str(SCRIPT)]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    result = run(*(["-c", script] if file is None else [file]), SCRIPT)
     assert result.returncode == 0, result.stderr[-4000:]
 
 
@@ -269,18 +264,9 @@ def test_other_options_compile():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the tests on a GPU launch them")
-def test_launchers_compile_what_they_launch_and_once_for_all_lengths():
-    run_script(DRIVER + LAUNCHES)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="test_gpu_linear_cross_entropy.py launches them")
-def test_launchers_of_the_loss_compile_what_they_launch_and_once_for_all_row_counts():
-    run_script(DRIVER + LOSS_LAUNCHES)
-
-
-@pytest.mark.skipif(torch.cuda.is_available(), reason="test_language_model_step.py launches them")
-def test_launchers_of_a_training_step_compile_what_they_launch_and_once_for_all_batches():
-    run_script(DRIVER + STEP_LAUNCHES)
+@pytest.mark.parametrize("launches", [LAUNCHES, LOSS_LAUNCHES, STEP_LAUNCHES], ids=["most", "loss", "training step"])
+def test_launchers_compile_what_they_launch_and_once_for_all_lengths(launches):
+    run_script(DRIVER + launches)
 
 
 def test_record_covers_both_ends_of_the_supported_versions():
@@ -403,19 +389,13 @@ def test_check_notices_what_is_worse(static):
 # What the check is for. The recurrence as it was in its first run on hardware reads W through a dot by FMA, as this one
 # does: 22.9 million wavefronts of its 6,400 steps (T=50, B=128) were conflicts, by the GPU's counters. A Gluon kernel
 # that keeps W in registers and reads its state back as groups of four has none, and one barrier a step.
-SHARED_MEMORY = textwrap.dedent("""
-    import importlib.util, sys
+SHARED_MEMORY = LOAD + textwrap.dedent("""
     import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
-
-    spec = importlib.util.spec_from_file_location("bench_static", sys.argv[1])
-    static = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = static
-    spec.loader.exec_module(static)
 
     @triton.jit
     def by_dot(w_ptr, out_ptr, T, K: tl.constexpr):
