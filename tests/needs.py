@@ -2,6 +2,8 @@
 extension could not be built, so that its tests are never all skipped there unseen.
 """
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -19,3 +21,16 @@ def native_kernels(isa: str | None = None) -> None:
         pytest.skip(f"backend 'native': {why}")
     if isa is not None:
         native.set_isa(isa)
+
+
+def each_backend(*, native: object, **triton: object) -> Any:
+    """A fixture: each of Triton's, by these names, then C's by each instruction set."""
+
+    @pytest.fixture(params=[*triton, *ISAS])
+    def one(request: pytest.FixtureRequest) -> object:
+        if request.param in triton:
+            return triton[request.param]
+        native_kernels(request.param)
+        return native
+
+    return one

@@ -8,7 +8,7 @@ import needs
 import pytest
 import torch
 from comparisons import same
-from elman_problems import GRID, NATIVE, TRITON, Launchers, V, biases, options_of
+from elman_problems import GRID, NATIVE, TRITON, V, biases, options_of
 
 SIZES = (1, 7, 16, 31, 33, 64, 100)
 STEPS = (1, 2, 17)
@@ -16,12 +16,7 @@ STEPS = (1, 2, 17)
 NOT_ACROSS = pytest.mark.parametrize("kernels", ["triton", *needs.ISAS], indirect=True)
 
 
-@pytest.fixture(params=["triton", "grid", *needs.ISAS])
-def kernels(request) -> Launchers:
-    if request.param in needs.ISAS:
-        needs.native_kernels(request.param)
-        return NATIVE
-    return TRITON if request.param == "triton" else GRID
+kernels = needs.each_backend(triton=TRITON, grid=GRID, native=NATIVE)
 
 
 @NOT_ACROSS

@@ -36,15 +36,12 @@ CASES += [
 WITHOUT_GRID = pytest.mark.parametrize("run", ["triton", *needs.ISAS], indirect=True)
 
 
-@pytest.fixture(params=["triton", "grid", *needs.ISAS])
-def run(request):
+def running(launch, device=needs.DEVICE):
     """Runs a decoder: (decoder, number of ids, whether they are sampled, dtype=torch.float64, **options)."""
-    if request.param in needs.ISAS:
-        needs.native_kernels(request.param)
-        launch, device = native.generate, needs.CPU
-    else:
-        launch, device = generate if request.param == "triton" else across, needs.DEVICE
     return lambda decoder, *arguments, **options: decoder.run(launch, *arguments, device=device, **options)
+
+
+run = needs.each_backend(triton=running(generate), grid=running(across), native=running(native.generate, needs.CPU))
 
 
 @pytest.mark.parametrize(("shape", "sampling"), CASES, ids=str)

@@ -10,19 +10,14 @@ import needs
 import pytest
 import torch
 from comparisons import error, same
-from loss_problems import NAMES, NATIVE, REDUCTIONS, TRITON, LossKernels, by_torch
+from loss_problems import NAMES, NATIVE, REDUCTIONS, TRITON, by_torch
 
 SIZES = (1, 2, 31, 33, 100)
 # One tile; several of classes; H beyond a tile: GEMMs, and of the C kernel several blocks.
 SHAPES = pytest.mark.parametrize(("H", "V"), [(16, 28), (16, 130), (300, 28)])
 
 
-@pytest.fixture(params=["triton", *needs.ISAS])
-def kernels(request) -> LossKernels:
-    if request.param == "triton":
-        return TRITON
-    needs.native_kernels(request.param)
-    return NATIVE
+kernels = needs.each_backend(triton=TRITON, native=NATIVE)
 
 
 @pytest.mark.parametrize("V", (2, *SIZES[2:]))
