@@ -145,7 +145,7 @@ class TestOnDevice:
         decoder = Decoder(H, 90, 1, B, P=20)
         options = {"tile": None} if decode is across else {}
         ids, _ = decoder.run(decode, count, False, torch.float32, **options)
-        assert all(behind < 1e-3 for behind in decoder.behind_greedy(ids))
+        assert decoder.behind_greedy(ids).max() < 1e-3
 
     def test_frequencies_of_many_draws(self):
         decoder = Decoder(32, 28, B=20_000)
