@@ -7,7 +7,7 @@ import random
 import needs
 import pytest
 import torch
-from comparisons import error, same
+from comparisons import by_one_thread_and_by_two, error, same
 from elman_problems import DIRECTIONS, NATIVE, ElmanProblem, oracle
 from torch import Tensor
 
@@ -58,10 +58,8 @@ def test_every_option_against_the_oracle_and_threads_bitwise_equal(isa, seed):
     problem = drawn(random.Random(seed))
     expected = oracle(problem)
     for dtype, bound in ((torch.float32, 2e-5), (torch.float64, 2e-14)):
-        torch.set_num_threads(1)
-        one = NATIVE.results(problem.to(dtype))
-        torch.set_num_threads(2)
-        assert same(one, NATIVE.results(problem.to(dtype)))
+        one, two = by_one_thread_and_by_two(lambda dtype=dtype: NATIVE.results(problem.to(dtype)))
+        assert same(one, two)
         for value, right in zip(one, expected, strict=True):
             assert error(value, right) < bound
 

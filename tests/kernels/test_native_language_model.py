@@ -5,7 +5,7 @@ import itertools
 import needs
 import pytest
 import torch
-from comparisons import same
+from comparisons import by_one_thread_and_by_two, same
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
@@ -56,11 +56,10 @@ def check(tokens: Tensor, targets: Tensor, floats: list[Tensor | None], nonlinea
     exact = by_torch(tokens, targets, doubles, nonlinearity)
     torchs = by_torch(tokens, targets, floats, nonlinearity)
     for values in (floats, doubles):
-        results = []
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            results.append(native.language_model_loss(tokens, targets, *values, nonlinearity=nonlinearity))
-        dtype = values[0].dtype
+        given, dtype = (tokens, targets, *values), values[0].dtype
+        results = by_one_thread_and_by_two(
+            lambda given=given: native.language_model_loss(*given, nonlinearity=nonlinearity)
+        )
         for i, (one, two, theirs, truth) in enumerate(zip(*results, torchs, exact, strict=True)):
             if truth is None:
                 assert one is None and two is None

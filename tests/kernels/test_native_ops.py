@@ -5,7 +5,7 @@ import random
 import needs
 import pytest
 import torch
-from comparisons import same
+from comparisons import by_one_thread_and_by_two, same
 from generate_problems import Decoder
 from loss_problems import NATIVE, REDUCTIONS
 from torch import Tensor
@@ -22,10 +22,7 @@ def test_loss_of_many_blocks_by_one_thread_and_by_two(isa, reduction, sizes, dty
     p = NATIVE.problem(*sizes, reduction=reduction, dtype=dtype, seed=sizes[0])
     p.target[0] = sizes[2] - 1
     NATIVE.check(p)
-    results = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        results.append(NATIVE.results(p))
+    results = by_one_thread_and_by_two(lambda: NATIVE.results(p))
     if sizes[2] <= 1024:  # beyond that the products are torch's
         assert same(*results)
 
@@ -52,14 +49,10 @@ def test_generate(isa, seed):
         options = {"temperature": rng.choice((0.3, 1.0)), "alpha": rng.choice((1.0, 2.0))}
         options["top_k"] = rng.choice((None, 1, 3, 1000))
     ids, state = decoder.reference(count, sampled, **options)
-    single = []
-    for threads in (1, 2):
-        torch.set_num_threads(threads)
-        got_ids, got_state = decode(decoder, count, sampled, **options)
-        assert torch.equal(got_ids, ids)
-        torch.testing.assert_close(got_state, state, rtol=1e-9, atol=1e-9)
-        single.append(decode(decoder, count, sampled, torch.float32, **options))
-    assert same(*single)
+    for found, last in by_one_thread_and_by_two(lambda: decode(decoder, count, sampled, **options)):
+        assert torch.equal(found, ids)
+        torch.testing.assert_close(last, state, rtol=1e-9, atol=1e-9)
+    assert same(*by_one_thread_and_by_two(lambda: decode(decoder, count, sampled, torch.float32, **options)))
 
 
 def test_generate_nothing():
