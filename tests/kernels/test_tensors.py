@@ -7,6 +7,7 @@ import needs
 import pytest
 import torch
 from torch import nn
+from unusual import KINDS
 
 from charrnn_fast.kernels import tensors
 from charrnn_fast.kernels.native import library
@@ -40,46 +41,27 @@ def _leaked(transform):
     return kept[0]
 
 
-class _Subclass(torch.Tensor):
-    pass
-
-
 def _freed():
     x = torch.ones(4)
     x.untyped_storage().resize_(0)
     return x
 
 
-def _inference():
-    with torch.inference_mode():
-        return torch.ones(3)
-
-
-# How to make what is no plain memory, whichever way it is asked.
-UNUSUAL = {
-    "sparse": lambda: torch.eye(3).to_sparse(),
-    "sparse rows": lambda: torch.eye(3).to_sparse_csr(),
-    "nested": lambda: torch.nested.nested_tensor([torch.ones(2), torch.ones(3)]),
-    "subclass": lambda: torch.ones(3).as_subclass(_Subclass),
-    "meta": lambda: torch.ones(3, device="meta"),
-    "negative view": lambda: torch.complex(torch.ones(3), torch.ones(3)).conj().imag,
-    "known zeros": lambda: torch._efficientzerotensor((3,)),
-    "quantized": lambda: torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.qint8),
-    "mkldnn": lambda: torch.ones(3).to_mkldnn(),
+# How to make what is no plain memory, whichever way it is asked: each kind of a matrix, and what has ended.
+NOT_PLAIN = ["negative view", "imaginary part of a conjugate", "sparse", "sparse rows", "subclass", "logging subclass"]
+NOT_PLAIN += ["meta", "zero tensor", "nested", "quantized", "mkldnn", "inference tensor", "not a tensor", "nothing"]
+UNUSUAL = {kind: lambda kind=kind: KINDS[kind](torch.eye(3)) for kind in NOT_PLAIN} | {
     "of vmap": lambda: _leaked(torch.vmap),
     "of grad": lambda: _leaked(torch.func.grad),
     "functional": lambda: torch._to_functional_tensor(torch.ones(3)),
     "freed": _freed,
-    "inference": _inference,
-    "no tensor": lambda: 3,
-    "None": lambda: None,
 }
 
 
 @WAYS
 @pytest.mark.parametrize("kind", UNUSUAL)
 def test_what_is_no_plain_memory_is_not_surveyed(survey, kind):
-    if survey is _by_python and kind in ("no tensor", "None"):
+    if survey is _by_python and kind in ("not a tensor", "nothing"):
         return  # it is asked of tensors
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
