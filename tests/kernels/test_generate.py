@@ -33,7 +33,7 @@ CASES = [(shape, SAMPLING[i % 4]) for i, shape in enumerate(SHAPES)]
 CASES += [
     (shape, sampling) for shape in (SHAPES[3], SHAPES[8]) for sampling in SAMPLING if (shape, sampling) not in CASES
 ]
-WITHOUT_GRID = pytest.mark.parametrize("run", ["triton", *needs.ISAS], indirect=True)
+NOT_ACROSS = pytest.mark.parametrize("run", ["triton", *needs.ISAS], indirect=True)
 
 
 def running(launch, device=needs.DEVICE):
@@ -53,7 +53,7 @@ def test_ids_and_state_are_the_reference(run, shape, sampling):
     torch.testing.assert_close(state, last, rtol=1e-12, atol=1e-12)
 
 
-@WITHOUT_GRID
+@NOT_ACROSS
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("options", [{"temperature": 0.3}, {"temperature": 1.0, "top_k": 4}, {"alpha": 2.0}], ids=str)
 def test_one_seed_gives_one_text_on_every_backend(run, seed, options):
@@ -75,13 +75,13 @@ def test_sums_and_state_are_fp32(run, dtype):
     torch.testing.assert_close(state, last.to(dtype))
 
 
-@WITHOUT_GRID
+@NOT_ACROSS
 def test_no_sequences(run):
     ids, state = run(Decoder(8, 5, L=2, B=0, P=2), 3, False)
     assert ids.shape == (0, 3) and state.shape == (2, 0, 8)
 
 
-@WITHOUT_GRID
+@NOT_ACROSS
 def test_what_is_refused(run):
     decoder = Decoder(8, 5, P=2)
     for options in ({"temperature": 0.0}, {"alpha": -1.0}, {"top_k": 0}):
