@@ -181,17 +181,6 @@ def check(p: ElmanProblem, found: list[torch.Tensor]) -> None:
         assert error(ours, right) <= bound, name
 
 
-def results(p: ElmanProblem, forward: Callable, backward: Callable, **options) -> list[torch.Tensor]:
-    """What the launchers `forward` and `backward` make of a problem, in the order of `oracle`."""
-    options = p.options | options
-    out, h_n = forward(p.x, p.weight_hh, p.h0, **biases(p), **options)
-    if options["tokens"] is not None:
-        options["num_tokens"] = p.x.shape[0]
-    grads = backward(p.grad_out, p.grad_h_n, out, p.weight_hh, p.h0, **options)
-    grad_x, grad_weight, grad_h0, grad_bias = grads
-    return [out, h_n, grad_x, *grad_weight, grad_bias, *([] if p.h0 is None else [grad_h0])]
-
-
 def native_forward(x, weight_hh, h0=None, *, bias_ih=None, bias_hh=None, **options):
     """native.elman_forward with the biases added to the input before it, where on a CPU the projection adds them."""
     if bias_ih is not None:
@@ -242,7 +231,15 @@ class Launchers:
         return p
 
     def results(self, p: ElmanProblem, **options) -> list[torch.Tensor]:
-        return results(p, self.forward, self.backward, **options)
+        """What the launchers make of a problem, in the order of `oracle`."""
+        options = p.options | options
+        out, h_n = self.forward(p.x, p.weight_hh, p.h0, **biases(p), **options)
+        if options["tokens"] is not None:
+            options["num_tokens"] = p.x.shape[0]
+        grads = self.backward(p.grad_out, p.grad_h_n, out, p.weight_hh, p.h0, **options)
+        grad_x, grad_weight, grad_h0, grad_bias = grads
+        assert options["tokens"] is not None or grad_x.stride() == out.stride()
+        return [out, h_n, grad_x, *grad_weight, grad_bias, *([] if p.h0 is None else [grad_h0])]
 
     def check(self, p: ElmanProblem, **options) -> None:
         check(p, self.results(p, **options))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from comparisons import same
-from elman_problems import ElmanProblem, oracle, results, rounded_scales
+from elman_problems import TRITON, ElmanProblem, oracle, rounded_scales
 from on_gpu import KINDS, compilations, sanitized
 
 from charrnn_fast.kernels.triton.elman import elman_backward, elman_forward, elman_limits
@@ -31,10 +31,6 @@ def problem(T, B, H, dtype, reverse=(False,), seed=0, gain=0.5) -> ElmanProblem:
     return ElmanProblem(x, weights, h0, x.new_zeros(2, D * H), options, *gradients)
 
 
-def run(p: ElmanProblem, precision: str) -> list[torch.Tensor]:
-    return results(p, elman_forward, elman_backward, precision=precision)
-
-
 def assert_close(p: ElmanProblem, precision: str, tolerance: float, roundings: float | None = None) -> None:
     """Against fp64; roundings: of gradients, in place of the tolerance."""
     exact = p.to(torch.float64)
@@ -42,7 +38,7 @@ def assert_close(p: ElmanProblem, precision: str, tolerance: float, roundings: f
     bounds = [tolerance * right.abs().max() for right in wanted]
     if roundings is not None:
         bounds[2:] = [roundings * scale for scale in rounded_scales(exact)]
-    for ours, right, bound in zip(run(p, precision), wanted, bounds, strict=True):
+    for ours, right, bound in zip(TRITON.results(p, precision=precision), wanted, bounds, strict=True):
         assert (ours.double() - right).abs().max() <= bound
 
 
@@ -66,9 +62,9 @@ def test_large_sizes(T, B, H):
 def test_twenty_runs_are_bitwise_equal(T, B, H, kind):
     dtype, precision = KINDS[kind]
     p = problem(T, B, H, dtype, (False, True))
-    first = run(p, precision)
+    first = TRITON.results(p, precision=precision)
     for _ in range(20):
-        assert same(first, run(p, precision))
+        assert same(first, TRITON.results(p, precision=precision))
 
 
 def test_many_lengths_use_one_compiled_kernel():

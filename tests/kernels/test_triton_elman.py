@@ -7,22 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from comparisons import error, same
-from elman_problems import (
-    FMA,
-    GRID,
-    MMA,
-    MMA3,
-    TRITON,
-    ElmanProblem,
-    V,
-    biases,
-    make_problem,
-    options_of,
-    oracle,
-    results,
-    torch_rnn,
-)
-from elman_problems import check as compare
+from elman_problems import FMA, GRID, MMA, MMA3, TRITON, V, biases, make_problem, options_of, oracle, torch_rnn
 from needs import DEVICE
 
 from charrnn_fast.kernels.triton import elman, elman_tiles
@@ -41,23 +26,13 @@ def tiles_of_this_test():
     elman.forget_tiles()
 
 
-def kernels(p: ElmanProblem, precision="ieee") -> list[torch.Tensor]:
-    found = results(p, elman_forward, elman_backward, precision=precision)
-    assert p.options["tokens"] is not None or found[2].stride() == found[0].stride()  # of grad_x and out
-    return found
-
-
-def check(p: ElmanProblem) -> None:
-    compare(p, kernels(p))
-
-
 def test_16_bit_relu_error_is_at_most_twice_that_of_torch():
     """In the mean over many entries: where a pre-activation is near 0, a rounding decides if there is a gradient."""
     ours, theirs = [], []
     for seed in range(8):
         p = make_problem(3, 33, dtype=torch.bfloat16, nonlinearity="relu", seed=seed)
         exact = oracle(p.to(torch.float64))
-        ours.append([(a - b).square().mean() for a, b in zip(kernels(p), exact, strict=True)])
+        ours.append([(a - b).square().mean() for a, b in zip(TRITON.results(p), exact, strict=True)])
         theirs.append([(a - b).square().mean() for a, b in zip(torch_rnn(p), exact, strict=True)])
     assert (torch.tensor(ours).mean(0) <= 4 * torch.tensor(theirs).mean(0)).all()
 
@@ -92,7 +67,7 @@ def test_shipped_tiles(monkeypatch, kind, width, index):
     tile = TILES[kind, width][index]
     dtype = {"16bit": torch.bfloat16, "fp64": torch.float64}.get(kind, torch.float32)
     monkeypatch.setattr(elman, "choose_tile", lambda *arguments: tile)
-    check(make_problem(2, width - 3, dtype=dtype, B=2, packed=width < 64, seed=width))
+    TRITON.check(make_problem(2, width - 3, dtype=dtype, B=2, packed=width < 64, seed=width))
 
 
 @pytest.mark.parametrize("tokens", [False, True])
@@ -103,8 +78,8 @@ def test_long_sequences_leave_their_weight_gradient_to_a_gemm(monkeypatch, packe
         for with_h0 in (False, True):
             reverse = (False, True)
             options = {"packed": packed, "tokens": tokens, "batch_first": batch_first, "with_h0": with_h0}
-            check(make_problem(5, 7, reverse=reverse, **options))
-    check(make_problem(1, 7, packed=packed, tokens=tokens, reverse=(False, True)))
+            TRITON.check(make_problem(5, 7, reverse=reverse, **options))
+    TRITON.check(make_problem(1, 7, packed=packed, tokens=tokens, reverse=(False, True)))
 
 
 def both(*more):

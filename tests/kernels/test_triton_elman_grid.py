@@ -7,7 +7,7 @@ they make all steps in one launch too.
 import pytest
 import torch
 from comparisons import same
-from elman_problems import FMA, GRID, check, grid_backward, grid_forward, make_problem, options_of, results
+from elman_problems import FMA, GRID, TRITON, check, grid_backward, grid_forward, make_problem, options_of
 from needs import DEVICE
 
 from charrnn_fast.kernels.triton import elman, elman_grid
@@ -130,7 +130,7 @@ def test_the_launchers_of_one_program_hand_over():
     p = make_problem(1, 260, B=2, dtype=torch.bfloat16)
     assert elman.choose_tile(260, torch.bfloat16, "ieee", DEVICE, 2) is None
     assert elman.elman_limits(260, torch.bfloat16, "ieee", DEVICE) is None
-    found = results(p, elman.elman_forward, elman.elman_backward)
+    found = TRITON.results(p)
     tile = elman_grid.choose_grid_tile(260, torch.bfloat16, "ieee", DEVICE, 2)
     assert same(found, GRID.results(p, tile=tile))
     check(p, found)
