@@ -204,9 +204,10 @@ def test_counters_may_go_round():
     assert (torch.tensor(-(2**31) + 5, dtype=torch.int32) - torch.tensor(2**31 - 3, dtype=torch.int32)).item() == 8
 
 
-def test_the_kernels_in_a_process_for_each_program():
+@pytest.mark.parametrize("kernels", ["elman", "decoders"])
+def test_the_kernels_in_a_process_for_each_program(kernels):
     with serving() as server:
-        server.call("grid_programs", "elman", seconds=300)
+        server.call("grid_programs", kernels, seconds=300)
 
 
 # How many programs run at once.

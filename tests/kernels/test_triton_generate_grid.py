@@ -1,7 +1,7 @@
 """What the decoder across the chip (kernels/triton/generate_grid.py) has alone: launches, when it is chosen;
 test_generate.py has what all decoders have.
 
-Without a GPU the kernel is interpreted, a step a launch, or all of them in a process for each program.
+Without a GPU the kernel is interpreted, a step a launch; test_grid_protocol.py has it in a process for each program.
 """
 
 import importlib
@@ -9,7 +9,6 @@ import struct
 
 import pytest
 import torch
-from children import serving
 from comparisons import same
 from generate_problems import Decoder, across
 from needs import DEVICE
@@ -25,11 +24,6 @@ def test_steps_of_a_launch_are_any_number():
         decoder = Decoder(13, 40, layers, P=2)
         wanted = decoder.run(across, 3, True, top_k=4)
         assert same(decoder.run(across, 3, True, top_k=4, steps_per_launch=steps), wanted)
-
-
-def test_the_kernel_in_a_process_for_each_program():
-    with serving() as server:
-        server.call("grid_programs", "decoders", seconds=300)
 
 
 # When it is chosen.
