@@ -31,33 +31,6 @@ class LossProblem:
         return replace(self, hidden=hidden, weight=weight, bias=bias, grad_loss=grad_loss)
 
 
-def make_problem(
-    N,
-    H,
-    V,
-    *,
-    dtype=torch.float32,
-    bias=True,
-    reduction="mean",
-    ignored=0.3,
-    gain=1.0,
-    seed=0,
-    ignore_index=-100,
-    device=DEVICE,
-) -> LossProblem:
-    """Logits of the order of `gain`; `ignored`: share of the rows that do not count, never all of them."""
-    generator = torch.Generator().manual_seed(seed)
-
-    def random(*shape):
-        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
-
-    target = torch.randint(V, (N,), generator=generator)
-    target[1:][torch.rand(N - 1, generator=generator) < ignored] = ignore_index
-    grad_loss = random(N) if reduction == "none" else random()
-    tensors = (random(N, H), random(V, H) * (gain / H**0.5), random(V) if bias else None)
-    return LossProblem(*tensors, target.to(device), grad_loss, reduction, ignore_index)
-
-
 def by_torch(p: LossProblem) -> list[torch.Tensor]:
     """Loss and gradients by autograd through torch's operations, in p's dtype."""
     leaves = [t.detach().clone().requires_grad_() for t in (p.hidden, p.weight, p.bias) if t is not None]
@@ -86,8 +59,31 @@ class LossKernels:
     launch: Callable
     upstream: bool  # whether it multiplies by the gradient of a mean or of a sum, as all do by those of rows
 
-    def problem(self, *sizes, **options) -> LossProblem:
-        return make_problem(*sizes, **options, device=self.device)
+    def problem(
+        self,
+        N,
+        H,
+        V,
+        *,
+        dtype=torch.float32,
+        bias=True,
+        reduction="mean",
+        ignored=0.3,
+        gain=1.0,
+        seed=0,
+        ignore_index=-100,
+    ) -> LossProblem:
+        """Logits of the order of `gain`; `ignored`: share of the rows that do not count, never all of them."""
+        generator = torch.Generator().manual_seed(seed)
+
+        def random(*shape):
+            return torch.randn(shape, generator=generator, dtype=torch.float64).to(self.device, dtype)
+
+        target = torch.randint(V, (N,), generator=generator)
+        target[1:][torch.rand(N - 1, generator=generator) < ignored] = ignore_index
+        grad_loss = random(N) if reduction == "none" else random()
+        tensors = (random(N, H), random(V, H) * (gain / H**0.5), random(V) if bias else None)
+        return LossProblem(*tensors, target.to(self.device), grad_loss, reduction, ignore_index)
 
     def results(self, p: LossProblem, **options) -> list[torch.Tensor]:
         """As by_torch has them."""

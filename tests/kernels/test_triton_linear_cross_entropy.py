@@ -7,13 +7,13 @@ from dataclasses import replace
 import pytest
 import torch
 from comparisons import error
-from loss_problems import REDUCTIONS, TRITON, by_torch, make_problem
+from loss_problems import REDUCTIONS, TRITON, by_torch
 from needs import DEVICE
 
 from charrnn_fast.kernels.triton import linear_cross_entropy as kernels
 from charrnn_fast.kernels.triton.linear_cross_entropy_tiles import TILES
 
-check, by_kernels = TRITON.check, TRITON.results
+make_problem, check, by_kernels = TRITON.problem, TRITON.check, TRITON.results
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
