@@ -117,8 +117,8 @@ class CharRNN(RecurrentLM, form="fused"):
         if weight.dtype not in (torch.float32, torch.float64) or in_autocast(device.type):
             return False
         backend = getattr(rnn, "backend", "auto")
-        sizes = {"hidden_size": self.hidden_size, "batch_size": len(tokens), "backend": backend}
-        return backends.choose("elman", device, weight.dtype, **sizes) != "torch"
+        sizes = {"hidden_size": self.hidden_size, "batch_size": len(tokens)}
+        return backends.choose("elman", device, weight.dtype, **sizes, backend=backend) != "torch"
 
     def clip_grad_norm_(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
         """Scale the parameters' gradients in place so that their norm together is at most max_norm, by this library's

@@ -20,6 +20,15 @@ def must_recompute(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() or not addressable(*tensors)
 
 
+def read_by_compiler() -> bool:
+    """Is a backward pass being read by torch's compiled autograd?
+
+    It reads a Function's backward as a compiler reads code: nothing there may take an address or look at a number, and
+    a pass through autograd within it finds no graph. Registered operators and torch's take a kernel's place.
+    """
+    return torch.compiler.is_compiling()
+
+
 def saved_tensors(ctx: Any) -> tuple[Any, ...]:
     """What forward saved of an Elman layer; if its output was changed in place since, an error that says so."""
     try:

@@ -15,12 +15,13 @@ import torch
 
 from charrnn_fast.kernels import native
 
+from .compiling import constant_to_compilers
 from .precision import rnn_precision, tf32_for_rnns
 
 NAMES = ("auto", "triton", "native", "torch")
 
-# Fewer steps than this on a CPU are left to torch's own operator, called without torch.nn.RNN's way to it: 0.9 to 1.05
-# times as fast as torch.nn.RNN, by turns on a busy machine. Entering the kernels costs more than entering its loop.
+# Fewer steps than this on a CPU are left to torch's own operator, called without torch.nn.RNN's way to it: 0.93 to 1.08
+# times as fast as torch.nn.RNN, by turns on a quiet machine. Entering the kernels costs more than entering its loop.
 # With them, forward with and without gradients and forward+backward at H = 32, 128, 512 and B = 1, 16 would be T=1
 # 0.4-0.7 times as fast as it, T=2 0.5-0.9, T=3 0.6-1.0, T=4 0.6-1.2, T=8 0.9-1.8.
 LEAST_CPU_STEPS = 4
@@ -91,7 +92,7 @@ def requested(backend: str = "auto") -> str:
     return default
 
 
-@torch.compiler.assume_constant_result  # a compiler need not look into the table
+@constant_to_compilers  # a compiler need not look into the table
 def choose(
     operation: str,
     device: torch.device,
@@ -175,7 +176,7 @@ def forget() -> None:
     _explain.cache_clear()
 
 
-@torch.compiler.assume_constant_result
+@constant_to_compilers
 def most_rows(backend: str, chosen: str, device: torch.device, dtype: torch.dtype, hidden_size: int) -> float:
     """Batch times directions beyond which torch's own RNN runs, though ``choose`` says ``chosen`` for one row.
 

@@ -1,4 +1,4 @@
-"""How a subclass of torch.nn.RNN gets into torch.compile's graphs.
+"""What torch's compiler is told of this library: how a subclass of torch.nn.RNN gets into its graphs, and the like.
 
 PyTorch's compiler breaks its graph at every instance of torch.nn.RNN, LSTM and GRU, unless torch._dynamo.config.
 allow_rnn is set: their operators would be unrolled, a step at a time. FusedRNN is an operator of its own to the
@@ -14,13 +14,67 @@ compiler, and it has to be an instance of torch.nn.RNN to users, whose initialis
 """
 
 import functools
-from typing import Any
+import importlib.abc
+import importlib.util
+import sys
+from collections.abc import Callable, Sequence
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any, TypeVar
 
 import torch
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def after_import(name: str, run: Callable[[], None]) -> None:
+    """Call ``run`` as soon as a module of this name has been imported, which is now if it has.
+
+    torch's compiler takes as long to import as torch itself: who compiles nothing does not wait for it.
+    """
+    if name in sys.modules:
+        run()
+    else:
+        sys.meta_path.insert(0, _Waiting(name, run))
+
+
+class _Waiting(importlib.abc.MetaPathFinder):
+    """Finds one module once, by the other finders, and has something run when that has been executed."""
+
+    def __init__(self, name: str, run: Callable[[], None]):
+        self._name, self._run = name, run
+
+    def find_spec(
+        self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
+    ) -> ModuleSpec | None:
+        if fullname != self._name:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(fullname)
+        if spec is None or spec.loader is None:
+            return spec
+        execute = spec.loader.exec_module
+
+        def execute_and_run(module: ModuleType) -> None:
+            execute(module)
+            self._run()
+
+        spec.loader.exec_module = execute_and_run  # type: ignore[method-assign]
+        return spec
+
+
+def constant_to_compilers(function: _Function) -> _Function:
+    """As torch.compiler.assume_constant_result, which imports the compiler."""
+    after_import("torch._dynamo", lambda: torch._dynamo.assume_constant_result(function))
+    return function
 
 
 def allow_in_graphs(kind: type) -> None:
     """Let the compiler trace into modules of the class ``kind``, a subclass of torch.nn.RNN."""
+    after_import("torch._dynamo", functools.partial(_allow_in_graphs, kind))
+
+
+def _allow_in_graphs(kind: type) -> None:
     try:
         from torch._dynamo import config
         from torch._dynamo.variables.builder import VariableBuilder

@@ -15,6 +15,8 @@ from torch import _C, Tensor, nn
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from .compiling import constant_to_compilers
+
 # What torch's dispatcher knows of a plain tensor of a device with kernels: no more than these. Others say that it is
 # sparse, nested, a subclass in Python, a negative view, ...
 _PLAIN_KEYS = ("CPU", "CUDA", "AutogradCPU", "AutogradCUDA", "AutocastCPU", "AutocastCUDA", "ADInplaceOrView")
@@ -128,7 +130,7 @@ def _function_modes() -> bool:
     return any(not type(mode).__module__.startswith("torch.") for mode in modes)
 
 
-@torch.compiler.assume_constant_result  # torch 2.11's compiler cannot look into the question
+@constant_to_compilers  # torch 2.11's compiler cannot look into the question
 def _has_autocast(device_type: str) -> bool:
     return torch.amp.is_autocast_available(device_type)
 

@@ -8,7 +8,7 @@ The time loop becomes torch's operator `scan`, so the program keeps any number o
 step, at the speed of torch's operators.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from charrnn_fast.reference.elman import ACTIVATIONS
 
-from . import elman as _elman  # noqa: F401  (which registers its operators)
-from . import linear_cross_entropy as _linear_cross_entropy  # noqa: F401
+from .elman import ElmanLayer
 from .elman_torch import of_direction, projected
+from .linear_cross_entropy import LinearCrossEntropy
 
 
 def decompositions() -> dict[Any, Callable[..., Any]]:
@@ -34,26 +34,19 @@ def decompositions() -> dict[Any, Callable[..., Any]]:
     return table
 
 
-def _elman_layer(
-    input: Tensor,
-    h0: Tensor | None,
-    batch_sizes: Tensor | None,
-    weights: Sequence[Tensor],
-    backend: str,
-    nonlinearity: str,
-    reverse: Sequence[bool],
-) -> tuple[Tensor, Tensor]:
-    """input (T, B, I), or ids (T, B) -> output (T, B, D*H), h_n (D, B, H); see elman_layer in elman.py."""
+def _elman_layer(*arguments: Any) -> tuple[Tensor, Tensor]:
+    """input (T, B, I), or ids (T, B) -> output (T, B, D*H), h_n (D, B, H)."""
     from torch._higher_order_ops.scan import scan
 
-    if batch_sizes is not None:
+    layer = ElmanLayer(*arguments)
+    if layer.batch_sizes is not None:
         raise RuntimeError("an Elman layer of packed input has no decomposition: export the model on padded input")
-    activation = ACTIVATIONS[nonlinearity]
+    activation = ACTIVATIONS[layer.nonlinearity]
     outputs, states = [], []
-    for direction, backwards in enumerate(reverse):
-        weight_ih, weight_hh, bias = of_direction(weights, direction, len(reverse))
-        x = projected(input, weight_ih, bias)
-        state = x.new_zeros(x.shape[1:]) if h0 is None else h0[direction].clone()
+    for direction, backwards in enumerate(layer.reverse):
+        weight_ih, weight_hh, bias = of_direction(layer.weights, direction, len(layer.reverse))
+        x = projected(layer.input, weight_ih, bias)
+        state = x.new_zeros(x.shape[1:]) if layer.h0 is None else layer.h0[direction].clone()
         transposed = weight_hh.t().contiguous()
 
         def step(state: Tensor, x_t: Tensor, transposed: Tensor = transposed) -> tuple[Tensor, Tensor]:
@@ -66,17 +59,10 @@ def _elman_layer(
     return torch.cat(outputs, dim=-1), torch.stack(states)
 
 
-def _linear_cross_entropy_rows(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    reduction: str,
-    ignore_index: int,
-    loss_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _linear_cross_entropy_rows(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The loss, each row's log-sum-exp (N,) and the number of rows that count (), as its kernels have them."""
-    dtype = torch.promote_types(input.dtype, torch.float32)
-    logits = F.linear(input, weight, bias).to(dtype)
-    loss = F.cross_entropy(logits, target, reduction=reduction, ignore_index=ignore_index).to(loss_dtype)
-    return loss, logits.logsumexp(-1), (target != ignore_index).sum().to(dtype)
+    own = LinearCrossEntropy(*arguments)
+    dtype = torch.promote_types(own.input.dtype, torch.float32)
+    logits = F.linear(own.input, own.weight, own.bias).to(dtype)
+    loss = F.cross_entropy(logits, own.target, reduction=own.reduction, ignore_index=own.ignore_index)
+    return loss.to(own.loss_dtype), logits.logsumexp(-1), (own.target != own.ignore_index).sum().to(dtype)

@@ -9,18 +9,20 @@ h > 0). elman_layer.py has the layer's two passes by a backend's kernels, elman_
 import itertools
 import reprlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import backends, compiled_backward
-from .autograd import apply_of, below_autograd_recording, must_recompute, recomputed, saved_tensors, unshared
+from . import backends
+from .autograd import apply_of, below_autograd_recording, read_by_compiler, recomputed, saved_tensors
 from .compiling import unknown_size
-from .context import OPERATORS, REGISTERED, autocast, in_plain_memory, plain, registered_operators_only, watched
+from .context import OPERATORS, REGISTERED, autocast, in_plain_memory, plain, watched
 from .elman_layer import Layer, layer_of
 from .elman_torch import layer_by_tensor_operations, layer_by_torch
 from .precision import tf32_for_rnns
+from .registration import Operation, register
 from .tokens import TOKEN_TYPES, check_tokens
 
 
@@ -126,7 +128,7 @@ def registered_layer(
     reverse: Sequence[bool],
 ) -> tuple[Tensor, Tensor]:
     """As :func:`elman_layer`, as one registered operator, for compilers and modes. backend: one that has kernels."""
-    return _elman_layer_op(input, h0, batch_sizes, list(weights), backend, nonlinearity, list(reverse))
+    return _operator(input, h0, batch_sizes, list(weights), backend, nonlinearity, list(reverse))
 
 
 class _ElmanLayer(torch.autograd.Function):
@@ -166,12 +168,11 @@ class _ElmanLayer(torch.autograd.Function):
         if ctx.batch_first:
             out, grad_out = out.transpose(0, 1), None if grad_out is None else grad_out.transpose(0, 1)
         if torch.is_grad_enabled() or watched() is not None or not in_plain_memory((grad_out, grad_h_n, *saved)):
-            options = (layer.nonlinearity, layer.reverse, needs_grad)
-            if compiled_backward.read():
-                operands = (grad_out, grad_h_n, out, input, h0, weights, batch_sizes)
-                found = compiled_backward.elman_gradients(layer.backend, *operands, *options)
+            arguments = (input, h0, batch_sizes, weights, layer.backend, layer.nonlinearity, list(layer.reverse))
+            if read_by_compiler():
+                found = gradients_by_operator((grad_out, grad_h_n), (out,), arguments, needs_grad)
             else:
-                found = _recomputed(grad_out, grad_h_n, input, h0, weights, batch_sizes, *options)
+                found = ElmanLayer(*arguments).recomputed((grad_out, grad_h_n), needs_grad)
         else:
             found = layer.backward(grad_out, grad_h_n, out, input, h0, weights, batch_sizes, needs_grad)
         return (None, None, None, *found)
@@ -180,45 +181,81 @@ class _ElmanLayer(torch.autograd.Function):
 _apply = apply_of(_ElmanLayer)
 
 
-def _recomputed(
-    grad_out: Tensor | None,
-    grad_h_n: Tensor | None,
-    input: Tensor,
-    h0: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    nonlinearity: str,
-    reverse: Sequence[bool],
-    needs_grad: Sequence[bool],
-) -> list[Tensor | None]:
-    """As :meth:`Layer.backward`, by tensor operations: for second derivatives and unusual gradients."""
-
-    def run(input: Tensor, h0: Tensor | None, *weights: Tensor) -> tuple[Tensor, Tensor]:
-        return layer_by_tensor_operations(input, h0, weights, batch_sizes, nonlinearity, reverse)
-
-    return recomputed(run, (input, h0, *weights), needs_grad, (grad_out, grad_h_n))
-
-
 # ---- under torch.compile, torch.export and tracing modes: the same two functions as registered operators ---------
 
 
-@torch.library.custom_op("charrnn_fast::elman_layer", mutates_args=())
-def _elman_layer_op(
-    input: Tensor,
-    h0: Tensor | None,
-    batch_sizes: Tensor | None,
-    weights: list[Tensor],
-    backend: str,
-    nonlinearity: str,
-    reverse: list[bool],
-) -> tuple[Tensor, Tensor]:
-    # Callers have checked this, except where a compiler could not know the number of packed sequences.
-    if h0 is not None and batch_sizes is not None and len(batch_sizes) and h0.shape[1] != batch_sizes[0]:
-        expected = (len(reverse), int(batch_sizes[0]), weights[1].shape[0])
-        raise RuntimeError(f"Expected hidden size {expected}, got {list(h0.shape)}")
-    if backend == "torch":
-        return layer_by_torch(input, h0, weights, batch_sizes, nonlinearity, reverse)
-    return _layer_like(backend, weights[1], nonlinearity, reverse).forward(input, h0, weights, batch_sizes)
+@dataclass
+class ElmanLayer(Operation):
+    """A layer by a backend's kernels, or by torch's own RNN. Arguments as in :func:`registered_layer`, results too."""
+
+    OPERANDS, RESULTS, UPSTREAM, KEPT = ("input", "h0", "weights"), ("out", "h_n"), 2, ("out",)
+
+    input: Tensor
+    h0: Tensor | None
+    batch_sizes: Tensor | None
+    weights: list[Tensor]
+    backend: str
+    nonlinearity: str
+    reverse: list[bool]
+
+    def forward(self) -> tuple[Tensor, Tensor]:
+        h0, sizes, weights, reverse = self.h0, self.batch_sizes, self.weights, self.reverse
+        # Callers have checked this, except where a compiler could not know the number of packed sequences.
+        if h0 is not None and sizes is not None and len(sizes) and h0.shape[1] != sizes[0]:
+            expected = (len(reverse), int(sizes[0]), weights[1].shape[0])
+            raise RuntimeError(f"Expected hidden size {expected}, got {list(h0.shape)}")
+        if self.backend == "torch":
+            return layer_by_torch(self.input, h0, weights, sizes, self.nonlinearity, reverse)
+        layer = _layer_like(self.backend, weights[1], self.nonlinearity, reverse)
+        return layer.forward(self.input, h0, weights, sizes)
+
+    def shapes(self) -> tuple[Tensor, Tensor]:
+        directions, hidden, input = len(self.reverse), self.weights[1].shape[0], self.input
+        batch = batch_of(input, self.h0, self.batch_sizes)
+        out = self.weights[0].new_empty(*input.shape[: input.dim() - (not is_tokens(input))], directions * hidden)
+        return out, out.new_empty(directions, batch, hidden)
+
+    def flops(self) -> int:
+        """2 N H (I + H) for each direction, N the rows of all steps; ids count as the one-hot rows that they are."""
+        hidden, features = self.weights[0].shape
+        return 2 * len(self.reverse) * num_rows(self.input, self.batch_sizes) * hidden * (features + hidden)
+
+    def backward(
+        self, grads: Sequence[Tensor | None], kept: Sequence[Tensor], needs_grad: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        if self.backend != "torch":
+            layer = _layer_like(self.backend, self.weights[1], self.nonlinearity, self.reverse)
+            operands = (self.input, self.h0, self.weights, self.batch_sizes)
+            return layer.backward(grads[0], grads[1], kept[0], *operands, needs_grad)
+
+        def run(input: Tensor, h0: Tensor | None, *weights: Tensor) -> tuple[Tensor, Tensor]:
+            return layer_by_torch(input, h0, weights, self.batch_sizes, self.nonlinearity, self.reverse)
+
+        # Torch's own RNN runs again, recorded, although an operator's body runs below autograd.
+        pairs = zip(self.operands(), needs_grad, strict=True)
+        leaves = [None if x is None else x.detach().requires_grad_(needs) for x, needs in pairs]
+        with below_autograd_recording(), torch.no_grad():
+            return recomputed(run, leaves, needs_grad, grads)
+
+    def backward_flops(self, needs_grad: Sequence[bool]) -> int:
+        """Of each product its gradients that are wanted; the state's own is needed at every step but the first."""
+        hidden, features = self.weights[0].shape
+        each, rows = len(self.weights) // len(self.reverse), num_rows(self.input, self.batch_sizes)
+        first = num_sequences(self.input, self.batch_sizes)
+        products = 0
+        for direction in range(len(self.reverse)):
+            needs_ih, needs_hh = needs_grad[2 + direction * each : 4 + direction * each]
+            products += rows * hidden * features * (bool(needs_grad[0]) + bool(needs_ih))
+            products += rows * hidden * hidden * bool(needs_hh)
+            products += (rows - (0 if needs_grad[1] else first)) * hidden * hidden
+        return 2 * products
+
+    def by_tensor_operations(self, *operands: Any) -> tuple[Tensor, Tensor]:
+        input, h0, *weights = operands
+        return layer_by_tensor_operations(input, h0, weights, self.batch_sizes, self.nonlinearity, self.reverse)
+
+
+_operator, gradients_by_operator = register("elman_layer", ElmanLayer)
 
 
 def _layer_like(backend: str, weight_hh: Tensor, nonlinearity: str, reverse: Sequence[bool]) -> Layer:
@@ -227,114 +264,16 @@ def _layer_like(backend: str, weight_hh: Tensor, nonlinearity: str, reverse: Seq
     return layer_of(backend, device, weight_hh.dtype, weight_hh.shape[0], *options)
 
 
-@_elman_layer_op.register_fake
-def _(
-    input: Tensor,
-    h0: Tensor | None,
-    batch_sizes: Tensor | None,
-    weights: list[Tensor],
-    backend: str,
-    nonlinearity: str,
-    reverse: list[bool],
-) -> tuple[Tensor, Tensor]:
-    directions, hidden = len(reverse), weights[1].shape[0]
-    batch: int | torch.SymInt
+def batch_of(input: Tensor, h0: Tensor | None, batch_sizes: Tensor | None) -> Any:
+    """B for a registered operator's shapes, where batch sizes are data."""
     if h0 is not None:
-        batch = h0.shape[1]
-    elif batch_sizes is None:
-        batch = input.shape[1]
-    else:
-        batch = unknown_size()
-    out = weights[0].new_empty(*input.shape[: input.dim() - (not is_tokens(input))], directions * hidden)
-    return out, out.new_empty(directions, batch, hidden)
+        return h0.shape[1]
+    return input.shape[1] if batch_sizes is None else unknown_size()
 
 
-@torch.library.custom_op("charrnn_fast::elman_layer_backward", mutates_args=())
-def _elman_layer_backward_op(
-    grad_out: Tensor | None,
-    grad_h_n: Tensor | None,
-    out: Tensor,
-    input: Tensor,
-    h0: Tensor | None,
-    batch_sizes: Tensor | None,
-    weights: list[Tensor],
-    backend: str,
-    nonlinearity: str,
-    reverse: list[bool],
-    needs_grad: list[bool],
-) -> list[Tensor]:
-    if backend == "torch":
-        options = (batch_sizes, nonlinearity, reverse, needs_grad)
-        grads = _recomputed_in_operator(grad_out, grad_h_n, input, h0, weights, *options)
-    else:
-        layer = _layer_like(backend, weights[1], nonlinearity, reverse)
-        grads = layer.backward(grad_out, grad_h_n, out, input, h0, weights, batch_sizes, needs_grad)
-    return unshared(grads)
-
-
-def _recomputed_in_operator(
-    grad_out: Tensor | None,
-    grad_h_n: Tensor | None,
-    input: Tensor,
-    h0: Tensor | None,
-    weights: Sequence[Tensor],
-    batch_sizes: Tensor | None,
-    nonlinearity: str,
-    reverse: Sequence[bool],
-    needs_grad: Sequence[bool],
-) -> list[Tensor | None]:
-    """Gradients of torch's own RNN: it runs again, recorded, although an operator's body runs below autograd."""
-    operands: list[Any] = []
-    for x, needs in zip((input, h0, *weights), needs_grad, strict=True):
-        operands.append(None if x is None else x.detach().requires_grad_(needs))
-    with below_autograd_recording():
-        results = layer_by_torch(operands[0], operands[1], operands[2:], batch_sizes, nonlinearity, reverse)
-        wanted = [x for x, needs in zip(operands, needs_grad, strict=True) if needs and x is not None]
-        given = [(y, g) for y, g in zip(results, (grad_out, grad_h_n), strict=True) if g is not None]
-        outputs, grads = [y for y, _ in given], [g for _, g in given]
-        found: Any = iter(torch.autograd.grad(outputs, wanted, grads))
-    return [next(found) if needs and x is not None else None for needs, x in zip(needs_grad, operands, strict=True)]
-
-
-@_elman_layer_backward_op.register_fake
-def _(
-    grad_out: Tensor | None,
-    grad_h_n: Tensor | None,
-    out: Tensor,
-    input: Tensor,
-    h0: Tensor | None,
-    batch_sizes: Tensor | None,
-    weights: list[Tensor],
-    backend: str,
-    nonlinearity: str,
-    reverse: list[bool],
-    needs_grad: list[bool],
-) -> list[Tensor]:
-    wanted = [x for x, needs in zip((input, h0, *weights), needs_grad, strict=True) if needs and x is not None]
-    return [x.new_empty(x.shape) for x in wanted]
-
-
-def _setup_op_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    input, h0, batch_sizes, weights, ctx.backend, ctx.nonlinearity, ctx.reverse = inputs
-    ctx.save_for_backward(output[0], input, h0, batch_sizes, *weights)
-
-
-def _op_backward(ctx: Any, grad_out: Tensor | None, grad_h_n: Tensor | None) -> tuple[Any, ...]:
-    out, input, h0, batch_sizes, *weights = saved = saved_tensors(ctx)
-    needs_input, needs_h0, _, needs_weights, *_ = ctx.needs_input_grad
-    needs_grad = [needs_input, needs_h0, *needs_weights]
-    if registered_operators_only() or not must_recompute(grad_out, grad_h_n, *saved):
-        arguments = (batch_sizes, weights, ctx.backend, ctx.nonlinearity, ctx.reverse, needs_grad)
-        found = iter(_elman_layer_backward_op(grad_out, grad_h_n, out, input, h0, *arguments))
-        grads = [next(found) if needs else None for needs in needs_grad]
-    else:
-        options = (batch_sizes, ctx.nonlinearity, ctx.reverse, needs_grad)
-        grads = _recomputed(grad_out, grad_h_n, input, h0, weights, *options)
-    of_input, of_h0, *of_weights = grads
-    return of_input, of_h0, None, of_weights, None, None, None
-
-
-_elman_layer_op.register_autograd(_op_backward, setup_context=_setup_op_context)
+def num_rows(input: Tensor, batch_sizes: Tensor | None) -> int:
+    """Of all steps."""
+    return input.shape[0] if batch_sizes is not None else input.shape[0] * input.shape[1]
 
 
 def is_tokens(input: Tensor) -> bool:

@@ -5,19 +5,19 @@ layers.
 """
 
 from collections.abc import Sequence
-from dataclasses import astuple
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import compiled_backward
-from .autograd import apply_of, below_autograd_recording, must_recompute, recomputed, saved_tensors, unshared
-from .compiling import unknown_size
-from .context import OPERATORS, autocast, exported, in_plain_memory, plain, registered_operators_only, watched
+from .autograd import apply_of, below_autograd_recording, read_by_compiler, saved_tensors
+from .context import OPERATORS, autocast, exported, in_plain_memory, plain, watched
+from .elman import ElmanLayer, batch_of, num_rows
 from .elman_recomputed import Backward, Stack, bits_of
 from .elman_stack import alike, as_batch_first, elman_stack
+from .registration import Operation, register
 
 
 def checkpointed_stack(
@@ -48,7 +48,7 @@ def checkpointed_stack(
         masks.append(bits_of(F.dropout(ones, dropout, True)))
     if onlooker is None:
         return _apply(stack, batch_first, batch_sizes, masks, input, hx, *weights)
-    output, h_n, _ = _checkpointed_op(input, hx, batch_sizes, weights, masks, *astuple(stack))
+    output, h_n, _ = _operator(input, hx, batch_sizes, weights, masks, *astuple(stack))
     return output.transpose(0, 1) if batch_first else output, h_n
 
 
@@ -89,11 +89,12 @@ class _Checkpointed(torch.autograd.Function):
         masks, weights = rest[: ctx.num_masks], rest[ctx.num_masks :]
         if ctx.batch_first and grad_out is not None:
             grad_out = grad_out.transpose(0, 1)
-        operands = (input, hx, batch_sizes, weights, masks)
-        if compiled_backward.read():
-            found = _by_operator(ctx.stack, grad_out, grad_h_n, kept, operands, needs_grad)
-        elif torch.is_grad_enabled() or watched() is not None or not in_plain_memory((grad_out, grad_h_n, *saved)):
-            found = _recomputed(ctx.stack, grad_out, grad_h_n, operands, needs_grad)
+        if torch.is_grad_enabled() or watched() is not None or not in_plain_memory((grad_out, grad_h_n, *saved)):
+            arguments = (input, hx, batch_sizes, list(weights), list(masks), *astuple(ctx.stack))
+            if read_by_compiler():
+                found = _gradients_by_operator((grad_out, grad_h_n), (kept,), arguments, needs_grad)
+            else:
+                found = ElmanCheckpointed(*arguments).recomputed((grad_out, grad_h_n), needs_grad)
         else:
             backward = Backward(ctx.stack, input, hx, weights, batch_sizes, masks, kept, needs_grad)
             found = backward.run(grad_out, grad_h_n)
@@ -101,152 +102,73 @@ class _Checkpointed(torch.autograd.Function):
 
 
 _apply = apply_of(_Checkpointed)
-_Operands = tuple[Tensor, Tensor | None, Tensor | None, Sequence[Tensor], Sequence[Tensor]]
-
-
-def _recomputed(
-    stack: Stack, grad_out: Tensor | None, grad_h_n: Tensor | None, operands: _Operands, needs_grad: Sequence[bool]
-) -> list[Tensor | None]:
-    input, hx, batch_sizes, weights, masks = operands
-
-    def run(input: Tensor, hx: Tensor | None, *weights: Tensor) -> tuple[Tensor, Tensor]:
-        return stack.run(input, hx, weights, batch_sizes, masks)
-
-    return recomputed(run, (input, hx, *weights), needs_grad, (grad_out, grad_h_n))
 
 
 # ---- under torch.compile and in tracing modes: the same two functions as registered operators -----------------------
 
 
-@torch.library.custom_op("charrnn_fast::elman_checkpointed", mutates_args=())
-def _checkpointed_op(
-    input: Tensor,
-    hx: Tensor | None,
-    batch_sizes: Tensor | None,
-    weights: list[Tensor],
-    masks: list[Tensor],
-    backend: str,
-    nonlinearity: str,
-    num_layers: int,
-    directions: int,
-    dropout: float,
-    steps: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    stack = Stack(backend, nonlinearity, num_layers, directions, dropout, steps)
-    return stack.forward(input, hx, weights, batch_sizes, masks)
+@dataclass
+class ElmanCheckpointed(Operation):
+    """All layers. Arguments as Stack.forward has them, and the stack's own."""
+
+    OPERANDS, RESULTS, UPSTREAM, KEPT = ("input", "hx", "weights"), ("output", "h_n", "kept"), 2, ("kept",)
+
+    input: Tensor
+    hx: Tensor | None
+    batch_sizes: Tensor | None
+    weights: list[Tensor]
+    masks: list[Tensor]
+    backend: str
+    nonlinearity: str
+    num_layers: int
+    directions: int
+    dropout: float
+    steps: int
+
+    @property
+    def stack(self) -> Stack:
+        options = (self.num_layers, self.directions, self.dropout, self.steps)
+        return Stack(self.backend, self.nonlinearity, *options)
+
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self.stack.forward(self.input, self.hx, self.weights, self.batch_sizes, self.masks)
+
+    def shapes(self) -> tuple[Tensor, Tensor, Tensor]:
+        hidden, cells, padded = self.weights[0].shape[0], self.num_layers * self.directions, self.batch_sizes is None
+        batch = batch_of(self.input, self.hx, self.batch_sizes)
+        total = self.input.shape[0] if self.batch_sizes is None else self.batch_sizes.shape[0]
+        out = self.weights[0].new_empty(*self.input.shape[: 2 if padded else 1], self.directions * hidden)
+        kept = out.new_empty(cells * ((total + self.steps - 1) // self.steps) * batch * hidden)
+        return out, out.new_empty(cells, batch, hidden), kept
+
+    def flops(self) -> int:
+        """As elman_layer's, of all layers."""
+        matrices = (w for w in self.weights if w.dim() == 2)
+        return sum(2 * num_rows(self.input, self.batch_sizes) * matrix.numel() for matrix in matrices)
+
+    def backward(
+        self, grads: Sequence[Tensor | None], kept: Sequence[Tensor], needs_grad: Sequence[bool]
+    ) -> Sequence[Tensor | None]:
+        operands = (self.input, self.hx, self.weights, self.batch_sizes, self.masks)
+        with below_autograd_recording():  # although an operator's body runs below autograd
+            backward = Backward(self.stack, *operands, kept[0], needs_grad)
+            with torch.no_grad():
+                return backward.run(*grads)
+
+    def backward_flops(self, needs_grad: Sequence[bool]) -> int:
+        """As elman_layer_backward's, of all layers: what it computes once more is not counted."""
+        needs_input, needs_hx, *needs_weights = needs_grad
+        each, found = len(self.weights) // self.num_layers, 0
+        for i in range(self.num_layers):
+            own = slice(i * each, (i + 1) * each)
+            options = (self.backend, self.nonlinearity, [False] * self.directions)
+            layer = ElmanLayer(self.input, self.hx, self.batch_sizes, self.weights[own], *options)
+            found += layer.backward_flops([needs_input or i > 0, needs_hx, *needs_weights[own]])
+        return found
+
+    def by_tensor_operations(self, *operands: Any) -> tuple[Tensor, Tensor]:
+        input, hx, *weights = operands
+        return self.stack.run(input, hx, weights, self.batch_sizes, self.masks)
 
 
-@_checkpointed_op.register_fake
-def _(
-    input: Tensor,
-    hx: Tensor | None,
-    batch_sizes: Tensor | None,
-    weights: list[Tensor],
-    masks: list[Tensor],
-    backend: str,
-    nonlinearity: str,
-    num_layers: int,
-    directions: int,
-    dropout: float,
-    steps: int,
-) -> tuple[Tensor, Tensor, Tensor]:
-    hidden, cells = weights[0].shape[0], num_layers * directions
-    batch: int | torch.SymInt
-    if hx is not None:
-        batch = hx.shape[1]
-    elif batch_sizes is None:
-        batch = input.shape[1]
-    else:
-        batch = unknown_size()
-    total = input.shape[0] if batch_sizes is None else batch_sizes.shape[0]
-    out = weights[0].new_empty(*input.shape[: 2 if batch_sizes is None else 1], directions * hidden)
-    kept = out.new_empty(cells * ((total + steps - 1) // steps) * batch * hidden)
-    return out, out.new_empty(cells, batch, hidden), kept
-
-
-@torch.library.custom_op("charrnn_fast::elman_checkpointed_backward", mutates_args=())
-def _checkpointed_backward_op(
-    grad_out: Tensor | None,
-    grad_h_n: Tensor | None,
-    kept: Tensor,
-    input: Tensor,
-    hx: Tensor | None,
-    batch_sizes: Tensor | None,
-    weights: list[Tensor],
-    masks: list[Tensor],
-    backend: str,
-    nonlinearity: str,
-    num_layers: int,
-    directions: int,
-    dropout: float,
-    steps: int,
-    needs_grad: list[bool],
-) -> list[Tensor]:
-    stack = Stack(backend, nonlinearity, num_layers, directions, dropout, steps)
-    with below_autograd_recording():  # although an operator's body runs below autograd
-        backward = Backward(stack, input, hx, weights, batch_sizes, masks, kept, needs_grad)
-        with torch.no_grad():
-            return unshared(backward.run(grad_out, grad_h_n))
-
-
-@_checkpointed_backward_op.register_fake
-def _(
-    grad_out: Tensor | None,
-    grad_h_n: Tensor | None,
-    kept: Tensor,
-    input: Tensor,
-    hx: Tensor | None,
-    batch_sizes: Tensor | None,
-    weights: list[Tensor],
-    masks: list[Tensor],
-    backend: str,
-    nonlinearity: str,
-    num_layers: int,
-    directions: int,
-    dropout: float,
-    steps: int,
-    needs_grad: list[bool],
-) -> list[Tensor]:
-    wanted = [x for x, needs in zip((input, hx, *weights), needs_grad, strict=True) if needs and x is not None]
-    return [x.new_empty(x.shape) for x in wanted]
-
-
-def _by_operator(
-    stack: Stack,
-    grad_out: Tensor | None,
-    grad_h_n: Tensor | None,
-    kept: Tensor,
-    operands: _Operands,
-    needs_grad: Sequence[bool],
-) -> list[Tensor | None]:
-    input, hx, batch_sizes, weights, masks = operands
-    tensors = (grad_out, grad_h_n, kept, input, hx, batch_sizes, list(weights), list(masks))
-    found = _checkpointed_backward_op(*tensors, *astuple(stack), list(needs_grad))
-    places = [sum(needs_grad[:i]) for i in range(len(needs_grad))]
-    return [found[place] if needs else None for place, needs in zip(places, needs_grad, strict=True)]
-
-
-def _setup_op_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    input, hx, batch_sizes, weights, masks, *options = inputs
-    ctx.stack, ctx.num_masks = Stack(*options), len(masks)
-    ctx.save_for_backward(output[2], batch_sizes, input, hx, *masks, *weights)
-    ctx.set_materialize_grads(False)
-
-
-def _op_backward(ctx: Any, grad_out: Tensor | None, grad_h_n: Tensor | None, _: Tensor | None) -> tuple[Any, ...]:
-    kept, batch_sizes, input, hx, *rest = saved = saved_tensors(ctx)
-    masks, weights = rest[: ctx.num_masks], rest[ctx.num_masks :]
-    needs_input, needs_hx, _, needs_weights, *_ = ctx.needs_input_grad
-    needs_grad = [needs_input, needs_hx, *needs_weights]
-    operands = (input, hx, batch_sizes, weights, masks)
-    if grad_out is None and grad_h_n is None:
-        grads: list[Tensor | None] = [None] * len(needs_grad)
-    elif registered_operators_only() or not must_recompute(grad_out, grad_h_n, *saved):
-        grads = _by_operator(ctx.stack, grad_out, grad_h_n, kept, operands, needs_grad)
-    else:
-        grads = _recomputed(ctx.stack, grad_out, grad_h_n, operands, needs_grad)
-    of_input, of_hx, *of_weights = grads
-    return of_input, of_hx, None, of_weights, [None] * len(masks), *(None,) * 6
-
-
-_checkpointed_op.register_autograd(_op_backward, setup_context=_setup_op_context)
+_operator, _gradients_by_operator = register("elman_checkpointed", ElmanCheckpointed)

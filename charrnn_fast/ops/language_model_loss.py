@@ -17,12 +17,12 @@ from torch import Tensor
 from charrnn_fast.kernels import native
 from charrnn_fast.kernels.triton.language_model_types import Weights, windows
 
-from . import backends, compiled_backward
-from .autograd import HandedOutOnce, apply_of, must_recompute, recomputed
+from . import backends
+from .autograd import HandedOutOnce, apply_of, must_recompute, read_by_compiler, recomputed
 from .context import addressable
-from .elman import elman
+from .elman import elman, gradients_by_operator, registered_layer
 from .elman_layer import token_table
-from .linear_cross_entropy import linear_cross_entropy
+from .linear_cross_entropy import linear_cross_entropy, loss_gradients
 from .tokens import check_tokens
 
 
@@ -109,57 +109,46 @@ def language_model_loss(
     return apply(tokens, targets, nonlinearity, h0, weight_ih, weight_hh, bias_ih, bias_hh, head_weight, head_bias)
 
 
-class _LanguageModelLoss(torch.autograd.Function):
-    """The native kernel under autograd; no setup_context, for which PyTorch inspects the signature at every call."""
+class _ByNative(torch.autograd.Function):
+    """The native kernel under autograd; no setup_context, for which PyTorch inspects the signature at every call.
+
+    floats: h0, weight_ih, weight_hh, bias_ih, bias_hh, head_weight, head_bias.
+    """
 
     @staticmethod
-    def forward(
-        ctx: Any,
-        tokens: Tensor,
-        targets: Tensor,
-        nonlinearity: str,
-        h0: Tensor | None,
-        weight_ih: Tensor,
-        weight_hh: Tensor,
-        bias_ih: Tensor | None,
-        bias_hh: Tensor | None,
-        head_weight: Tensor,
-        head_bias: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        operands = (tokens, targets, h0, weight_ih, weight_hh, bias_ih, bias_hh, head_weight, head_bias)
-        ctx.save_for_backward(*operands)
+    def forward(ctx: Any, tokens: Tensor, targets: Tensor, nonlinearity: str, *floats: Any) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(tokens, targets, *floats)
         ctx.set_materialize_grads(False)
         ctx.nonlinearity = nonlinearity
-        loss, h_n, gradients = gradients_in_one_call(nonlinearity, *operands)
+        loss, h_n, gradients = gradients_in_one_call(nonlinearity, tokens, targets, *floats)
         ctx.gradients = HandedOutOnce(gradients)
         return loss, h_n
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_loss, grad_h_n = grad_outputs
-        needs_grad, saved = ctx.needs_input_grad[3:], ctx.saved_tensors
+        saved = ctx.saved_tensors
         unusual = grad_h_n is not None or must_recompute(grad_loss, *saved)
-        if unusual and compiled_backward.read():
-            found = compiled_backward.language_model_gradients(ctx.nonlinearity, *saved, *grad_outputs)
-            return (None, None, None, *(g if needs else None for g, needs in zip(found, needs_grad, strict=True)))
+        if unusual and read_by_compiler():
+            return _wanted(ctx, _gradients_to_compilers(ctx.nonlinearity, *saved, *grad_outputs))
         # Given away, so that autograd can keep them as they are in place of copies; a graph that is retained and walked
         # again makes them anew, the same bits.
         gradients = ctx.gradients.take()
         factor = None if unusual or grad_loss is None else grad_loss.item()
         if unusual or (factor is not None and not math.isfinite(factor)):  # see linear_cross_entropy.py
-            gradients = _recomputed(ctx.nonlinearity, saved, needs_grad, grad_loss, grad_h_n)
+            gradients = _recomputed(ctx, saved, grad_loss, grad_h_n)
         elif factor is None:
-            gradients = (None,) * len(needs_grad)
+            gradients = [None] * (len(saved) - 2)
         else:
             if gradients is None:
                 gradients = gradients_in_one_call(ctx.nonlinearity, *saved)[2]
             if factor != 1.0:  # nearly never
                 gradients = [None if g is None else g.mul_(grad_loss) for g in gradients]
-        return (None, None, None, *(g if needs else None for g, needs in zip(gradients, needs_grad, strict=True)))
+        return _wanted(ctx, gradients)
 
 
 class _ByTriton(torch.autograd.Function):
-    """The Triton kernels under autograd: backward launches once, and waits for nothing."""
+    """The Triton kernels under autograd: backward launches once, and waits for nothing. Arguments as above."""
 
     @staticmethod
     def forward(ctx: Any, tokens: Tensor, targets: Tensor, nonlinearity: str, *floats: Any) -> tuple[Tensor, Tensor]:
@@ -176,25 +165,33 @@ class _ByTriton(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         grad_loss, grad_h_n = grad_outputs
-        needs_grad, saved = ctx.needs_input_grad[3:], ctx.saved_tensors
+        saved = ctx.saved_tensors
         gradients: Sequence[Tensor | None]
         if grad_h_n is not None or must_recompute(grad_loss, *saved):
-            if compiled_backward.read():
-                gradients = compiled_backward.language_model_gradients(ctx.nonlinearity, *saved, *grad_outputs)
+            if read_by_compiler():
+                gradients = _gradients_to_compilers(ctx.nonlinearity, *saved, *grad_outputs)
             else:
-                gradients = _recomputed(ctx.nonlinearity, saved, needs_grad, grad_loss, grad_h_n)
+                gradients = _recomputed(ctx, saved, grad_loss, grad_h_n)
         elif grad_loss is None:
-            gradients = (None,) * len(needs_grad)
+            gradients = [None] * (len(saved) - 2)
         else:
             from charrnn_fast.kernels.triton import language_model as kernels
 
             found = kernels.language_model_backward(grad_loss, _weights(*saved[3:]), ctx.sums)
             of_cell = (None, found.weight_ih, found.weight_hh, found.bias_ih, found.bias_hh)
             gradients = (*of_cell, found.head_weight, found.head_bias)
-        return (None, None, None, *(g if needs else None for g, needs in zip(gradients, needs_grad, strict=True)))
+        return _wanted(ctx, gradients)
 
 
-_apply, _apply_by_triton = apply_of(_LanguageModelLoss), apply_of(_ByTriton)
+def _wanted(ctx: Any, gradients: Sequence[Tensor | None]) -> tuple[Tensor | None, ...]:
+    """What backward returns."""
+    found: list[Tensor | None] = [None, None, None]
+    for gradient, needs in zip(gradients, ctx.needs_input_grad[3:], strict=True):
+        found.append(gradient if needs else None)
+    return tuple(found)
+
+
+_apply, _apply_by_triton = apply_of(_ByNative), apply_of(_ByTriton)
 
 
 def _weights(
@@ -234,28 +231,50 @@ def gradients_in_one_call(
 
 
 def _recomputed(
-    nonlinearity: str,
-    saved: Sequence[Any],
-    needs_grad: Sequence[bool],
-    grad_loss: Tensor | None,
-    grad_h_n: Tensor | None,
+    ctx: Any, saved: Sequence[Any], grad_loss: Tensor | None, grad_h_n: Tensor | None
 ) -> list[Tensor | None]:
     """The gradients by the separate operations, differentiable where a graph is wanted."""
     tokens, targets, *operands = saved
 
-    def run(
-        h0: Tensor | None,
-        weight_ih: Tensor,
-        weight_hh: Tensor,
-        bias_ih: Tensor | None,
-        bias_hh: Tensor | None,
-        head_weight: Tensor,
-        head_bias: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        cell = (weight_ih, weight_hh, bias_ih, bias_hh)
-        backend = "native" if weight_ih.device.type == "cpu" else "auto"
-        states, h_n = elman(tokens, h0, *cell, nonlinearity=nonlinearity, backend=backend)
+    def run(h0: Tensor | None, *weights: Any) -> tuple[Tensor, Tensor]:
+        *cell, head_weight, head_bias = weights
+        backend = "native" if cell[0].device.type == "cpu" else "auto"
+        states, h_n = elman(tokens, h0, *cell, nonlinearity=ctx.nonlinearity, backend=backend)
         rows = states.transpose(0, 1).flatten(0, 1)
         return linear_cross_entropy(rows, head_weight, targets.t().flatten(), linear_bias=head_bias), h_n
 
-    return recomputed(run, operands, needs_grad, (grad_loss, grad_h_n))
+    return recomputed(run, operands, ctx.needs_input_grad[3:], (grad_loss, grad_h_n))
+
+
+def _gradients_to_compilers(
+    nonlinearity: str,
+    tokens: Tensor,
+    targets: Tensor,
+    h0: Tensor | None,
+    weight_ih: Tensor,
+    weight_hh: Tensor,
+    bias_ih: Tensor | None,
+    bias_hh: Tensor | None,
+    head_weight: Tensor,
+    head_bias: Tensor | None,
+    grad_loss: Tensor | None,
+    grad_h_n: Tensor | None,
+) -> list[Tensor | None]:
+    """All gradients, from h0 to head_bias, where a compiler reads a Function's backward."""
+    biases = [bias for bias in (bias_ih, bias_hh) if bias is not None]
+    weights, state = [weight_ih, weight_hh, *biases], None if h0 is None else h0[None]
+    backend = "native" if weight_ih.device.type == "cpu" else "triton"
+    out, _ = registered_layer(tokens, state, None, weights, backend, nonlinearity, [False])
+    grad_out = grad_head = grad_head_bias = None
+    if grad_loss is not None:
+        head = (head_weight, head_bias, targets.flatten(), "mean", -100)
+        grad_rows, grad_head, grad_head_bias = loss_gradients(grad_loss, out.flatten(0, 1), *head)
+        grad_out = grad_rows.view(out.shape)
+    upstream = (grad_out, None if grad_h_n is None else grad_h_n[None])
+    needs = [False, h0 is not None, *(True for _ in weights)]
+    arguments = (tokens, state, None, weights, backend, nonlinearity, [False])
+    _, grad_h0, grad_ih, grad_hh, *of_biases = gradients_by_operator(upstream, (out,), arguments, needs)
+    grad_bias_ih = None if bias_ih is None else of_biases[0]
+    grad_bias_hh = None if bias_hh is None else of_biases[-1]
+    grad_state = None if grad_h0 is None else grad_h0[0]
+    return [grad_state, grad_ih, grad_hh, grad_bias_ih, grad_bias_hh, grad_head, grad_head_bias]

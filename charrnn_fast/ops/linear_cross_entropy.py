@@ -10,6 +10,7 @@ would (another pass over the gradient of h, and in fp16 what is below its range)
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,8 +19,8 @@ from torch import Tensor
 
 from charrnn_fast.kernels import native
 
-from . import backends, compiled_backward
-from .autograd import HandedOutOnce, apply_of, must_recompute, recomputed
+from . import backends
+from .autograd import HandedOutOnce, apply_of, must_recompute, read_by_compiler
 from .context import (
     OPERATORS,
     REGISTERED,
@@ -28,10 +29,10 @@ from .context import (
     in_autocast,
     in_plain_memory,
     plain,
-    registered_operators_only,
     watched,
 )
 from .precision import matmul_precision
+from .registration import Operation, register
 from .tokens import ids_are_known
 
 REDUCTIONS = ("mean", "sum", "none")
@@ -88,7 +89,7 @@ def linear_cross_entropy(
     if torch.is_grad_enabled() and (
         input.requires_grad or linear_weight.requires_grad or (linear_bias is not None and linear_bias.requires_grad)
     ):
-        return _apply_native(input, linear_weight, linear_bias, target, reduction, ignore_index)
+        return _apply_native(input, linear_weight, linear_bias, target, reduction, ignore_index, input.dtype)
     operands = (input, linear_weight, linear_bias, target)
     return native.linear_cross_entropy(*operands, ignore_index, reduction, need_grad=False)[0]
 
@@ -145,68 +146,87 @@ def _by_tensor_operations(
     )
 
 
-class _NativeLinearCrossEntropy(torch.autograd.Function):
-    """The native kernel. Inputs and target are as in `linear_cross_entropy`, checked."""
+@dataclass
+class LinearCrossEntropy(Operation):
+    """The Triton kernels as operators. Arguments as in `linear_cross_entropy`, checked, operands of one dtype."""
 
-    @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        reduction: str,
-        ignore_index: int,
-    ) -> Tensor:
-        ctx.save_for_backward(input, weight, bias, target)
-        ctx.reduction, ctx.ignore_index = reduction, ignore_index
-        loss, *gradients = native.linear_cross_entropy(
-            input, weight, bias, target, ignore_index, reduction, need_grad=reduction != "none"
+    OPERANDS, RESULTS, UPSTREAM, KEPT = ("input", "weight", "bias"), ("loss", "lse", "count"), 1, ("lse", "count")
+
+    input: Tensor
+    weight: Tensor
+    bias: Tensor | None
+    target: Tensor
+    reduction: str
+    ignore_index: int
+    loss_dtype: torch.dtype
+
+    def check_target(self) -> None:
+        """IndexError for a target that is no class, in torch's words, on a CPU; on a GPU the kernels assert it."""
+        target, classes = self.target, self.weight.shape[0]
+        if target.device.type == "cpu" and not ids_are_known(classes) and addressable(target):
+            outside = target[(target != self.ignore_index) & ((target < 0) | (target >= classes))]
+            if len(outside):
+                raise IndexError(f"Target {int(outside[0])} is out of bounds.")
+
+    def forward(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, log-sum-exp of each row (N,), number of rows that count ()."""
+        self.check_target()
+        return self.by_kernels()
+
+    def by_kernels(self) -> tuple[Tensor, Tensor, Tensor]:
+        from charrnn_fast.kernels.triton import linear_cross_entropy as kernels
+
+        arguments = (self.input, self.weight, self.bias, self.target, self.ignore_index, self.reduction)
+        precision = matmul_precision(self.input.device, self.input.dtype)
+        return kernels.linear_cross_entropy_forward(*arguments, precision=precision, loss_dtype=self.loss_dtype)
+
+    def shapes(self) -> tuple[Tensor, Tensor, Tensor]:
+        input, accumulator = self.input, torch.promote_types(self.input.dtype, torch.float32)
+        rows = (input.shape[0],)
+        loss = input.new_empty(rows if self.reduction == "none" else (), dtype=self.loss_dtype)
+        return loss, input.new_empty(rows, dtype=accumulator), input.new_empty((), dtype=accumulator)
+
+    def flops(self) -> int:
+        """2 N V H, the logits'."""
+        return 2 * self.input.shape[0] * self.weight.shape[0] * self.weight.shape[1]
+
+    def backward(
+        self, grads: Sequence[Tensor | None], kept: Sequence[Tensor], needs_grad: Sequence[bool]
+    ) -> list[Tensor | None]:
+        from charrnn_fast.kernels.triton import linear_cross_entropy as kernels
+
+        (grad_loss,), (lse, count), (needs_input, needs_weight, needs_bias) = grads, kept, needs_grad
+        assert grad_loss is not None
+        grad_input, grad_weight, grad_bias = kernels.linear_cross_entropy_backward(
+            grad_loss,
+            *(self.input, self.weight, self.bias, self.target, self.ignore_index, self.reduction, lse, count),
+            precision=matmul_precision(self.input.device, self.input.dtype),
+            need_hidden=needs_input,
+            need_weight=needs_weight or needs_bias,
         )
-        ctx.gradients = HandedOutOnce(gradients)
-        return loss
+        found = (grad_input if needs_input else None, grad_weight if needs_weight else None)
+        return [*found, grad_bias if needs_bias else None]
 
-    @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_loss,) = grad_outputs
-        input, weight, bias, target = saved = ctx.saved_tensors  # once: checkpointing makes them anew for one reading
-        unusual = must_recompute(grad_loss, *saved)
-        if unusual and compiled_backward.read():
-            return _read_backward(ctx, grad_loss, input, weight, bias, target)
-        arguments = (input, weight, bias, target, ctx.ignore_index, ctx.reduction)
-        # The gradients made in forward are given away, so that nobody finds them changed, and a loss that is kept does
-        # not keep them. A graph that is retained and walked again makes them anew, the same bits.
-        gradients = ctx.gradients.take()
-        factor = None if unusual or ctx.reduction == "none" else grad_loss.item()
-        # One that is not finite leaves zeros where no row counts, which a product would not.
-        if unusual or (factor is not None and not math.isfinite(factor)):
-            gradients = _recomputed(
-                grad_loss, input, weight, bias, target, ctx.reduction, ctx.ignore_index, ctx.needs_input_grad
-            )
-        elif factor is None:
-            _, *gradients = native.linear_cross_entropy(*arguments, need_grad=True, grad_loss=grad_loss)
-        else:
-            if gradients is None:
-                _, *gradients = native.linear_cross_entropy(*arguments, need_grad=True)
-            if factor != 1.0:  # nearly never, and scaling is another pass over (N, H)
-                gradients = [None if g is None else g.mul_(grad_loss) for g in gradients]
-        wanted = [g if need else None for g, need in zip(gradients, ctx.needs_input_grad, strict=False)]
-        return (*wanted, None, None, None)
+    def backward_flops(self, needs_grad: Sequence[bool]) -> int:
+        """2 N V H for each of the gradients of input and weight that is wanted."""
+        return self.flops() * (bool(needs_grad[0]) + bool(needs_grad[1]))
+
+    def by_tensor_operations(self, *operands: Any) -> tuple[Tensor]:
+        input, weight, bias = operands
+        loss = _by_tensor_operations(input, weight, bias, self.target, self.reduction, self.ignore_index)
+        return (loss.to(self.loss_dtype),)
+
+    def gradients_to_compilers(self, grad_loss: Tensor, needs_grad: Sequence[bool]) -> list[Tensor | None]:
+        """As backward, where a compiler reads a Function's backward."""
+        options = (self.reduction, self.ignore_index)
+        found = loss_gradients(grad_loss, self.input, self.weight, self.bias, self.target, *options)
+        return [g if needs else None for g, needs in zip(found, needs_grad, strict=True)]
 
 
-_apply_native = apply_of(_NativeLinearCrossEntropy)
+_operator, _ = register("linear_cross_entropy", LinearCrossEntropy)
 
 
-def _read_backward(
-    ctx: Any, grad_loss: Tensor, input: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor
-) -> tuple[Tensor | None, ...]:
-    """What a Function's backward returns, for its first six arguments, where a compiler reads it."""
-    found = compiled_backward.loss_gradients(grad_loss, input, weight, bias, target, ctx.reduction, ctx.ignore_index)
-    wanted = [g if need else None for g, need in zip(found, ctx.needs_input_grad, strict=False)]
-    return (*wanted, None, None, None)
-
-
-def _recomputed(
+def loss_gradients(
     grad_loss: Tensor,
     input: Tensor,
     weight: Tensor,
@@ -214,17 +234,15 @@ def _recomputed(
     target: Tensor,
     reduction: str,
     ignore_index: int,
-    needs_grad: Sequence[bool],
-) -> list[Tensor | None]:
-    """The gradients of input, weight and bias, where ``needs_grad`` asks, by tensor operations."""
-
-    def run(input: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor]:
-        return (_by_tensor_operations(input, weight, bias, target, reduction, ignore_index).to(grad_loss.dtype),)
-
-    return recomputed(run, (input, weight, bias), needs_grad[:3], (grad_loss,))
-
-
-# ---- the Triton kernels -------------------------------------------------------------------------------------------
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Those of input (N, H), weight (V, H) and bias (V,) by tensor operations: (softmax - one_hot) / count."""
+    counts = target != ignore_index
+    logits = F.linear(input, weight, bias)
+    ids = target.where(counts, 0).unsqueeze(-1)
+    grad = logits.softmax(-1).scatter_add(-1, ids, logits.new_full((1, 1), -1.0).expand(ids.shape))
+    factor = grad_loss * counts / (counts.sum() if reduction == "mean" else 1)
+    grad = grad * factor.to(grad.dtype).unsqueeze(-1)
+    return grad @ weight, grad.t() @ input, None if bias is None else grad.sum(0)
 
 
 def _by_triton(
@@ -242,177 +260,74 @@ def _by_triton(
         loss_dtype = torch.promote_types(input.dtype, torch.float32)
     arguments = (input, weight, bias, target, reduction, ignore_index, loss_dtype)
     if onlooker is REGISTERED:
-        return _loss_op(*arguments)[0]
-    _check_target(target, weight.shape[0], ignore_index)
-    if not torch.is_grad_enabled():
-        return _triton_forward(*arguments)[0]
-    return _apply_triton(*arguments)
+        return _operator(*arguments)[0]
+    operation = LinearCrossEntropy(*arguments)
+    operation.check_target()
+    return _apply_triton(*arguments) if torch.is_grad_enabled() else operation.by_kernels()[0]
 
 
-def _check_target(target: Tensor, classes: int, ignore_index: int) -> None:
-    """IndexError for a target that is no class, in torch's words, on a CPU; on a GPU the kernels assert it."""
-    if target.device.type == "cpu" and not ids_are_known(classes) and addressable(target):
-        outside = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
-        if len(outside):
-            raise IndexError(f"Target {int(outside[0])} is out of bounds.")
+# ---- under autograd: forward's arguments are the fields of LinearCrossEntropy ---------------------------------------
 
 
-def _triton_forward(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    reduction: str,
-    ignore_index: int,
-    loss_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """loss, log-sum-exp of each row (N,) and the number of rows that count ()."""
-    from charrnn_fast.kernels.triton import linear_cross_entropy as kernels
-
-    precision = matmul_precision(input.device, input.dtype)
-    arguments = (input, weight, bias, target, ignore_index, reduction)
-    return kernels.linear_cross_entropy_forward(*arguments, precision=precision, loss_dtype=loss_dtype)
-
-
-def _triton_backward(
-    grad_loss: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    lse: Tensor,
-    count: Tensor,
-    reduction: str,
-    ignore_index: int,
-    needs_grad: Sequence[bool],
-) -> list[Tensor | None]:
-    """Gradients of input, weight and bias, None where ``needs_grad`` does not ask."""
-    from charrnn_fast.kernels.triton import linear_cross_entropy as kernels
-
-    gradients = kernels.linear_cross_entropy_backward(
-        grad_loss,
-        *(input, weight, bias, target, ignore_index, reduction, lse, count),
-        precision=matmul_precision(input.device, input.dtype),
-        need_hidden=needs_grad[0],
-        need_weight=any(needs_grad[1:3]),
-    )
-    return [g if needs else None for g, needs in zip(gradients, needs_grad, strict=False)]
-
-
-class _TritonLinearCrossEntropy(torch.autograd.Function):
-    """The Triton kernels. Inputs and target are as in `linear_cross_entropy`, checked, of one dtype."""
-
+class _ByTriton(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        input: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        target: Tensor,
-        reduction: str,
-        ignore_index: int,
-        loss_dtype: torch.dtype,
-    ) -> Tensor:
-        loss, lse, count = _triton_forward(input, weight, bias, target, reduction, ignore_index, loss_dtype)
-        ctx.save_for_backward(input, weight, bias, target, lse, count)
-        ctx.reduction, ctx.ignore_index = reduction, ignore_index
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        loss, lse, count = LinearCrossEntropy(*arguments).by_kernels()
+        ctx.save_for_backward(*arguments[:4], lse, count)
+        ctx.options = arguments[4:]
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_loss,) = grad_outputs
-        input, weight, bias, target, lse, count = saved = ctx.saved_tensors
-        options = (ctx.reduction, ctx.ignore_index, ctx.needs_input_grad)
-        if must_recompute(grad_loss, *saved):
-            if compiled_backward.read():
-                return *_read_backward(ctx, grad_loss, input, weight, bias, target), None
-            gradients = _recomputed(grad_loss, input, weight, bias, target, *options)
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        saved = ctx.saved_tensors
+        operation, needs_grad = LinearCrossEntropy(*saved[:4], *ctx.options), ctx.needs_input_grad[:3]
+        if not must_recompute(*grads, *saved):
+            gradients = operation.backward(grads, saved[4:], needs_grad)
+        elif read_by_compiler():
+            gradients = operation.gradients_to_compilers(grads[0], needs_grad)
         else:
-            gradients = _triton_backward(grad_loss, input, weight, bias, target, lse, count, *options)
+            gradients = operation.recomputed(grads, needs_grad)
         return (*gradients, None, None, None, None)
 
 
-_apply_triton = apply_of(_TritonLinearCrossEntropy)
+class _ByNative(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *arguments: Any) -> Tensor:
+        input, weight, bias, target, reduction, ignore_index, _ = arguments
+        ctx.save_for_backward(input, weight, bias, target)
+        ctx.options = arguments[4:]
+        operands, need_grad = (input, weight, bias, target), reduction != "none"
+        loss, *gradients = native.linear_cross_entropy(*operands, ignore_index, reduction, need_grad=need_grad)
+        ctx.gradients = HandedOutOnce(gradients)
+        return loss
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_loss,), needs_grad = grads, ctx.needs_input_grad[:3]
+        saved = ctx.saved_tensors  # once: checkpointing makes them anew for one reading
+        input, weight, bias, target = saved
+        reduction, ignore_index, _ = ctx.options
+        arguments = (input, weight, bias, target, ignore_index, reduction)
+        unusual = must_recompute(grad_loss, *saved)
+        if unusual and read_by_compiler():
+            gradients = LinearCrossEntropy(*saved, *ctx.options).gradients_to_compilers(grad_loss, needs_grad)
+            return (*gradients, None, None, None, None)
+        # The gradients made in forward are given away, so that nobody finds them changed, and a loss that is kept does
+        # not keep them. A graph that is retained and walked again makes them anew, the same bits.
+        gradients = ctx.gradients.take()
+        factor = None if unusual or reduction == "none" else grad_loss.item()
+        # One that is not finite leaves zeros where no row counts, which a product would not.
+        if unusual or (factor is not None and not math.isfinite(factor)):
+            gradients = LinearCrossEntropy(*saved, *ctx.options).recomputed(grads, needs_grad)
+        elif factor is None:
+            _, *gradients = native.linear_cross_entropy(*arguments, need_grad=True, grad_loss=grad_loss)
+        else:
+            if gradients is None:
+                _, *gradients = native.linear_cross_entropy(*arguments, need_grad=True)
+            if factor != 1.0:  # nearly never, and scaling is another pass over (N, H)
+                gradients = [None if g is None else g.mul_(grad_loss) for g in gradients]
+        wanted = [g if needs else None for g, needs in zip(gradients, needs_grad, strict=True)]
+        return (*wanted, None, None, None, None)
 
 
-@torch.library.custom_op("charrnn_fast::linear_cross_entropy", mutates_args=())
-def _loss_op(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    reduction: str,
-    ignore_index: int,
-    loss_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    _check_target(target, weight.shape[0], ignore_index)
-    return _triton_forward(input, weight, bias, target, reduction, ignore_index, loss_dtype)
-
-
-@_loss_op.register_fake
-def _(
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    reduction: str,
-    ignore_index: int,
-    loss_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor]:
-    rows, accumulator = input.shape[0], torch.promote_types(input.dtype, torch.float32)
-    loss = input.new_empty((rows,) if reduction == "none" else (), dtype=loss_dtype)
-    return loss, input.new_empty(rows, dtype=accumulator), input.new_empty((), dtype=accumulator)
-
-
-@torch.library.custom_op("charrnn_fast::linear_cross_entropy_backward", mutates_args=())
-def _loss_backward_op(
-    grad_loss: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    lse: Tensor,
-    count: Tensor,
-    reduction: str,
-    ignore_index: int,
-    needs_grad: list[bool],
-) -> list[Tensor]:
-    arguments = (input, weight, bias, target, lse, count, reduction, ignore_index, needs_grad)
-    return [g for g in _triton_backward(grad_loss, *arguments) if g is not None]
-
-
-@_loss_backward_op.register_fake
-def _(
-    grad_loss: Tensor,
-    input: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    target: Tensor,
-    lse: Tensor,
-    count: Tensor,
-    reduction: str,
-    ignore_index: int,
-    needs_grad: list[bool],
-) -> list[Tensor]:
-    operands = zip((input, weight, bias), needs_grad, strict=True)
-    return [t.new_empty(t.shape) for t, needs in operands if needs and t is not None]
-
-
-def _setup_op_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]) -> None:
-    input, weight, bias, target, ctx.reduction, ctx.ignore_index, _ = inputs
-    ctx.save_for_backward(input, weight, bias, target, *output[1:])
-
-
-def _op_backward(ctx: Any, grad_loss: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-    needs_grad = list(ctx.needs_input_grad[:3])
-    options, saved = (ctx.reduction, ctx.ignore_index, needs_grad), ctx.saved_tensors
-    if registered_operators_only() or not must_recompute(grad_loss, *saved):
-        found = iter(_loss_backward_op(grad_loss, *saved, *options))
-        gradients = [next(found) if needs else None for needs in needs_grad]
-    else:
-        input, weight, bias, target, _, _ = saved
-        gradients = _recomputed(grad_loss, input, weight, bias, target, *options)
-    return (*gradients, None, None, None, None)
-
-
-_loss_op.register_autograd(_op_backward, setup_context=_setup_op_context)
+_apply_native, _apply_triton = apply_of(_ByNative), apply_of(_ByTriton)

@@ -60,8 +60,8 @@ class OneCallStep:
         if torch.is_autocast_enabled("cpu") or not torch.is_grad_enabled():
             return "there is autocast, or nothing is differentiated"
         sizes = {"hidden_size": hidden, "batch_size": tokens.shape[1], "num_classes": vocab}
-        options = {**sizes, "backend": self.backend}
-        if backends.choose("language_model_loss", weight_ih.device, dtype, **options) == "native":
+        device, backend = weight_ih.device, self.backend
+        if backends.choose("language_model_loss", device, dtype, **sizes, backend=backend) == "native":
             return None
         return "the separate operations are faster"
 

@@ -1,5 +1,5 @@
 """Runs of the command line that are killed at random moments, in children of one process that has everything loaded:
-python killing.py FORM KILLS FOLDER prints one JSON object of figures. Not a test itself.
+python killing.py FORM KILLS FOLDER, with tests/ on its path, prints one JSON object of figures. Not a test itself.
 """
 
 import contextlib
@@ -16,10 +16,11 @@ import matplotlib.figure  # noqa: F401  (loaded here once, not in every child)
 import torch
 
 torch.set_num_threads(1)  # a process with threads of its own must not fork
+from command_line import TEXT, result  # noqa: E402
+
 from charrnn_fast.cli import main  # noqa: E402
 from charrnn_fast.lm import checkpoint  # noqa: E402
 
-TEXT = "It was the best of times, it was the worst of times; it was the age of wisdom, it was the age of folly. " * 30
 FORMS = {
     "windows": ["--recipe", "scratch", "--hidden-size", "16", "--batch-size", "64", "--epochs", "2"],
     "carried": ["--recipe", "ch8", "--hidden-size", "16", "--batch-size", "4", "--num-steps", "8", "--epochs", "2"],
@@ -45,15 +46,6 @@ def end_of(pid: int) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-def digest(path: Path) -> tuple:
-    """All that a run has come to but times: parameters, optimizer, generator, history."""
-    written = checkpoint.load(path)
-    content = {"parameters": dict(written.parameters), "optimizer": written.trainer["optimizer"]}
-    content |= {"generator": written.generator, "step": written.trainer["step"]}
-    content["history"] = [{k: v for k, v in r.items() if k != "seconds"} for r in written.trainer["history"]]
-    return checkpoint.digest(content), written.trainer["step"]
-
-
 def killed(form: str, kills: int, folder: Path) -> dict:
     book, rng = folder / "book.txt", random.Random(f"{form} {kills}")
     book.write_text(TEXT)
@@ -61,7 +53,7 @@ def killed(form: str, kills: int, folder: Path) -> dict:
     start = time.monotonic()
     assert end_of(child([*train, "--out", str(folder / "straight")])) == 0
     duration = time.monotonic() - start
-    expected, steps = digest(folder / "straight" / "last.ckpt")
+    expected, steps = result(folder / "straight")
     figures = {"form": form, "kills": 0, "resumed": 0, "in_an_epoch": 0, "runs": 0, "steps": steps, "different": 0}
     while figures["kills"] < kills or figures["runs"] == 0:
         out = folder / "killed"
@@ -77,7 +69,7 @@ def killed(form: str, kills: int, folder: Path) -> dict:
             code = end_of(pid)
             if code == 0:
                 break
-            if code == 2 and digest(out / "last.ckpt") == (expected, steps):
+            if code == 2 and result(out) == (expected, steps):
                 break  # it was killed after its last write
             assert code == -signal.SIGKILL, (form, code, resume)
             figures["kills"] += 1
@@ -86,7 +78,7 @@ def killed(form: str, kills: int, folder: Path) -> dict:
                 figures["resumed"] += 1
                 figures["in_an_epoch"] += written.trainer["epoch"] is not None
         figures["runs"] += 1
-        figures["different"] += digest(out / "last.ckpt")[0] != expected
+        figures["different"] += result(out)[0] != expected
         assert not list(out.glob(".*.part")), "parts of killed writers are left"
     return figures
 

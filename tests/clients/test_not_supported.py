@@ -4,15 +4,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from command_line import Two
 from torch import nn
 from torch.export import Dim
 from torch.nn.utils.rnn import PackedSequence
 
 from charrnn_fast import CharRNN, FusedRNN, Trainer
-from charrnn_fast.cli import main
 from charrnn_fast.errors import InputError
 from charrnn_fast.lm import checkpoint, data
-from charrnn_fast.lm.distributed import Processes
 from charrnn_fast.lm.recipes import RECIPES, build_model, for_processes
 from charrnn_fast.ops.decompositions import decompositions
 
@@ -25,11 +24,6 @@ def rows():
     _, _, section = README.read_text().partition("\n## Not supported\n")
     lines = [line for line in section.partition("\n## ")[0].splitlines() if line.startswith("| ")][1:]
     return dict(tuple(cell.strip().strip("`") for cell in line.strip("| ").split(" | ")) for line in lines)
-
-
-class Two(Processes):
-    def __init__(self):
-        self.group, self.rank, self.count, self.first = None, 0, 2, True
 
 
 class Packed(nn.Module):
@@ -61,13 +55,10 @@ def _changed_model():
     checkpoint.as_bytes(trainer, sampler, vocab, RECIPES["scratch"], kind="fused", seed=0, source="a book")
 
 
-def _reference_resumed(tmp_path, capsys):
-    book = tmp_path / "book.txt"
-    book.write_text("It was the best of times, it was the worst of times. " * 40)
-    train = ["train", "--text", str(book), "--model", "reference", "--hidden-size", "8", "--out", str(tmp_path / "out")]
-    assert main([*train, "--epochs", "1"]) == 0
-    assert main([*train, "--epochs", "2", "--resume"]) == 2
-    raise InputError(capsys.readouterr().err)
+def _reference_resumed(says):
+    train = "train --text book.txt --model reference --hidden-size 8 --out out"
+    says(f"{train} --epochs 1")
+    raise InputError(says(f"{train} --epochs 2 --resume", code=2).err)
 
 
 CASES = {

@@ -1,6 +1,4 @@
-"""Users' programs with torch.nn.RNN, with its name patched, and with replace_rnn: the same curves. And torch's own
-samples of its module tests.
-"""
+"""Users' programs with torch.nn.RNN, with its name patched, and with replace_rnn: the same curves."""
 
 import copy
 import importlib.util
@@ -10,7 +8,6 @@ import programs
 import pytest
 import torch
 from torch import nn
-from torch.testing._internal.common_modules import module_db
 
 from charrnn_fast import FusedRNN, replace_rnn
 
@@ -66,62 +63,6 @@ def test_a_policy_with_resets_follows_the_curve_of_one_that_cuts_its_rollouts(mo
 
     monkeypatch.setattr(programs.Policy, "forward", forward)
     torch.testing.assert_close(run("recurrent policy", replace_rnn), expected, rtol=1e-4, atol=1e-5)
-
-
-# ---- torch's own samples --------------------------------------------------------------------------------------------
-
-
-def _samples():
-    """Those of torch.nn.RNN's module tests, each with whether the module is in training mode."""
-    (info,) = (info for info in module_db if info.module_cls is nn.RNN)
-    samples = []
-    for training in (True, False):
-        for requires_grad in (False, True):
-            torch.manual_seed(0)
-            made = info.module_inputs_func(
-                info, device="cpu", dtype=torch.float64, requires_grad=requires_grad, training=training
-            )
-            samples += [(sample, training) for sample in made]
-    return samples
-
-
-SAMPLES = _samples()
-
-
-def _longer(x, batch_first):
-    """A sample's input with 8 times its steps, so that a kernel takes it and not torch's way for a few."""
-    if isinstance(x, nn.utils.rnn.PackedSequence):
-        return nn.utils.rnn.PackedSequence(
-            x.data.repeat_interleave(8, 0), x.batch_sizes.repeat_interleave(8), x.sorted_indices, x.unsorted_indices
-        )
-    return x.repeat_interleave(8, 1 if batch_first and x.dim() == 3 else 0)
-
-
-def _flat(result):
-    if isinstance(result, nn.utils.rnn.PackedSequence):
-        return [result.data, result.batch_sizes]
-    return [result] if isinstance(result, torch.Tensor) else [t for part in result for t in _flat(part)]
-
-
-@pytest.mark.parametrize("longer", [False, True])
-def test_torchs_own_samples(longer):
-    assert len(SAMPLES) >= 32
-    for sample, training in SAMPLES:
-        arguments, options = sample.constructor_input.args, sample.constructor_input.kwargs
-        torch.manual_seed(1)
-        theirs = nn.RNN(*arguments, **options).double().train(training)
-        ours = FusedRNN(*arguments, **options).double().train(training)
-        ours.load_state_dict(theirs.state_dict())
-        x, *rest = sample.forward_input.args
-        kwargs = dict(sample.forward_input.kwargs)
-        x = _longer(x, options.get("batch_first", False)) if longer else x
-        results = []
-        for module in (ours, theirs):
-            torch.manual_seed(2)
-            result = _flat(module(x, *rest, **kwargs))
-            loss = sum(t.sin().sum() for t in result if t.is_floating_point())
-            results.append((result, torch.autograd.grad(loss, list(module.parameters()))))
-        torch.testing.assert_close(results[0], results[1])
 
 
 # ---- other processes and other files --------------------------------------------------------------------------------

@@ -11,30 +11,27 @@ from pathlib import Path
 
 import pytest
 import torch.distributed as dist
+from command_line import TEXT, result
 
-from charrnn_fast.cli import main
 from charrnn_fast.lm import checkpoint
 
 if not (dist.is_available() and Path("/proc/self").exists()):  # where the workers of a torchrun are found
     pytest.skip("torch.distributed, or /proc, is not here", allow_module_level=True)
 
-TEXT = "It was the best of times, it was the worst of times; it was the age of wisdom, it was the age of folly. " * 60
-SMALL = ["--recipe", "ch8", "--batch-size", "4", "--num-steps", "16", "--hidden-size", "16", "--save-every", "20"]
+TRAIN = "--text book.txt --recipe ch8 --batch-size 4 --num-steps 16 --hidden-size 16 --save-every 20"
 A_MINUTE = 60
 
 
-@pytest.fixture
-def book(tmp_path):
-    path = tmp_path / "book.txt"
-    path.write_text(TEXT)
-    return path
+@pytest.fixture(autouse=True)
+def two_books(here):
+    (here / "book.txt").write_text(2 * TEXT)
 
 
 @contextmanager
-def torchrun(*arguments, restarts=0):
-    """A run of two processes, as (torchrun's process, what waits for its end and returns its output)."""
+def torchrun(line, restarts=0):
+    """A run of two processes: torchrun's process."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", f"--max-restarts={restarts}"]
-    command += ["--standalone", "-m", "charrnn_fast", "train", *map(str, arguments)]
+    command += ["--standalone", "-m", "charrnn_fast", "train", *line.split()]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     agent = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
     try:
@@ -73,46 +70,29 @@ def steps(folder):
     return checkpoint.load(folder / "last.ckpt").trainer["step"] if (folder / "last.ckpt").exists() else 0
 
 
-def result(folder):
-    written = checkpoint.load(folder / "last.ckpt")
-    history = [{k: v for k, v in r.items() if k != "seconds"} for r in written.trainer["history"]]
-    return checkpoint.digest({"parameters": dict(written.parameters), "history": history})
-
-
-def test_two_processes_are_one_run(book, tmp_path, capsys):
-    out = tmp_path / "two"
-    with torchrun(
-        "--text", book, *SMALL, "--epochs", 2, "--out", out, "--log-file", tmp_path / "log", "--json"
-    ) as agent:
+def test_two_processes_are_one_run(here, says):
+    with torchrun(f"{TRAIN} --epochs 2 --out two --log-file log --json") as agent:
         code, said, err = ended(agent)
     assert code == 0, err
     assert len([line for line in said.splitlines() if line.startswith("epoch")]) == 2
     assert "run     2 processes, which share batches of 8 sequences" in said
     together = json.loads(said.splitlines()[-1])
-    assert main(["train", "--text", str(book), *SMALL, "--batch-size", "8", "--epochs", "2", "--json"]) == 0
-    alone = json.loads(capsys.readouterr().out.splitlines()[-1])
+    alone = json.loads(says(f"train {TRAIN} --batch-size 8 --epochs 2 --json").out.splitlines()[-1])
     assert together["train_ppl"] == pytest.approx(alone["train_ppl"], rel=1e-4)
-    assert sorted(p.name for p in out.iterdir() if p.suffix != ".png") == [
-        "best.ckpt",
-        "config.toml",
-        "history.json",
-        "last.ckpt",
-    ]
-    assert "batch_size = 4" in (out / "config.toml").read_text()  # the page as it was written, for each process
-    events = [json.loads(line)["event"] for line in (tmp_path / "log").read_text().splitlines()]
+    written = ["best.ckpt", "config.toml", "history.json", "last.ckpt"]
+    assert sorted(p.name for p in (here / "two").iterdir() if p.suffix != ".png") == written
+    assert "batch_size = 4" in (here / "two" / "config.toml").read_text()  # as it was written, for each process
+    events = [json.loads(line)["event"] for line in (here / "log").read_text().splitlines()]
     assert events.count("epoch") == 2
     # One process goes on from there, with the whole batch.
-    arguments = ["train", "--out", str(out), "--resume", "--text", str(book), "--batch-size", "8", "--epochs", "3"]
-    assert main(arguments) == 0
-    assert "2 epochs done" in capsys.readouterr().out
+    assert "2 epochs done" in says("train --out two --resume --text book.txt --batch-size 8 --epochs 3").out
 
 
-def test_a_killed_process_ends_the_job_and_torchruns_restart_resumes(book, tmp_path):
-    train = ["--text", book, *SMALL, "--epochs", 24]
-    with torchrun(*train, "--out", tmp_path / "straight", "-q") as agent:
+def test_a_killed_process_ends_the_job_and_torchruns_restart_resumes(here):
+    train, straight, out = f"{TRAIN} --epochs 24", here / "straight", here / "killed"
+    with torchrun(f"{train} --out straight -q") as agent:
         assert ended(agent)[0] == 0
-    out = tmp_path / "killed"
-    with torchrun(*train, "--out", out, restarts=1) as agent:
+    with torchrun(f"{train} --out killed", restarts=1) as agent:
         until(lambda: steps(out) > 0, agent)
         first = workers(agent)
         os.kill(first[1], signal.SIGKILL)
@@ -124,36 +104,26 @@ def test_a_killed_process_ends_the_job_and_torchruns_restart_resumes(book, tmp_p
         code, said, err = ended(agent)
         assert time.monotonic() - begun < A_MINUTE
     assert code != 0 and "rank 1: error: another process of this run has ended or cannot be reached" in err
-    assert f"resume  {out / 'last.ckpt'}: " in said
-    assert 0 < steps(out) < steps(tmp_path / "straight")  # it is whole, or this raises
-    with torchrun(*train, "--out", out, "--resume", "-q") as agent:
+    assert "resume  killed/last.ckpt: " in said
+    assert 0 < steps(out) < steps(straight)  # it is whole, or this raises
+    with torchrun(f"{train} --out killed --resume -q") as agent:
         assert ended(agent)[0] == 0
-    assert result(out) == result(tmp_path / "straight")
+    assert result(out) == result(straight)
 
 
-def test_a_signal_to_torchrun_saves_and_ends_all(book, tmp_path):
-    out = tmp_path / "out"
-    with torchrun("--text", book, *SMALL, "--epochs", 4000, "--out", out) as agent:
-        until(lambda: steps(out) > 0, agent)
+def test_a_signal_to_torchrun_saves_and_ends_all(here):
+    with torchrun(f"{TRAIN} --epochs 4000 --out out") as agent:
+        until(lambda: steps(here / "out") > 0, agent)
         agent.send_signal(signal.SIGTERM)
         code, _, err = ended(agent, A_MINUTE)
     assert code != 0
     (line,) = (line for line in err.splitlines() if "stopped after step" in line)
-    assert f"SIGTERM: stopped after step {steps(out)}, saved in {out / 'last.ckpt'}" in line
+    assert f"SIGTERM: stopped after step {steps(here / 'out')}, saved in out/last.ckpt" in line
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--recipe", "santa"], "a batch of the sampler pieces is one sequence, which 2 processes cannot share"),
-        (["--model", "reference"], "the reference model is trained by one process, got 2"),
-        (["--text", "-"], "standard input is there for one process: name a file with --text"),
-    ],
-    ids=lambda value: str(value[0]),
-)
-def test_what_several_processes_cannot_do_is_one_line(book, arguments, message):
-    text = [] if "--text" in arguments else ["--text", book]
-    with torchrun(*text, *arguments) as agent:
+def test_what_several_processes_cannot_do_is_one_line():
+    """More of it, without a torchrun, is in test_refused.py."""
+    with torchrun(f"{TRAIN} --model reference") as agent:
         code, _, err = ended(agent)
-    assert code != 0 and f"rank 0: error: {message}" in err
+    assert code != 0 and "rank 0: error: the reference model is trained by one process, got 2" in err
     assert "charrnn_fast/" not in err.split("torch.distributed.elastic")[0]  # no traceback of ours

@@ -1,13 +1,18 @@
 """The backend table: what is chosen, what is refused and in which words."""
 
+import copy
+
 import pytest
 import torch
 
-from charrnn_fast import FusedRNN
+from charrnn_fast import FusedRNN, clip_grad_norm_, linear_cross_entropy
 from charrnn_fast.kernels import native
 from charrnn_fast.ops import backends, elman_layer
+from charrnn_fast.ops.clip_grad_norm import clip_and_sgd_step_
 from charrnn_fast.ops.elman import elman
+from charrnn_fast.ops.generate import generate
 from charrnn_fast.ops.precision import rnn_precision
+from charrnn_fast.ops.windows import windows
 
 CPU = torch.device("cpu")
 ON_CPU = "native" if native.available() is None else "torch"  # what auto chooses, with and without the C extension
@@ -141,6 +146,40 @@ def test_every_operation_answers_the_same_questions(monkeypatch, operation):
                 backends.choose(operation, meta, torch.float32, **sizes)
         else:
             assert backends.choose(operation, meta, torch.float32, **sizes) == "torch"
+
+
+IDS, SQUARE = torch.zeros(3, 3, dtype=torch.int64), torch.eye(3)
+CALLS = {  # with a parameter that has a gradient
+    "elman": lambda p: elman(IDS, None, SQUARE, SQUARE)[0],
+    "linear_cross_entropy": lambda p: linear_cross_entropy(SQUARE, SQUARE, IDS[0]),
+    "clip_grad_norm_": lambda p: clip_grad_norm_([p], 0.1),
+    "clip_and_sgd_step_": lambda p: clip_and_sgd_step_([p], 0.1, 1.0),
+    "windows": lambda p: windows(torch.arange(9), torch.zeros(2, dtype=torch.int64), 3)[0],
+    "generate": lambda p: generate(IDS, 2, [(SQUARE, SQUARE, SQUARE[0])], SQUARE)[0],
+}
+CANNOT_RUN = [(operation, row.name) for operation in CALLS for row in backends.TABLE[operation][:-1]]
+
+
+def test_every_operation_with_backends_of_its_own_is_called_here():
+    """Those with a shortcut are made of others where they cannot run."""
+    assert CALLS.keys() == {name for name, rows in backends.TABLE.items() if not rows[0].shortcut}
+
+
+@pytest.mark.parametrize(("operation", "backend"), CANNOT_RUN)
+def test_a_call_by_a_backend_that_cannot_run_says_so(monkeypatch, operation, backend):
+    parameter = torch.ones(3)
+    parameter.grad = torch.ones(3)
+    monkeypatch.setattr(backends, "triton_cannot_run_on", lambda device: "there is no such device here")
+    monkeypatch.setattr(native.library, "missing", "the C extension is not built")
+    monkeypatch.setenv("CHARRNN_BACKEND", backend)
+    with pytest.raises(RuntimeError, match=rf"backend '{backend}' cannot run {operation} .*on cpu: the"):
+        CALLS[operation](parameter)
+    assert torch.equal(parameter, torch.ones(3)) and torch.equal(parameter.grad, torch.ones(3))
+    results = []
+    for other in ("auto", "torch"):
+        monkeypatch.setenv("CHARRNN_BACKEND", other)
+        results.append(CALLS[operation](copy.deepcopy(parameter)))
+    assert torch.equal(*results)
 
 
 @pytest.mark.skipif(torch.version.hip is not None, reason="TF32 is NVIDIA's")

@@ -140,12 +140,13 @@ def test_the_kernel_is_chosen_where_it_can_and_is_not_slower(monkeypatch, choice
     assert "interpreted" in op.backends.explain(2, operation="generate", num_classes=2).why_not["triton"]
 
 
-def _small_model(layers: int = 1) -> tuple[list[tuple[torch.Tensor, ...]], torch.Tensor, torch.Tensor]:
+def _small_model(layers: int = 1, device: str | torch.device = "cpu"):
+    """(layers, head_weight, head_bias) of 8 units and 11 symbols."""
     V, H = 11, 8
     rows = [
         (torch.randn(H, V if layer == 0 else H), torch.randn(H, H) * 0.3, torch.randn(H)) for layer in range(layers)
     ]
-    return rows, torch.randn(V, H), torch.randn(V)
+    return [tuple(t.to(device) for t in row) for row in rows], torch.randn(V, H).to(device), torch.randn(V).to(device)
 
 
 MISFITS = {
@@ -175,53 +176,36 @@ MISFITS = {
 
 @pytest.mark.parametrize("misfit", MISFITS)
 def test_what_does_not_fit_together_is_refused_on_every_backend(backend, misfit):
-    layers, head_weight, head_bias = _small_model()
-    arguments = dict(
-        prompt=torch.zeros(1, 4, dtype=torch.int64),
-        num_tokens=40,
-        layers=layers,
-        head_weight=head_weight,
-        head_bias=head_bias,
-        uniforms=torch.rand(1, 40),
-    )
+    arguments = dict(prompt=torch.zeros(1, 4, dtype=torch.int64), num_tokens=40, uniforms=torch.rand(1, 40))
+    arguments |= zip(("layers", "head_weight", "head_bias"), _small_model(), strict=True)
     with pytest.raises(ValueError, match="expected"):
         generate(**(arguments | MISFITS[misfit]), backend=backend)
 
 
 @pytest.mark.parametrize(
     "sharp",
-    [dict(temperature=1e-310), dict(alpha=1e308), dict(temperature=1e-300, alpha=1e300), dict(temperature=1e-30)],
+    [
+        dict(temperature=1e-310),
+        dict(alpha=1e308),
+        dict(temperature=1e-300, alpha=1e300),
+        dict(temperature=1e-30),
+        dict(alpha=0.0, top_k=1),  # makes those that take part equally probable, and gives the others nothing
+    ],
+    ids=str,
 )
 def test_the_sharpest_sampling_is_greedy(backend, device, sharp):
     torch.manual_seed(2)
-    layers, head_weight, head_bias = _small_model(2)
-    prompt = torch.tensor([[3, 1], [2, 10]])
-    operands = [t.to(device) for t in (prompt, head_weight, head_bias)]
-    layers = [tuple(t.to(device) for t in layer) for layer in layers]
-    call = (operands[0], 9, layers, *operands[1:])
+    call = (torch.tensor([[3, 1], [2, 10]], device=device), 9, *_small_model(2, device))
     greedy, _ = generate(*call, backend=backend)
-    sampled, _ = generate(*call, uniforms=torch.rand(2, 9, device=device), **sharp, backend=backend)
-    assert sampled.tolist() == greedy.tolist()
-    limited, _ = generate(*call, uniforms=torch.rand(2, 9, device=device), top_k=10**9, **sharp, backend=backend)
-    assert limited.tolist() == greedy.tolist()
+    for top_k in (None, 10**9):
+        options = {"top_k": top_k, **sharp}
+        sampled, _ = generate(*call, uniforms=torch.rand(2, 9, device=device), **options, backend=backend)
+        assert torch.equal(sampled, greedy)
 
 
 def test_the_flattest_sampling_is_uniform(backend, device):
     torch.manual_seed(3)
-    layers, head_weight, head_bias = _small_model()
-    operands = [t.to(device) for t in (torch.tensor([[3, 1]]), head_weight, head_bias)]
-    layers = [tuple(t.to(device) for t in layer) for layer in layers]
+    call = (torch.tensor([[3, 1]], device=device), 9, *_small_model(1, device))
     uniforms = torch.rand(1, 9, device=device)
-    ids, _ = generate(operands[0], 9, layers, *operands[1:], uniforms=uniforms, temperature=1e308, backend=backend)
+    ids, _ = generate(*call, uniforms=uniforms, temperature=1e308, backend=backend)
     assert ids.tolist() == (uniforms.double() * 11).long().tolist()
-
-
-def test_sampling_evenly_among_the_most_probable(backend, device):
-    """alpha = 0 makes those that take part equally probable, and gives the others nothing."""
-    torch.manual_seed(4)
-    layers, head_weight, head_bias = _small_model()
-    operands = [t.to(device) for t in (torch.tensor([[3, 1]]), head_weight, head_bias)]
-    layers = [tuple(t.to(device) for t in layer) for layer in layers]
-    call = (operands[0], 9, layers, *operands[1:])
-    sampled, _ = generate(*call, uniforms=torch.rand(1, 9, device=device), alpha=0.0, top_k=1, backend=backend)
-    assert sampled.tolist() == generate(*call, backend=backend)[0].tolist()

@@ -28,18 +28,22 @@ def _separate(tokens, targets, h0, weight_ih, weight_hh, bias, head_weight, head
     return linear_cross_entropy(states.flatten(0, 1), head_weight, targets.flatten(), linear_bias=head_bias), h_n
 
 
+def _assert_alike(run, rtol=1e-10, atol=1e-14):
+    torch.testing.assert_close(run(language_model_loss), run(_separate), rtol=rtol, atol=atol)
+
+
 @pytest.mark.parametrize("nonlinearity", ["tanh", "relu"])
 @pytest.mark.parametrize("optional", [(True, True, True), (False, False, False), (False, True, True)])
 @pytest.mark.parametrize("factor", [1.0, 0.25])
 def test_matches_the_separate_operations(nonlinearity, optional, factor):
     tokens, targets, leaves = _operands(9, 20, 33, 30, torch.float64, *optional)
     targets[2, 3] = -100
-    wanted = [t for t in leaves if t is not None]
-    results = []
-    for function in (language_model_loss, _separate):
+
+    def run(function):
         loss, h_n = function(tokens, targets, *leaves, nonlinearity=nonlinearity)
-        results.append([loss, h_n, *torch.autograd.grad(factor * loss, wanted)])
-    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-14)
+        return [loss, h_n, *torch.autograd.grad(factor * loss, [t for t in leaves if t is not None])]
+
+    _assert_alike(run)
 
 
 @pytest.mark.parametrize("optional", [(True, True, True), (False, False, False)])
@@ -59,36 +63,36 @@ def test_gradcheck_and_gradgradcheck(optional):
 
 def test_state_carried_with_its_graph():
     tokens, targets, leaves = _operands(6, 18, 5, 7)
-    results = []
-    for function in (language_model_loss, _separate):
+
+    def run(function):
         state, losses = leaves[0], []
         for part in range(3):
             loss, state = function(tokens.roll(part, 0), targets, state, *leaves[1:])
             losses.append(loss)
-        results.append([state, *losses, *torch.autograd.grad(sum(losses), leaves)])
-    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-14)
+        return [state, *losses, *torch.autograd.grad(sum(losses), leaves)]
+
+    _assert_alike(run)
 
 
 def test_state_alone():
     tokens, targets, leaves = _operands(4, 3, 5, 7)
-    results = []
-    for function in (language_model_loss, _separate):
+
+    def run(function):
         _, h_n = function(tokens, targets, *leaves)
-        results.append(torch.autograd.grad(h_n.sum(), leaves, allow_unused=True))
-    assert results[0][4] is None and results[0][5] is None
-    torch.testing.assert_close(results[0][:4], results[1][:4], rtol=1e-10, atol=1e-14)
+        *gradients, of_weight, of_bias = torch.autograd.grad(h_n.sum(), leaves, allow_unused=True)
+        assert of_weight is None and of_bias is None, "the head's"
+        return gradients
+
+    _assert_alike(run)
 
 
 def test_frozen_parameters_get_no_gradient():
     tokens, targets, leaves = _operands(4, 17, 5, 7, torch.float32)
     for frozen in (leaves[0], leaves[2], leaves[5]):
         frozen.requires_grad_(False)
-    loss, h_n = language_model_loss(tokens, targets, *leaves)
-    loss.backward()
-    assert [t.grad is None for t in leaves] == [True, False, True, False, False, True]
-    (loss, h_n) = language_model_loss(tokens, targets, *leaves)
-    (loss + h_n.sum()).backward()
-    assert [t.grad is None for t in leaves] == [True, False, True, False, False, True]
+    for used in (lambda loss, h_n: loss, lambda loss, h_n: loss + h_n.sum()):
+        used(*language_model_loss(tokens, targets, *leaves)).backward()
+        assert [t.grad is None for t in leaves] == [True, False, True, False, False, True]
 
 
 def test_backward_twice_adds_the_gradient_twice():
