@@ -7,7 +7,7 @@ import random
 import sys
 from typing import Any
 
-from charrnn_fast.cli.options import CHARACTERS, SEED, add_text, at_least, between, find_device, positive
+from charrnn_fast.cli.options import CHARACTERS, SEED, at_least, between, find_device, positive
 from charrnn_fast.errors import InputError
 from charrnn_fast.lm import checkpoint, corpora, data
 from charrnn_fast.lm.evaluation import validate
@@ -75,7 +75,11 @@ def add_evaluate_parser(commands) -> None:
         description="Walk a text once with a carried state; print its mean loss and perplexity under a trained model.",
     )
     p.add_argument("checkpoint", metavar="CHECKPOINT", help="a checkpoint file, or the --out folder of a run")
-    add_text(p, required=True, help="the text to evaluate on: files, folders, or - for standard input")
+    what = "the text to evaluate on: files, folders, or - for standard input"
+    p.add_argument("--text", metavar="F", nargs="+", required=True, help=what)
+    p.add_argument("--encoding", default="utf-8", metavar="C", help="the file's encoding (default: utf-8)")
+    what = "what to do with bytes that are not in it"
+    p.add_argument("--errors", choices=("strict", "replace", "ignore"), default="strict", help=what)
     add_unknown(p)
     p.add_argument("--device", default="cpu", metavar="D", help="cpu (default), cuda, ...")
     p.add_argument("--json", action="store_true", help="print one JSON object as the last line of standard output")

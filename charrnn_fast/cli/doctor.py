@@ -5,6 +5,7 @@ import os
 import platform
 import shutil
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 import torch
 
@@ -48,9 +49,12 @@ def _doctor(options: argparse.Namespace) -> int:
         print(f"\n{name} ({title}), {options.dtype}")
         why_not = capture.why_not_on(device)
         print("  training steps: " + ("captured as CUDA graphs" if why_not is None else f"not captured: {why_not}"))
-        _print_choices(options.hidden_size, dtype, device)
-        _print_choices(options.hidden_size, dtype, device, "generate")
-        _print_other_choices(dtype, device)
+        sizes, of_one = options.hidden_size, {"operation": "generate", "num_classes": selftest.V}
+        _print_choices([(H, {"hidden_size": H}) for H in sizes], dtype, device, "hidden size ")
+        _print_choices([(H, {"hidden_size": H, **of_one}) for H in sizes], dtype, device, "generate, hidden size ")
+        model = {"hidden_size": selftest.H, "batch_size": selftest.B, "num_classes": selftest.V}
+        others = [operation for operation in backends.TABLE if operation not in ("elman", "generate")]
+        _print_choices([(name, {"operation": name, **model}) for name in others], dtype, device)
         run, _ = selftest.backends_that_run(device, dtype)
         outcomes = selftest.run(device, dtype, run)
         _print_outcomes(outcomes, dtype)
@@ -65,35 +69,19 @@ def _doctor(options: argparse.Namespace) -> int:
     return BROKEN if broken else 0
 
 
-def _print_choices(sizes: list[int], dtype: torch.dtype, device: torch.device, operation: str = "elman") -> None:
-    """What runs the recurrence, or the decoder of one sequence, by hidden size: sizes of one answer in one line."""
-    classes = selftest.V if operation == "generate" else 1
-    answers: dict[tuple, list[int]] = {}
-    for size in sizes:
+def _print_choices(
+    asked: list[tuple[object, dict[str, Any]]], dtype: torch.dtype, device: torch.device, what: str = ""
+) -> None:
+    """What runs each of the cases asked for, (name, arguments of `explain`): those of one answer in one line."""
+    answers: dict[tuple, list[str]] = {}
+    for name, question in asked:
         try:
-            explanation = backends.explain(size, dtype, device, operation=operation, num_classes=classes)
+            explanation = backends.explain(dtype=dtype, device=device, **question)
         except (ValueError, RuntimeError) as error:
             raise InputError(str(error)) from None
-        answers.setdefault((explanation.backend, explanation.how, *explanation.why_not.items()), []).append(size)
+        answers.setdefault((explanation.backend, explanation.how, *explanation.why_not.items()), []).append(str(name))
     for (backend, how, *others), of in answers.items():
-        what = "" if operation == "elman" else f"{operation}, "
-        print(f"  {what}hidden size {', '.join(map(str, of))}: {backend}" + (f", {how}" if how else ""))
-        for other, why in others:
-            print(f"    not {other}: {why}")
-
-
-def _print_other_choices(dtype: torch.dtype, device: torch.device) -> None:
-    """What runs the other operations for a model of the self-test's size: those of one answer in one line."""
-    answers: dict[tuple, list[str]] = {}
-    for operation in backends.TABLE:
-        if operation in ("elman", "generate"):
-            continue
-        explanation = backends.explain(
-            selftest.H, dtype, device, operation=operation, batch_size=selftest.B, num_classes=selftest.V
-        )
-        answers.setdefault((explanation.backend, *explanation.why_not.items()), []).append(operation)
-    for (backend, *others), of in answers.items():
-        print(f"  {', '.join(of)}: {backend}")
+        print(f"  {what}{', '.join(of)}: {backend}" + (f", {how}" if how else ""))
         for other, why in others:
             print(f"    not {other}: {why}")
 

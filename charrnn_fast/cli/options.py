@@ -10,18 +10,6 @@ from charrnn_fast.errors import InputError
 from charrnn_fast.lm import distributed
 from charrnn_fast.lm.keeping import Every
 
-
-def add_text(p: argparse.ArgumentParser, *, required: bool, help: str) -> None:
-    p.add_argument("--text", metavar="F", nargs="+", required=required, help=help)
-    p.add_argument("--encoding", default="utf-8", metavar="C", help="the file's encoding (default: utf-8)")
-    p.add_argument(
-        "--errors",
-        choices=("strict", "replace", "ignore"),
-        default="strict",
-        help="what to do with bytes that are not in it",
-    )
-
-
 SEED = (-(2**63), 2**63 - 1)  # what a torch.Generator takes, with room for the epochs that are added
 WIDTH = 2**20  # of a layer or an embedding: one matrix of this size has 4 TB
 LAYERS = 1024
@@ -95,8 +83,8 @@ def every(text: str) -> Every:
 every.__name__ = "number of steps or time"
 
 
-def clip_norm(text: str) -> float:
-    return math.inf if text == "none" else positive(text)
+def clip_norm(text: str) -> float | str:
+    return text if text == "none" else positive(text)
 
 
 def embedding_kind(text: str) -> str | int:

@@ -27,22 +27,14 @@ from charrnn_fast.cli.options import (
 from charrnn_fast.errors import InputError
 from charrnn_fast.lm import toml
 from charrnn_fast.lm.forms import FORMS
+from charrnn_fast.lm.optimizers import NAMES
 from charrnn_fast.lm.recipes import RECIPES, Prompt, Recipe
-from charrnn_fast.lm.training_options import MAX_ACCUMULATE, MAX_GRAPH_BATCHES
+from charrnn_fast.lm.schedule import KINDS
+from charrnn_fast.lm.training_options import MAX_ACCUMULATE, MAX_GRAPH_BATCHES, ON_NAN
 
 CONFIG = "config.toml"  # the resolved configuration in a run's folder
-RUN = {
-    "recipe": "scratch",
-    "model": "fused",
-    "seed": 0,
-    "device": "cpu",
-    "backend": "auto",
-    "capture": "auto",
-    "text": None,
-    "encoding": "utf-8",
-    "errors": "strict",
-}  # what a run has beside its recipe, with the defaults
 SAMPLERS = ("windows", "sequential", "random", "pieces")
+OR_NONE = ("clip", "max_chars", "patience", "split")  # given as "none": argparse's None is "not given"
 RENAMED = {"num_layers": "layers", "graph_batches": "no_detach_state"}  # fields whose options have other names
 
 
@@ -103,12 +95,12 @@ def add_settings(p: argparse.ArgumentParser) -> None:
     g = p.add_argument_group("its training")
     add = g.add_argument
     add("--epochs", "--iterations", type=at_least(1), metavar="N", help="epochs (santa: iterations) in all")
-    add("--optimizer", choices=("sgd", "adam", "adamw", "rmsprop"), help="what updates the parameters")
+    add("--optimizer", choices=NAMES, help="what updates the parameters")
     add("--lr", type=positive, metavar="X", help="learning rate")
     add("--momentum", type=between(0, 1, last=False), metavar="X", help="of sgd and rmsprop")
     add("--weight-decay", type=between(0, math.inf), metavar="X", help="as torch's optimizers take it")
     add("--clip", type=clip_norm, metavar="X", help="largest global gradient norm, or none")
-    add("--schedule", choices=("constant", "cosine", "step"), help="how the learning rate changes")
+    add("--schedule", choices=KINDS, help="how the learning rate changes")
     add("--warmup", type=at_least(0), metavar="N", help="updates over which it rises from near 0 first")
     add("--lr-final", type=between(0, 1), metavar="X", help="cosine: the share of it that is left at the end")
     add("--lr-every", type=at_least(1), metavar="N", help="step: epochs between two steps down")
@@ -118,7 +110,7 @@ def add_settings(p: argparse.ArgumentParser) -> None:
     add("--patience", type=or_none(at_least(1)), metavar="N", help="stop after N epochs without a better loss, or none")
     add(
         "--on-nan",
-        choices=("stop", "skip", "restore"),
+        choices=ON_NAN,
         help="at a loss or gradient that is not finite: stop, skip the update, or restore the last checkpoint and "
         "halve the learning rate",
     )
@@ -133,26 +125,26 @@ def add_settings(p: argparse.ArgumentParser) -> None:
 
 @dataclass(frozen=True)
 class Settings:
-    """A resolved configuration."""
+    """A resolved configuration: the recipe, and what a run has beside it, with the defaults."""
 
     recipe: Recipe
-    model: str
-    seed: int
-    device: str
-    backend: str
-    capture: str
-    text: list[str] | None
-    encoding: str
-    errors: str
+    model: str = "fused"
+    seed: int = 0
+    device: str = "cpu"
+    backend: str = "auto"
+    capture: str = "auto"
+    text: list[str] | None = None
+    encoding: str = "utf-8"
+    errors: str = "strict"
 
     def toml(self) -> str:
         """As a file that --config reads."""
-        own: dict[str, Any] = {name: getattr(self, name) for name in RUN if name != "recipe"}
-        recipe = asdict(self.recipe)
+        values = asdict(self)
+        recipe = values.pop("recipe")
         prompts, _ = recipe.pop("prompts"), [recipe.pop(name) for name in ("book", "sample_at_reports")]
-        values = {"recipe": recipe.pop("name"), **own}
+        values = {"recipe": recipe.pop("name"), **values}
         values |= {RENAMED.get(name, name): value for name, value in recipe.items()}
-        for name in ("clip", "max_chars", "patience", "split"):
+        for name in OR_NONE:
             values[name] = "none" if values[name] is None else values[name]
         return toml.write({**values, "prompts": prompts}, COMMENTS)
 
@@ -176,24 +168,22 @@ def resolve(options: argparse.Namespace, own: Path | None = None) -> Settings:
         content = toml.read(path)
         prompts = _prompts(path, content.pop("prompts", None))
         given = _parsed(path, content) | given
-    run: dict[str, Any] = {name: given.get(name, default) for name, default in RUN.items()}
-    recipe = RECIPES[str(run.pop("recipe"))]
+    run: dict[str, Any] = {f.name: given[f.name] for f in fields(Settings) if f.name in given}
+    recipe = RECIPES[str(run.pop("recipe", "scratch"))]
     changes = {
         f.name: given[option]
         for f in fields(Recipe)
         if (option := RENAMED.get(f.name, f.name)) in given and f.name not in ("name", "prompts")
     }
-    for name in ("clip", "max_chars", "patience", "split"):  # "none" where argparse's None is "not given"
-        if name in changes and (changes[name] == "none" or (name == "clip" and math.isinf(changes[name]))):
-            changes[name] = None
-    recipe = replace(recipe, **changes)
+    changes |= {name: None for name in OR_NONE if changes.get(name) == "none"}
     if prompts is not None:
-        recipe = replace(recipe, prompts=prompts)
+        changes["prompts"] = prompts
+    recipe = replace(recipe, **changes)
     if recipe.sampler == "pieces":
         recipe = replace(recipe, batch_size=1)
     _check(recipe)
-    text = run["text"]
-    run["text"] = [text] if isinstance(text, str) else text
+    if isinstance(run.get("text"), str):
+        run["text"] = [run["text"]]
     return Settings(recipe, **run)
 
 

@@ -137,32 +137,23 @@ def _run(options: argparse.Namespace, processes: Processes | None) -> int:
     if options.out is not None and distributed.speaks():
         _keep_settings(options.out, page)
     if not options.quiet:
-        _print_header(settings, backend, trainer, corpus, vocab, tokens, sampler)
+        _print_header(run, backend, tokens)
     history = run.fit()
     if run.signal is not None:
         return INTERRUPTED + run.signal
     if history and distributed.speaks():
-        _conclude(options, settings, run, backend, history, tokens, time.perf_counter() - start)
+        _conclude(run, backend, history, tokens, time.perf_counter() - start)
     if history:
         run.require_saved()
     return 0
 
 
-def _conclude(
-    options: argparse.Namespace,
-    settings: Settings,
-    run: Run,
-    backend: str,
-    history: list[EpochRecord],
-    tokens: torch.Tensor,
-    seconds: float,
-) -> None:
+def _conclude(run: Run, backend: str, history: list[EpochRecord], tokens: torch.Tensor, seconds: float) -> None:
     """What the run has come to: decoded texts, the perplexity of the test part."""
-    recipe, model, vocab = settings.recipe, run.trainer.model, run.vocab
-    begun = time.perf_counter()
-    texts = [decode(model, vocab, prompt, settings.seed) for prompt in recipe.prompts]
-    test = run.test(split_by_place(recipe, tokens)[2])
-    _print_result(options, settings, backend, history, texts, test, seconds + time.perf_counter() - begun)
+    begun, seed = time.perf_counter(), run.settings.seed
+    texts = [decode(run.trainer.model, run.vocab, prompt, seed) for prompt in run.recipe.prompts]
+    test = run.test(split_by_place(run.recipe, tokens)[2])
+    _print_result(run, backend, history, texts, test, seconds + time.perf_counter() - begun)
 
 
 def _numbers(recipe: Recipe, vocab_size: int) -> int:
@@ -231,20 +222,12 @@ def _trainer(settings: Settings, model: LanguageModel, processes: Processes | No
         raise InputError(str(error)) from None
 
 
-def _print_header(
-    settings: Settings,
-    backend: str,
-    trainer: Trainer,
-    corpus: Corpus | LargeText,
-    vocab: data.Vocabulary,
-    tokens: torch.Tensor,
-    sampler: data.Sampler,
-) -> None:
-    recipe = settings.recipe
+def _print_header(run: Run, backend: str, tokens: torch.Tensor) -> None:
+    settings, recipe, trainer, sampler = run.settings, run.recipe, run.trainer, run.sampler
     count = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
     plural = "s" if recipe.num_layers > 1 else ""
     layers = f"{recipe.num_layers} layer{plural} of {recipe.hidden_size} {recipe.nonlinearity} units"
-    print(f"text    {corpus.source}: {len(tokens):,} characters, {len(vocab)} symbols")
+    print(f"text    {run.source}: {len(tokens):,} characters, {len(run.vocab)} symbols")
     print(f"model   {settings.model} ({backend} backend, {tokens.device}): {layers}, {count:,} parameters")
     if trainer.processes is not None:
         count = trainer.processes.count
@@ -262,15 +245,14 @@ def _print_header(
 
 
 def _print_result(
-    options: argparse.Namespace,
-    settings: Settings,
+    run: Run,
     backend: str,
     history: list[EpochRecord],
     texts: list[str],
     test: tuple[float, str] | None,
     seconds: float,
 ) -> None:
-    last, recipe = history[-1], settings.recipe
+    last, options, settings, recipe = history[-1], run.options, run.settings, run.recipe
     recent = history[-recipe.report_every :]
     train_ppl = perplexity(sum(r.train_loss for r in recent) / len(recent))
     speed = sum(r.tokens for r in history) / sum(r.seconds for r in history)

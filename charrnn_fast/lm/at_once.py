@@ -52,7 +52,7 @@ class OneCall:
     reuses_norm = False
 
     def __init__(self, model: "CharRNN", optimizer: torch.optim.Optimizer, clip: float | None, look: Look | None):
-        options = {"nonlinearity": model.nonlinearity, "backend": getattr(model.rnn, "backend", "auto")}
+        options = {"nonlinearity": model.nonlinearity, "backend": _asked(model)}
         self._step = OneCallStep(_weights_of(model), optimizer, clip, look, **options)
         self.norm: Tensor | None = None
 

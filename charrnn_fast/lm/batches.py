@@ -48,9 +48,9 @@ class Batch(ABC):
     def kind(self) -> Hashable:
         """Equal for two batches that differ in nothing but their inputs' numbers."""
 
-    @abstractmethod
     def share(self, processes: Processes) -> "Batch":
         """This process's rows."""
+        return self.on([processes.share(given) for given in self.inputs()])
 
     @property
     def count(self) -> int:
@@ -100,9 +100,6 @@ class Ids(Batch):
     def kind(self) -> Hashable:
         return self.shape
 
-    def share(self, processes: Processes) -> "Ids":
-        return Ids(processes.share(self.X), processes.share(self.Y))
-
 
 @dataclass(frozen=True)
 class Positions(Batch):
@@ -138,9 +135,6 @@ class Positions(Batch):
 
     def kind(self) -> Hashable:
         return self.shape, self.corpus.data_ptr(), self.corpus.dtype, self.below
-
-    def share(self, processes: Processes) -> "Positions":
-        return Positions(self.corpus, processes.share(self.starts), self.num_steps, self.below)
 
 
 def as_batch(batch: Any) -> Batch:

@@ -180,8 +180,7 @@ def load(path: str | Path) -> Checkpoint:
     if (wrong := _why_malformed(content)) is not None:
         raise InputError(f"{path} is a checkpoint of another model: {wrong}")
     vocab = Vocabulary(content["vocab"]["symbols"], content["vocab"]["letters"])
-    names = ("kind", "seed", "config", "parameters", "recipe", "source", "trainer", "generator")
-    kept = {name: content[name] for name in names}
+    kept = {name: content[name] for name in _FIELDS if name != "vocab"}
     versions = content.get("versions")
     return Checkpoint(
         path,

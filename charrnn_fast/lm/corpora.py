@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from charrnn_fast.errors import InputError
+from charrnn_fast.lm.files import write_whole
 
 DOWNLOAD_TIMEOUT_SECONDS = 10.0
 
@@ -91,8 +92,13 @@ def read_text(path: str | Path, encoding: str = "utf-8", errors: str = "strict")
     try:
         data = Path(path).read_bytes()
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise InputError(f"cannot read the text {path}: {getattr(error, 'strerror', None) or error}") from None
+        raise unreadable(path, error) from None
     return decode(data, str(path), encoding, errors)
+
+
+def unreadable(name: str | Path, error: Exception) -> InputError:
+    """The error for a text that cannot be read."""
+    return InputError(f"cannot read the text {name}: {getattr(error, 'strerror', None) or error}")
 
 
 def cache_folder() -> Path:
@@ -127,7 +133,10 @@ def load_book(name: str) -> Corpus:
     except (urllib.error.URLError, OSError) as error:
         return fallback(book, str(getattr(error, "reason", error)))
     data = _checked(downloaded, book, book.url)
-    _keep(data, cache_folder() / book.file_name)
+    kept = cache_folder() / book.file_name
+    with suppress(OSError, InputError):  # a read-only cache is no reason to stop
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        write_whole(kept, data, "the book")
     return decode(data, f"{book.title} ({book.url})")
 
 
@@ -152,17 +161,3 @@ def _checked(data: bytes, book: Book, where: str) -> bytes:
             "remove it, or pass it with --text to use it as it is"
         )
     return data
-
-
-def _keep(data: bytes, path: Path) -> None:
-    """Write to the cache in one move, so that half a file is never found there; a read-only cache is no reason to
-    stop.
-    """
-    part = path.with_suffix(f".{os.getpid()}.part")
-    with suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            part.write_bytes(data)
-            part.replace(path)
-        finally:
-            part.unlink(missing_ok=True)

@@ -130,7 +130,6 @@ class Sampler(ABC):
     """
 
     carry_state = False
-    has_validation = False
     batch_size = 1
     num_steps = 64
 
@@ -148,7 +147,7 @@ class Sampler(ABC):
     def hold_out(self, tokens: Tensor) -> "Sampler":
         """Validate on this text (M,) from now on; returns self. Raises InputError if it is too short for a batch."""
         _need(tokens, 2, "a character to validate on and its successor")
-        self.held_out, self.has_validation = tokens, True
+        self.held_out = tokens
         return self
 
     @abstractmethod
@@ -237,8 +236,6 @@ class Windows(Sampler):
 
     A text with fewer windows than num_train + num_val is split in the same proportion; `shortened` says so.
     """
-
-    has_validation = True
 
     def __init__(
         self,

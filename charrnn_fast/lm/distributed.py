@@ -18,6 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from charrnn_fast.errors import TrainingError
+from charrnn_fast.lm.records import each_part
 
 if TYPE_CHECKING:
     from charrnn_fast.lm.language_model import LanguageModel
@@ -93,7 +94,7 @@ class Processes:
         """The states (L, B, H) of all rows, on the CPU, from each process's own, None where it has no rows; tuples part
         by part.
         """
-        held = [s for s in self.of_all(_on_cpu(state)) if s is not None]
+        held = [s for s in self.of_all(each_part(state, lambda part: part.detach().cpu())) if s is not None]
         return None if not held else _joined(held)
 
     def own(self, state: Any) -> Any:
@@ -188,12 +189,6 @@ def _together() -> Iterator[None]:
     except RuntimeError as error:  # torch.distributed's errors are such: a closed connection, a time-out
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ProcessLost(f"another process of this run has ended or cannot be reached: {reason}") from error
-
-
-def _on_cpu(state: Any) -> Any:
-    if state is None or isinstance(state, Tensor):
-        return None if state is None else state.detach().cpu()
-    return tuple(_on_cpu(part) for part in state)
 
 
 def _joined(states: Sequence[Any]) -> Any:

@@ -10,7 +10,7 @@ from charrnn_fast.lm.capture import RecordedSteps
 from charrnn_fast.lm.distributed import Processes
 from charrnn_fast.lm.forms import of
 from charrnn_fast.lm.language_model import LanguageModel
-from charrnn_fast.lm.recordings import evaluation_of
+from charrnn_fast.lm.recordings import Recordings
 from charrnn_fast.lm.records import EpochRecord, perplexity
 from charrnn_fast.lm.step import Evaluation
 
@@ -45,7 +45,7 @@ def validate(
     losses: list[Tensor] = []  # of these
     counts: list[int] = []  # its own characters in each of them
     model = of(model)
-    run = step or evaluation_of(model, carry_state)
+    run = step or Recordings(model).evaluation(carry_state)
     state = None
     with model.evaluating():
         for batch in map(as_batch, batches):

@@ -1,35 +1,27 @@
 """Files that are whole or absent at every moment: written beside their place, on the disk, then moved there."""
 
 import os
-from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import BinaryIO
 
 from charrnn_fast.errors import InputError
 
 
-def write_whole(path: Path, write: Callable[[BinaryIO], object] | bytes, what: str) -> None:
-    """Make or replace a file by what `write` writes, or is. Raises InputError if that fails; the old file is then
-    untouched.
+def write_whole(path: Path, content: bytes, what: str) -> None:
+    """Make or replace a file. Raises InputError if that fails; the old file is then untouched.
 
     The new file, and the folder that now names it, are on the disk when this returns.
     """
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with open(part, "wb") as file:
-            if isinstance(write, bytes):
-                file.write(write)
-            else:
-                write(file)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         part.replace(path)
         _sync_folder(path.parent)
     except OSError as error:
         raise InputError(f"cannot write {what} {path}: {error.strerror or error}") from None
-    except RuntimeError as error:  # torch.save's own, of a disk that is full
-        raise InputError(f"cannot write {what} {path}: {str(error).splitlines()[0]}") from None
     finally:
         with suppress(OSError):
             part.unlink(missing_ok=True)

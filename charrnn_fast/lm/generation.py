@@ -33,27 +33,18 @@ def generate(
     Raises InputError for an empty prompt, characters outside the vocabulary, and options out of range.
     """
     model = of(model)
-    ids, sampling = _sampling(model, vocab, prompt, num_chars, temperature, top_k, alpha, seed)
+    options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "alpha": alpha, "seed": seed}
+    ids, sampling = _sampling(model, vocab, prompt, num_chars, **options)
     new, _ = model.generate_ids(ids, num_chars, **sampling)
     return vocab.prepare(prompt) + vocab.decode(new[0])
 
 
-def stream(
-    model: LanguageModel,
-    vocab: Vocabulary,
-    prompt: str,
-    num_chars: int,
-    *,
-    temperature: float | None = None,
-    top_k: int | None = None,
-    alpha: float = 1.0,
-    seed: int | None = None,
-) -> Iterator[str]:
+def stream(model: LanguageModel, vocab: Vocabulary, prompt: str, num_chars: int, **options: Any) -> Iterator[str]:
     """`generate`, character by character as they come: first the prompt, then num_chars characters. Together they are
     what `generate` returns. Arguments and errors as there.
     """
     model = of(model)
-    ids, sampling = _sampling(model, vocab, prompt, num_chars, temperature, top_k, alpha, seed)
+    ids, sampling = _sampling(model, vocab, prompt, num_chars, **options)
     uniforms, state = sampling.pop("uniforms"), None
     yield vocab.prepare(prompt)
     for i in range(num_chars):
@@ -67,10 +58,11 @@ def _sampling(
     vocab: Vocabulary,
     prompt: str,
     num_chars: int,
-    temperature: float | None,
-    top_k: int | None,
-    alpha: float,
-    seed: int | None,
+    *,
+    temperature: float | None = None,
+    top_k: int | None = None,
+    alpha: float = 1.0,
+    seed: int | None = None,
 ) -> tuple[Tensor, dict[str, Any]]:
     """The prompt's ids (1, P) on the model's device, and generate_ids' options. Raises InputError as `generate`."""
     if not vocab.prepare(prompt):

@@ -10,7 +10,7 @@ from torch import Tensor
 from charrnn_fast.lm import at_once
 from charrnn_fast.lm.as_built import why_called
 from charrnn_fast.lm.batches import Batch
-from charrnn_fast.lm.recurrent import RecurrentLM
+from charrnn_fast.lm.recurrent import METHODS, RecurrentLM
 from charrnn_fast.ops import backends
 from charrnn_fast.ops import generate as decoder
 from charrnn_fast.ops import language_model_loss as one_call
@@ -69,13 +69,20 @@ class CharRNN(RecurrentLM, form="fused"):
                 f"cell must be 'fused', got {cell!r}: the same model by PyTorch alone is "
                 "charrnn_fast.lm.torch_model.TorchCharRNN, with these arguments but cell and backend"
             )
-        sizes = (vocab_size, hidden_size, num_layers, nonlinearity, embedding, second_bias, dropout)
-        super().__init__(*sizes, partial(FusedRNN, backend=backend), device, dtype)
+        super().__init__(
+            vocab_size,
+            hidden_size,
+            num_layers,
+            nonlinearity=nonlinearity,
+            embedding=embedding,
+            second_bias=second_bias,
+            dropout=dropout,
+            device=device,
+            dtype=dtype,
+            make_rnn=partial(FusedRNN, backend=backend),
+        )
 
     def hidden(self, tokens: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The last layer's states (B, T, H) and the final states (L, B, H), from token ids (B, T) and h_0 (L, B, H) or
-        None.
-        """
         rnn, embed = self.rnn, self.embed
         if not isinstance(rnn, FusedRNN) or why_called(self, ("rnn",)) is not None:
             return super().hidden(tokens, state)
@@ -121,37 +128,23 @@ class CharRNN(RecurrentLM, form="fused"):
         return backends.choose("elman", device, weight.dtype, **sizes, backend=backend) != "torch"
 
     def clip_grad_norm_(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-        """Scale the parameters' gradients in place so that their norm together is at most max_norm, by this library's
-        clip. Returns the norm before, a scalar tensor.
-        """
         return clip_grad_norm_(parameters, max_norm)
 
     def why_not_at_once(self, optimizer: Any, looks: bool) -> str | None:
-        """None where a whole training step is taken at once, else one clause that says why not. looks: are loss and
-        norm looked at before an update?
-        """
         return at_once.why_not(self, optimizer, looks)
 
     def step_at_once(self, optimizer: Any, clip: float | None, look: at_once.Look | None) -> at_once.StepAtOnce:
-        """A whole training step, where `why_not_at_once` has nothing against it; see at_once.py."""
         return at_once.at_once(self, optimizer, clip, look)
 
     def evaluated_at_once(self, batch: Batch, state: Any, into: Tensor | None) -> tuple[Tensor, Any] | None:
-        """The loss of a batch and the next state, put `into` a tensor if there is one, without gradients and in two
-        launches; None where that does not apply.
-        """
         return at_once.evaluated_at_once(self, batch, state, into)
+
+    def sgd_step_(self, parameters: list[Tensor], max_norm: float | None, lr: float | Tensor) -> Tensor | None:
+        return clip_and_sgd_step_(parameters, max_norm, lr) if steps_in_one_launch(parameters) else None
 
     def is_the_forms_own(self) -> bool:
         """Whether what a training step asks of the model is what this file says, nowhere replaced."""
-        mine = all(getattr(type(self), name) is method for name, method in _METHODS.items())
-        return mine and not self._is_watched() and not any(name in self.__dict__ for name in _METHODS)
-
-    def sgd_step_(self, parameters: list[Tensor], max_norm: float | None, lr: float | Tensor) -> Tensor | None:
-        """Clip and a step of plain SGD in one launch, with gradients left as they were; returns the norm before. None,
-        and nothing has happened, where no kernel takes these parameters and their gradients.
-        """
-        return clip_and_sgd_step_(parameters, max_norm, lr) if steps_in_one_launch(parameters) else None
+        return not self._is_watched() and all(map(self._is_own, METHODS))
 
     def _loss_of_rows(self, rows: Tensor, targets: Tensor) -> Tensor:
         return linear_cross_entropy(rows, self.head.weight, targets, linear_bias=self.head.bias)
@@ -208,7 +201,3 @@ class CharRNN(RecurrentLM, form="fused"):
             backend=self.rnn.backend,
             **sampling,
         )
-
-
-# Of a training step, as they are here: a step at once calls none of them.
-_METHODS = {name: getattr(CharRNN, name) for name in ("forward", "hidden", "loss", "clip_grad_norm_", "sgd_step_")}

@@ -181,17 +181,9 @@ def build_model(
         raise InputError(f"the reference model has no dropout, and this run's is {recipe.dropout:g}")
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = make_modules(
-            kind,
-            vocab_size,
-            recipe.hidden_size,
-            recipe.num_layers,
-            nonlinearity=recipe.nonlinearity,
-            embedding=recipe.embedding,
-            second_bias=recipe.second_bias,
-            dropout=recipe.dropout,
-            backend=backend,
-        )
+        names = ("nonlinearity", "embedding", "second_bias", "dropout")
+        options: dict[str, Any] = {name: getattr(recipe, name) for name in names}
+        model = make_modules(kind, vocab_size, recipe.hidden_size, recipe.num_layers, backend=backend, **options)
         if recipe.init == "orthogonal":
             for layer in range(recipe.num_layers):
                 torch.nn.init.orthogonal_(getattr(model.rnn, f"weight_hh_l{layer}"))
@@ -263,23 +255,9 @@ def build_trainer(
     recipe: Recipe, model: LanguageModel, capture: bool | str = "auto", processes: Processes | None = None
 ) -> Trainer:
     """The recipe's trainer of a model. Raises what Trainer raises."""
-    return Trainer(
-        model,
-        optimizer=recipe.optimizer,
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        weight_decay=recipe.weight_decay,
-        clip=recipe.clip,
-        epochs=recipe.epochs,
-        graph_batches=recipe.graph_batches,
-        accumulate=recipe.accumulate,
-        schedule=schedule_of(recipe),
-        patience=recipe.patience,
-        precision=recipe.precision,
-        on_nan=recipe.on_nan,
-        capture=capture,
-        processes=processes,
-    )
+    names = ("optimizer", "lr", "momentum", "weight_decay", "clip", "epochs", "graph_batches", "accumulate", "patience")
+    options: dict[str, Any] = {name: getattr(recipe, name) for name in (*names, "precision", "on_nan")}
+    return Trainer(model, schedule=schedule_of(recipe), capture=capture, processes=processes, **options)
 
 
 def prepare_text(recipe: Recipe, text: str | LargeText) -> tuple[Vocabulary, Tensor]:

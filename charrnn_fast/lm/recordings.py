@@ -43,8 +43,10 @@ class Recordings:
         self._training[1].refresh()
         return self._training[1]
 
-    def evaluation(self, carry_state: bool) -> RecordedSteps:
-        """The loss of a batch in evaluation mode recorded, for a validation that begins now."""
+    def evaluation(self, carry_state: bool) -> Evaluation | RecordedSteps:
+        """The loss of a batch in evaluation mode, for a validation that begins now; recorded where it can be."""
+        if why_not(self.model, 1, self.required) is not None:
+            return Evaluation(self.model)
         if carry_state not in self._evaluation:
             self._evaluation[carry_state] = self._recorded(Evaluation(self.model), carry_state, None, False)
         self._evaluation[carry_state].refresh()
@@ -60,10 +62,3 @@ class Recordings:
             self.model.zero_state if carry_state else None,
             required=required,
         )
-
-
-def evaluation_of(model: LanguageModel, carry_state: bool) -> Evaluation | RecordedSteps:
-    """The loss of a batch in evaluation mode, recorded where it can be and nobody has to ask for it."""
-    if why_not(model, 1, False) is not None:
-        return Evaluation(model)
-    return Recordings(model).evaluation(carry_state)

@@ -1,7 +1,7 @@
 """What a run has come to: after a step, after an epoch, and in the middle of one."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -187,11 +187,11 @@ def parts_of(state: Any) -> list[Tensor]:
     return [part for item in state for part in parts_of(item)]
 
 
-def moved(state: Any, device: torch.device) -> Any:
-    """A state on another device."""
+def each_part(state: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """A state with what the function makes of each of its tensors; None of None."""
     if state is None or isinstance(state, Tensor):
-        return None if state is None else state.to(device)
-    return tuple(moved(part, device) for part in state)
+        return None if state is None else function(state)
+    return tuple(each_part(part, function) for part in state)
 
 
 def _numbers(scalars: list[Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
 What CharRNN and TorchCharRNN have in common: their parts, their sizes, and the way from and to the reference's.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, ClassVar, TypeVar
 
@@ -12,45 +12,44 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from charrnn_fast.lm.as_built import PARTS, why_called, why_changed
-from charrnn_fast.lm.at_once import Look, StepAtOnce
-from charrnn_fast.lm.batches import Batch
-from charrnn_fast.lm.reference_model import ReferenceCharRNN
+from charrnn_fast.lm.language_model import LanguageModel
+from charrnn_fast.lm.reference_model import ReferenceCharRNN, by_name
 from charrnn_fast.ops.context import plain
+from charrnn_fast.ops.elman_torch import TorchRNN
 from charrnn_fast.ops.tokens import TOKEN_TYPES, check_tokens, one_hot_rows
-from charrnn_fast.reference import generate as reference_generate
 from charrnn_fast.reference.language_model import RNNLM, Cell
 
 Self = TypeVar("Self", bound="RecurrentLM")
+METHODS = ("forward", "hidden", "loss", "clip_grad_norm_", "sgd_step_")  # of a training step: one at once calls none
 
 
-class RecurrentLM(nn.Module):
+class RecurrentLM(nn.Module, LanguageModel):
     """The parts rnn, head and embed, called one after the other; a subclass says which modules they are.
 
     Arguments, errors and attributes: see CharRNN. A form is a subclass that names itself, ``class F(RecurrentLM,
     form="f")``; subclasses of such a one keep its name.
     """
 
-    form: ClassVar[str]
-    own_optimizers: ClassVar[Mapping[str, Callable[..., Any]]] = {}
-    _written: ClassVar[type]  # the class of the form itself, whose methods are known
+    _written: ClassVar[dict[str, Any]]  # the form's own methods, as they are where it is defined
 
     def __init_subclass__(cls, form: str | None = None, **options: Any) -> None:
         super().__init_subclass__(**options)
         if form is not None:
-            cls.form, cls._written = form, cls
+            cls.form, cls._written = form, {name: getattr(cls, name) for name in METHODS}
 
     def __init__(
         self,
         vocab_size: int,
         hidden_size: int,
-        num_layers: int,
-        nonlinearity: str,
-        embedding: str | int,
-        second_bias: bool,
-        dropout: float,
-        make_rnn: Callable[..., nn.RNNBase],
-        device: torch.device | str | None,
-        dtype: torch.dtype | None,
+        num_layers: int = 1,
+        *,
+        nonlinearity: str = "tanh",
+        embedding: str | int = "onehot",
+        second_bias: bool = True,
+        dropout: float = 0.0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        make_rnn: Callable[..., nn.RNNBase] = TorchRNN,
     ):
         super().__init__()
         if not 0 <= dropout < 1:
@@ -72,17 +71,14 @@ class RecurrentLM(nn.Module):
                 nn.init.zeros_(self._cell_parameter("bias_hh", layer)).requires_grad_(False)
 
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments that determine the parameters, as plain values; what a checkpoint keeps."""
         names = ("vocab_size", "hidden_size", "num_layers", "nonlinearity", "embedding", "second_bias")
         return {name: getattr(self, name) for name in names}
 
     @property
     def device(self) -> torch.device:
-        """Where the model's parameters are."""
         return self._a_weight().device
 
     def zero_state(self, batch_size: int) -> Tensor:
-        """The state (L, B, H) that a text starts from."""
         return self._a_weight().new_zeros(self.num_layers, batch_size, self.hidden_size)
 
     def hidden(self, tokens: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -129,58 +125,14 @@ class RecurrentLM(nn.Module):
         return F.cross_entropy(self.head(rows), targets)
 
     def clip_grad_norm_(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
-        """Scale the parameters' gradients in place so that their norm together is at most max_norm, by PyTorch's clip.
-        Returns the norm before, a scalar tensor.
-        """
         return nn.utils.clip_grad_norm_(parameters, max_norm)
 
     def why_not_at_once(self, optimizer: Any, looks: bool) -> str | None:
-        """One clause: PyTorch's operators are one step after the other."""
         return "PyTorch alone is trained as PyTorch does"
-
-    def step_at_once(self, optimizer: Any, clip: float | None, look: Look | None) -> StepAtOnce:
-        """There is none."""
-        raise RuntimeError(self.why_not_at_once(optimizer, look is not None))
-
-    def evaluated_at_once(self, batch: Batch, state: Any, into: Tensor | None) -> tuple[Tensor, Any] | None:
-        """None: there is no other way than `loss`."""
-        return None
-
-    def sgd_step_(self, parameters: list[Tensor], max_norm: float | None, lr: float | Tensor) -> Tensor | None:
-        """None: PyTorch clips, and its SGD takes the step."""
-        return None
-
-    @torch.no_grad()
-    def generate_ids(
-        self,
-        prompt: Tensor,
-        num_tokens: int,
-        *,
-        uniforms: Tensor | None = None,
-        temperature: float = 1.0,
-        alpha: float = 1.0,
-        top_k: int | None = None,
-        state: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Continue prompts (B, P) int64 by num_tokens ids: ids (B, num_tokens), and the state (L, B, H) before the
-        last.
-
-        Greedy if uniforms is None, else sampled by these numbers (B, num_tokens) in [0, 1); see
-        charrnn_fast.ops.generate.
-        """
-        sampling: dict[str, Any] = {"uniforms": uniforms, "temperature": temperature, "alpha": alpha, "top_k": top_k}
-        return self._continued(prompt, num_tokens, state, sampling)
-
-    def _continued(
-        self, prompt: Tensor, num_tokens: int, state: Tensor | None, sampling: dict[str, Any]
-    ) -> tuple[Tensor, Tensor | None]:
-        """`generate_ids` by calls of the model, a step at a time; sampling: its keyword arguments but the state."""
-        with self.evaluating():
-            return reference_generate.generate(self, prompt, num_tokens, state=state, **sampling)
 
     @contextmanager
     def evaluating(self) -> Iterator[None]:
-        """The model in evaluation mode for a while; each module is then left in the mode that it was in."""
+        """In evaluation mode for a while; each module is then left in the mode that it was in."""
         modes = {module: module.training for module in self.modules()}
         try:
             for module in modes:
@@ -220,37 +172,21 @@ class RecurrentLM(nn.Module):
         modules are not those that it was built with.
         """
         self.require_as_built("parameters are taken over by")
-        for layer, cell in enumerate(net.cells):
-            self._cell_parameter("weight_ih", layer).copy_(cell.W_xh.T)
-            self._cell_parameter("weight_hh", layer).copy_(cell.W_hh.T)
-            self._cell_parameter("bias_ih", layer).copy_(cell.b_h)
-            if cell.b_hh is not None:
-                self._cell_parameter("bias_hh", layer).copy_(cell.b_hh)
-        self.head.weight.copy_(net.W_hq.T)
-        self.head.bias.copy_(net.b_q)
-        if self.embed is not None and net.W_embed is not None:
-            self.embed.weight.copy_(net.W_embed)
+        for name, p in by_name(net).items():
+            if p is not None and (self.embed is not None or name != "embed.weight"):
+                self.get_parameter(name).copy_(p)
         return self
 
     def require_state(self, state: Any) -> None:
-        """ValueError if this cannot be a state (L, B, H) of the model, whose rnn may be one with other states."""
-        got, L, H = tuple(getattr(state, "shape", ())), self.num_layers, self.hidden_size
-        if isinstance(self.rnn, nn.RNNBase) and (len(got) != 3 or (got[0], got[2]) != (L, H)):
-            raise ValueError(f"a state ({L}, B, {H}) was expected, got {got}")
+        if isinstance(self.rnn, nn.RNNBase):  # another has states of its own
+            super().require_state(state)
 
     def require_as_built(self, what: str) -> None:
-        """ValueError if the modules are not those that `config` describes: "<what> a model as it was built"."""
         for name in PARTS:
             if (why := why_changed(self, name)) is not None:
                 raise ValueError(f"{what} a model as it was built, but {name} {why}")
 
-    def require_trainable(
-        self, *, changing_lr: bool, accumulate: int, precision: str, on_nan: str, processes: int
-    ) -> None:
-        """Trainer's options are all for this model."""
-
     def why_not_captured(self, asked: bool) -> str | None:
-        """None if the model's part of a training step can be captured, else one clause that says why not."""
         if (why := why_called(self)) is not None:
             return f"a replay would not call its modules, and {why}"
         for name, p in self.named_parameters():
@@ -270,8 +206,8 @@ class RecurrentLM(nn.Module):
         return one_hot_rows(tokens, self.vocab_size, self._a_weight().dtype)
 
     def _is_own(self, method: str) -> bool:
-        """Whether a method is the one of this form, not a subclass's or an instance's."""
-        return getattr(type(self), method) is getattr(self._written, method) and method not in self.__dict__
+        """Whether a method is the one that this form was written with, nowhere replaced."""
+        return getattr(type(self), method) is self._written[method] and method not in self.__dict__
 
     def _is_watched(self) -> bool:
         """Whether hooks make a call of the model more than its forward, as those of fully_shard do."""

@@ -20,6 +20,7 @@ from charrnn_fast.lm.capture import RecordedSteps
 from charrnn_fast.lm.distributed import Processes, SharedGradients
 from charrnn_fast.lm.language_model import LanguageModel, State
 from charrnn_fast.lm.optimizers import held_by
+from charrnn_fast.lm.records import each_part
 from charrnn_fast.ops.tokens import ids_known_below
 
 
@@ -121,12 +122,12 @@ class TrainingStep:
             pass
         elif self.accumulate > 1:
             self._add_gradients(loss)
-            state = _cut_off(state)
+            state = each_part(state, Tensor.detach)
         else:
             self._losses.append(loss)
         if self.pending == max(self.graph_batches, self.accumulate):
             self.update()
-            state = _cut_off(state)
+            state = each_part(state, Tensor.detach)
         return detached, put(state, into)
 
     def update(self) -> None:
@@ -227,13 +228,6 @@ def put(state: State, into: Tensor | None) -> State:
     if into is None or state is None or state is into:
         return state
     return into.copy_(state)
-
-
-def _cut_off(state: State) -> State:
-    """The state without its graph: a tensor, or a tuple of them as an LSTM has it; None without rows."""
-    if state is None:
-        return None
-    return state.detach() if isinstance(state, Tensor) else tuple(_cut_off(part) for part in state)
 
 
 def _plain_sgd_lr(optimizer: Any) -> float | Tensor | None:

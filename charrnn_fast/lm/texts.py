@@ -11,14 +11,14 @@ import shutil
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import BinaryIO
 
 from charrnn_fast.errors import InputError
-from charrnn_fast.lm.corpora import Corpus, decode, not_in_encoding
+from charrnn_fast.lm.corpora import Corpus, decode, not_in_encoding, unreadable
 
 LARGE = 64 * 2**20  # bytes
 PIECE = 2**22  # bytes read at a time
@@ -77,7 +77,7 @@ def read_texts(
         incremental = False
     if incremental and sum(sizes) > large:
         return LargeText(files, source, encoding, errors)
-    corpora = [decode(_content(name, place), name, encoding, errors) for name, place in files]
+    corpora = [decode(b"".join(_pieces(name, place)), name, encoding, errors) for name, place in files]
     notices = "; ".join(corpus.notice for corpus in corpora if corpus.notice)
     return Corpus("".join(corpus.text for corpus in corpora), source, notices)
 
@@ -92,7 +92,7 @@ def _files(path: str) -> list[tuple[str, Path | BinaryIO]]:
             return [(path, place)]
         found = sorted(file for file in place.iterdir() if file.is_file() and not file.name.startswith("."))
     except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        raise _unreadable(path, error) from None
+        raise unreadable(path, error) from None
     if not found:
         raise InputError(f"cannot read the text {path}: the folder holds no files")
     return [(str(file), file) for file in found]
@@ -115,29 +115,18 @@ def _size(name: str, place: Path | BinaryIO) -> int:
     try:
         return place.stat().st_size
     except (OSError, ValueError) as error:
-        raise _unreadable(name, error) from None
-
-
-def _content(name: str, place: Path | BinaryIO) -> bytes:
-    return b"".join(_pieces(name, place))
+        raise unreadable(name, error) from None
 
 
 def _pieces(name: str, place: Path | BinaryIO) -> Iterator[bytes]:
     try:
-        if isinstance(place, Path):
-            with open(place, "rb") as file:
-                while piece := file.read(PIECE):
-                    yield piece
-        else:
-            place.seek(0)
-            while piece := place.read(PIECE):
+        with open(place, "rb") if isinstance(place, Path) else nullcontext(place) as file:
+            if file is place:  # it may have been read before; a path may be of what cannot go back
+                file.seek(0)
+            while piece := file.read(PIECE):
                 yield piece
     except (OSError, ValueError) as error:
-        raise _unreadable(name, error) from None
-
-
-def _unreadable(name: str, error: Exception) -> InputError:
-    return InputError(f"cannot read the text {name}: {getattr(error, 'strerror', None) or error}")
+        raise unreadable(name, error) from None
 
 
 def _decoded(name: str, place: Path | BinaryIO, encoding: str, errors: str) -> Iterator[str]:

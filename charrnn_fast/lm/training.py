@@ -32,7 +32,7 @@ from charrnn_fast.lm.optimizers import (
 )
 from charrnn_fast.lm.random_state import random_state, set_random_state
 from charrnn_fast.lm.recordings import Recordings
-from charrnn_fast.lm.records import WHAT_TO_TRY, EpochRecord, EpochSoFar, StepRecord, moved, parts_of, perplexity
+from charrnn_fast.lm.records import WHAT_TO_TRY, EpochRecord, EpochSoFar, StepRecord, each_part, parts_of, perplexity
 from charrnn_fast.lm.schedule import Schedule
 from charrnn_fast.lm.step import Evaluation, TrainingStep, train_batches
 from charrnn_fast.lm.training_options import check_options
@@ -94,18 +94,12 @@ class Trainer:
         capture: bool | str = "auto",
         processes: Processes | None = None,
     ):
-        check_options(graph_batches, accumulate, clip, capture, precision, on_nan, patience)
-        self.model = model = of(model)
         self.clip, self.epochs, self.graph_batches = clip, epochs, graph_batches
         self.accumulate, self.schedule, self.patience = accumulate, schedule or Schedule(), patience
         self.precision, self.on_nan, self.capture, self.processes = precision, on_nan, capture, processes
-        model.require_trainable(
-            changing_lr=self.schedule.changes,
-            accumulate=accumulate,
-            precision=precision,
-            on_nan=on_nan,
-            processes=1 if processes is None else processes.count,
-        )
+        check_options(self)
+        self.model = model = of(model)
+        model.require_trainable(self)
         made: Any = optimizer
         if isinstance(optimizer, str):
             capturable = self._why_not_model() is None
@@ -227,8 +221,7 @@ class Trainer:
         if self.processes is not None:
             self.processes.meet(self.model, data.generator)
         batches = data.num_batches
-        group = self.accumulate * (self.graph_batches if data.carry_state else 1)
-        self.total_updates = None if batches is None else self.epochs * -(-batches // group)
+        self.total_updates = None if batches is None else self.epochs * -(-batches // self._group(data))
         while not self._is_done() and self.stopped is None:
             try:
                 record = self._epoch(len(self.history) + 1, data)
@@ -291,18 +284,8 @@ class Trainer:
         val_ppl, batch_mean = val or (None, None)
         norm, clipped = so_far.norm_figures(self.clip)
         return EpochRecord(
-            epoch,
-            mean,
-            perplexity(mean),
-            val_ppl,
-            batch_mean,
-            so_far.tokens,
-            so_far.seconds,
-            self.step,
-            self._lr,
-            norm,
-            clipped,
-            so_far.skipped,
+            *(epoch, mean, perplexity(mean), val_ppl, batch_mean, so_far.tokens, so_far.seconds),
+            *(self.step, self._lr, norm, clipped, so_far.skipped),
         )
 
     def _steps(self, epoch: int, data: Sampler, so_far: EpochSoFar, resumed: bool) -> Iterator[StepRecord]:
@@ -400,20 +383,15 @@ class Trainer:
         )
 
     def _losses(self, batches: Iterator[Batch], data: Sampler, plain: TrainingStep) -> Iterator[Tensor]:
-        options: dict[str, Any] = {"step": plain, "recorded": self._recorded_steps(data.carry_state, plain)}
-        return train_batches(self.model, batches, self.optimizer, self.clip, carry_state=data.carry_state, **options)
-
-    def _recorded_steps(self, carry_state: bool, plain: TrainingStep) -> RecordedSteps | None:
-        """What records the steps of an epoch, and has recorded those of earlier ones; None if nothing does."""
-        if self.capture_reason is not None:
-            return None
-        return self._recordings.training(plain, carry_state, changing_lr=self.schedule.changes)
+        options: dict[str, Any] = {"carry_state": data.carry_state, "step": plain}
+        if self.capture_reason is None:
+            changing_lr = self.schedule.changes
+            options["recorded"] = self._recordings.training(plain, data.carry_state, changing_lr=changing_lr)
+        return train_batches(self.model, batches, self.optimizer, self.clip, **options)
 
     def _evaluation(self, carry_state: bool) -> Evaluation | RecordedSteps:
         """What computes the losses of a validation, recorded where that can be."""
-        if self.capture is False or why_not(self.model, 1, self.capture is True) is not None:
-            return Evaluation(self.model)
-        return self._recordings.evaluation(carry_state)
+        return Evaluation(self.model) if self.capture is False else self._recordings.evaluation(carry_state)
 
     def _set_lr(self) -> None:
         """The learning rates of the next update. One that never changes is left to whoever made the optimizer."""
@@ -474,7 +452,7 @@ class Trainer:
         so_far, device = state.get("epoch"), self.model.device
         self._so_far = None if so_far is None else EpochSoFar.from_state_dict(so_far)
         if self._so_far is not None and self._so_far.state is not None:
-            self._so_far.state = moved(self._so_far.state, device)
+            self._so_far.state = each_part(self._so_far.state, lambda part: part.to(device))
             self.model.require_state(self._so_far.state)
             if self.processes is not None:
                 self._so_far.state = self.processes.own(self._so_far.state)

@@ -84,38 +84,25 @@ static PyObject *peak_scratch(PyObject *module, PyObject *unused) {
         _Static_assert(sizeof(name##_args) / sizeof(int64_t) <= MAX_FIELDS, "the record has no room");                 \
         return call(name##_kernels, name##_refused, args, count, (Py_ssize_t)(sizeof(name##_args) / sizeof(int64_t))); \
     }
-#define KERNEL_METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, 0}
+EACH_KERNEL(KERNEL_FUNCTION)
 
-KERNEL_FUNCTION(elman_forward)
-KERNEL_FUNCTION(elman_backward)
-KERNEL_FUNCTION(linear_cross_entropy)
-KERNEL_FUNCTION(language_model)
-KERNEL_FUNCTION(generate)
-KERNEL_FUNCTION(clip)
+#define METHOD(name) {#name, (PyCFunction)(void (*)(void))name, METH_FASTCALL, 0},
 
 static PyMethodDef methods[] = {
     {"isas", isas, METH_NOARGS, 0},
     {"peak_scratch", peak_scratch, METH_NOARGS, 0},
     {"use_driver", use_driver, METH_O, 0},
-    KERNEL_METHOD(launch),
-    KERNEL_METHOD(survey),
-    KERNEL_METHOD(elman_forward),
-    KERNEL_METHOD(elman_backward),
-    KERNEL_METHOD(linear_cross_entropy),
-    KERNEL_METHOD(language_model),
-    KERNEL_METHOD(generate),
-    KERNEL_METHOD(clip),
+    METHOD(launch)
+    METHOD(survey)
+    EACH_KERNEL(METHOD)
     {0, 0, 0, 0},
 };
 
-static struct PyModuleDef definition = {PyModuleDef_HEAD_INIT,
-                                        "_native",
-                                        "CPU kernels of charrnn_fast: addresses and sizes in.",
-                                        0,
-                                        methods,
-                                        0,
-                                        0,
-                                        0,
-                                        0};
+static struct PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "_native",
+    .m_doc = "CPU kernels of charrnn_fast: addresses and sizes in.",
+    .m_methods = methods,
+};
 
 PyMODINIT_FUNC PyInit__native(void) { return PyModuleDef_Init(&definition); }

@@ -37,14 +37,20 @@ enum { BACK_ROWS = 3 };
 #undef real
 #undef integer
 #undef unsigned_integer
+#undef lane_mask
+#undef OF_TYPE
 #ifdef TYPE_IS_F64
 #define real double
 #define integer int64_t
 #define unsigned_integer uint64_t
+#define lane_mask __mmask8
+#define OF_TYPE(intrinsic) intrinsic##_pd
 #else
 #define real float
 #define integer int32_t
 #define unsigned_integer uint32_t
+#define lane_mask __mmask16
+#define OF_TYPE(intrinsic) intrinsic##_ps
 #endif
 
 #undef LANES
@@ -78,13 +84,12 @@ INLINE vec NAME(splat)(real x) { return x - (vec){0}; }
 
 /* The first n of LANES elements; zero beyond. */
 #if defined(__x86_64__) && ISA_BYTES == 64
-#ifdef TYPE_IS_F64
-INLINE vec NAME(load_some)(const real *p, int n) { return _mm512_maskz_loadu_pd((__mmask8)((1u << n) - 1), p); }
-INLINE void NAME(store_some)(real *p, vec v, int n) { _mm512_mask_storeu_pd(p, (__mmask8)((1u << n) - 1), v); }
-#else
-INLINE vec NAME(load_some)(const real *p, int n) { return _mm512_maskz_loadu_ps((__mmask16)((1u << n) - 1), p); }
-INLINE void NAME(store_some)(real *p, vec v, int n) { _mm512_mask_storeu_ps(p, (__mmask16)((1u << n) - 1), v); }
-#endif
+INLINE vec NAME(load_some)(const real *p, int n) {
+    return OF_TYPE(_mm512_maskz_loadu)((lane_mask)((1u << n) - 1), p);
+}
+INLINE void NAME(store_some)(real *p, vec v, int n) {
+    OF_TYPE(_mm512_mask_storeu)(p, (lane_mask)((1u << n) - 1), v);
+}
 #else
 INLINE vec NAME(load_some)(const real *p, int n) {
     vec v = {0};
@@ -104,17 +109,9 @@ INLINE void NAME(store_some)(real *p, vec v, int n) {
 
 INLINE vec NAME(fma)(vec a, vec b, vec c) {
 #if defined(__x86_64__) && ISA_BYTES == 64
-#ifdef TYPE_IS_F64
-    return _mm512_fmadd_pd(a, b, c);
-#else
-    return _mm512_fmadd_ps(a, b, c);
-#endif
+    return OF_TYPE(_mm512_fmadd)(a, b, c);
 #elif defined(__x86_64__) && ISA_BYTES == 32
-#ifdef TYPE_IS_F64
-    return _mm256_fmadd_pd(a, b, c);
-#else
-    return _mm256_fmadd_ps(a, b, c);
-#endif
+    return OF_TYPE(_mm256_fmadd)(a, b, c);
 #else
     return a * b + c;
 #endif
@@ -134,10 +131,8 @@ INLINE vec NAME(shuffle)(vec a, vec b, ivec index) {
 }
 
 INLINE real NAME(sum)(vec v) {
-#if defined(__x86_64__) && ISA_BYTES == 64 && defined(TYPE_IS_F64)
-    return _mm512_reduce_add_pd(v);
-#elif defined(__x86_64__) && ISA_BYTES == 64
-    return _mm512_reduce_add_ps(v);
+#if defined(__x86_64__) && ISA_BYTES == 64
+    return OF_TYPE(_mm512_reduce_add)(v);
 #else
     real s = v[0];
     for (int i = 1; i < LANES; i++)
@@ -146,10 +141,8 @@ INLINE real NAME(sum)(vec v) {
 #endif
 }
 INLINE real NAME(highest)(vec v) {
-#if defined(__x86_64__) && ISA_BYTES == 64 && defined(TYPE_IS_F64)
-    return _mm512_reduce_max_pd(v);
-#elif defined(__x86_64__) && ISA_BYTES == 64
-    return _mm512_reduce_max_ps(v);
+#if defined(__x86_64__) && ISA_BYTES == 64
+    return OF_TYPE(_mm512_reduce_max)(v);
 #else
     real m = v[0];
     for (int i = 1; i < LANES; i++)
@@ -366,79 +359,50 @@ INLINE void NAME(tile)(const int rows, const int panels, const int row_step, con
 
 typedef void (*NAME(tile_function))(int64_t K, const real *a, const real *w, int64_t panel_size, real *c);
 
-#define STATE_TILE(rows, panels)                                                                                       \
-    static void NAME(tile_##rows##_##panels)(int64_t K, const real *a, const real *w, int64_t panel_size, real *c) {   \
-        NAME(tile)(rows, panels, LANES, 1, MAX_ROWS * LANES, 0, K, a, w, panel_size, c);                               \
+#define TILE(rows, panels, backwards)                                                                                  \
+    static void NAME(tile_##rows##_##panels##_##backwards)(int64_t K, const real *a, const real *w,                    \
+                                                           int64_t panel_size, real *c) {                              \
+        NAME(tile)(rows, panels, LANES, 1, MAX_ROWS * LANES, backwards, K, a, w, panel_size, c);                       \
     }
-#define BACK_TILE(rows, panels)                                                                                        \
-    static void NAME(back_tile_##rows##_##panels)(int64_t K, const real *a, const real *w, int64_t panel_size,         \
-                                                  real *c) {                                                           \
-        NAME(tile)(rows, panels, LANES, 1, MAX_ROWS * LANES, 1, K, a, w, panel_size, c);                               \
-    }
-
-STATE_TILE(1, 1)
-STATE_TILE(1, 4)
-STATE_TILE(2, 1)
-STATE_TILE(3, 1)
-STATE_TILE(4, 1)
-STATE_TILE(5, 1)
-STATE_TILE(6, 1)
+TILE(1, 1, 0) TILE(2, 1, 0) TILE(3, 1, 0) TILE(4, 1, 0) TILE(5, 1, 0) TILE(6, 1, 0) TILE(1, 4, 0)
+TILE(1, 1, 1) TILE(2, 1, 1) TILE(3, 1, 1) TILE(1, 4, 1)
 #if MAX_ROWS == 12
-STATE_TILE(2, 4)
-STATE_TILE(3, 4)
-STATE_TILE(4, 2)
-STATE_TILE(5, 2)
-STATE_TILE(6, 2)
-STATE_TILE(7, 1)
-STATE_TILE(8, 1)
-STATE_TILE(9, 1)
-STATE_TILE(10, 1)
-STATE_TILE(11, 1)
-STATE_TILE(12, 1)
+TILE(7, 1, 0) TILE(8, 1, 0) TILE(9, 1, 0) TILE(10, 1, 0) TILE(11, 1, 0) TILE(12, 1, 0)
+TILE(2, 4, 0) TILE(3, 4, 0) TILE(4, 2, 0) TILE(5, 2, 0) TILE(6, 2, 0)
+TILE(2, 4, 1) TILE(3, 4, 1)
 #else
-STATE_TILE(2, 2)
-STATE_TILE(3, 2)
+TILE(2, 2, 0) TILE(3, 2, 0) TILE(2, 2, 1) TILE(3, 2, 1)
 #endif
-BACK_TILE(1, 1)
-BACK_TILE(2, 1)
-BACK_TILE(3, 1)
-BACK_TILE(1, 4)
-#if MAX_ROWS == 12
-BACK_TILE(2, 4)
-BACK_TILE(3, 4)
-#else
-BACK_TILE(2, 2)
-BACK_TILE(3, 2)
-#endif
-#undef STATE_TILE
-#undef BACK_TILE
+#undef TILE
 
-#define T(rows, panels) NAME(tile_##rows##_##panels)
+#define T(rows, panels) NAME(tile_##rows##_##panels##_0)
+#define BACK(rows, panels) NAME(tile_##rows##_##panels##_1)
+/* By rows: one panel; WIDE(rows) of them; and backwards, by whether there are as many, and by rows up to BACK_ROWS. */
+#if MAX_ROWS == 12
 static const NAME(tile_function) NAME(narrow_tiles)[] __attribute__((unused)) = {
-    0,       T(1, 1), T(2, 1), T(3, 1),  T(4, 1),  T(5, 1),  T(6, 1),
-#if MAX_ROWS == 12
-    T(7, 1), T(8, 1), T(9, 1), T(10, 1), T(11, 1), T(12, 1),
-#endif
+    0, T(1, 1), T(2, 1), T(3, 1), T(4, 1), T(5, 1), T(6, 1), T(7, 1), T(8, 1), T(9, 1), T(10, 1), T(11, 1), T(12, 1),
 };
 static const NAME(tile_function) NAME(wide_tiles)[] __attribute__((unused)) = {
-#if MAX_ROWS == 12
     0, T(1, 4), T(2, 4), T(3, 4), T(4, 2), T(5, 2), T(6, 2), T(7, 1), T(8, 1), T(9, 1), T(10, 1), T(11, 1), T(12, 1),
-#else
-    0, T(1, 4), T(2, 2), T(3, 2), T(4, 1), T(5, 1), T(6, 1),
-#endif
 };
-#undef T
-#define T(rows, panels) NAME(back_tile_##rows##_##panels)
-/* By whether the panels are WIDE(rows) or one, and by rows up to BACK_ROWS. */
 static const NAME(tile_function) NAME(back_tiles)[2][BACK_ROWS + 1] __attribute__((unused)) = {
-    {0, T(1, 1), T(2, 1), T(3, 1)},
-#if MAX_ROWS == 12
-    {0, T(1, 4), T(2, 4), T(3, 4)},
-#else
-    {0, T(1, 4), T(2, 2), T(3, 2)},
-#endif
+    {0, BACK(1, 1), BACK(2, 1), BACK(3, 1)},
+    {0, BACK(1, 4), BACK(2, 4), BACK(3, 4)},
 };
+#else
+static const NAME(tile_function) NAME(narrow_tiles)[] __attribute__((unused)) = {
+    0, T(1, 1), T(2, 1), T(3, 1), T(4, 1), T(5, 1), T(6, 1),
+};
+static const NAME(tile_function) NAME(wide_tiles)[] __attribute__((unused)) = {
+    0, T(1, 4), T(2, 2), T(3, 2), T(4, 1), T(5, 1), T(6, 1),
+};
+static const NAME(tile_function) NAME(back_tiles)[2][BACK_ROWS + 1] __attribute__((unused)) = {
+    {0, BACK(1, 1), BACK(2, 1), BACK(3, 1)},
+    {0, BACK(1, 4), BACK(2, 2), BACK(3, 2)},
+};
+#endif
 #undef T
+#undef BACK
 
 /* How many of the panels that are left are multiplied at once. */
 INLINE int NAME(at_once)(int rows, int64_t left) {

@@ -24,16 +24,7 @@
 
 #define ISA baseline
 #define ISA_BYTES 16
-#define TYPE f32
-#include TARGET_FILE
-#undef TYPE
-#define TYPE f64
-#define TYPE_IS_F64
-#include TARGET_FILE
-#undef TYPE
-#undef TYPE_IS_F64
-#undef ISA
-#undef ISA_BYTES
+#include "float_types.h"
 
 #if defined(__x86_64__)
 
@@ -45,16 +36,7 @@
 #endif
 #define ISA avx2
 #define ISA_BYTES 32
-#define TYPE f32
-#include TARGET_FILE
-#undef TYPE
-#define TYPE f64
-#define TYPE_IS_F64
-#include TARGET_FILE
-#undef TYPE
-#undef TYPE_IS_F64
-#undef ISA
-#undef ISA_BYTES
+#include "float_types.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #pragma clang attribute push(__attribute__((target("avx512f,avx512vl,avx512dq,avx2,fma"))), apply_to = function)
@@ -65,16 +47,7 @@
 #endif
 #define ISA avx512
 #define ISA_BYTES 64
-#define TYPE f32
-#include TARGET_FILE
-#undef TYPE
-#define TYPE f64
-#define TYPE_IS_F64
-#include TARGET_FILE
-#undef TYPE
-#undef TYPE_IS_F64
-#undef ISA
-#undef ISA_BYTES
+#include "float_types.h"
 #if defined(__clang__)
 #pragma clang attribute pop
 #else

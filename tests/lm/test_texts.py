@@ -199,4 +199,4 @@ def test_the_split_of_nanogpt():
 
 def test_without_a_split_nothing_is_held_out():
     for name in ("ch8", "santa"):
-        assert not build_sampler(RECIPES[name], torch.arange(10_000), 0).has_validation
+        assert not list(build_sampler(RECIPES[name], torch.arange(10_000), 0).validation())
