@@ -18,6 +18,7 @@ from charrnn_fast.kernels.triton.elman_grid_tiles import GRID_TILES, GridTile, g
 from charrnn_fast.kernels.triton.generate import one_program
 from charrnn_fast.kernels.triton.generate_grid import generate_grid
 from charrnn_fast.kernels.triton.generate_grid_tiles import GenerateGridTile, grid_tile
+from charrnn_fast.kernels.triton.generate_types import Decoding
 from charrnn_fast.kernels.triton.launch import processors_of
 
 # (kind, H, T, B), what matters most first.
@@ -169,22 +170,21 @@ def _decoders(
     prompt = torch.randint(V, (B, P), generator=generator, device=device)
     table, weight_hh, head, bias = random(V, H), random(H, H) / H**0.5, 3 * random(V, H) / H**0.5, random(V)
     uniforms = torch.rand(B, N, generator=generator, device=device, dtype=torch.float64) if sampled else None
-    given = (prompt, N, table, [None], [weight_hh], [None], head, bias, None)
-    options: dict[str, Any] = {"uniforms": uniforms, "sharpness": ONE, "top_k": None, "tanh": True}
+    call = Decoding(prompt, N, table, [None], [weight_hh], [None], head, bias, None, uniforms, ONE, None, tanh=True)
     shipped = grid_tile(H, 4)
     if shipped is None:
         raise ValueError(f"no tile for hidden size {H}")
 
     def across(tile: GenerateGridTile) -> Callable[[], torch.Tensor]:
         def run() -> torch.Tensor:
-            found = generate_grid(*given, **options, tile=tile)
+            found = generate_grid(call, tile)
             if found is None:
                 raise RuntimeError("no team of programs runs at once")
             return found[0]
 
         return run
 
-    jobs: Jobs = {"one program": lambda: one_program(*given, **options)[0]}
+    jobs: Jobs = {"one program": lambda: one_program(call)[0]}
     jobs["one program"]()
     rejected: dict[str, str] = {}
     for name, tile in _decoder_tiles(shipped).items():

@@ -103,7 +103,9 @@ def elman_case(step: str, kind: str, width: int, tile, full: bool, target: str) 
         elif full:
             types |= {"h_prev_ptr": value}
     features = tile.most_inputs - full if step == "forward_inputs" else 0
-    constants: dict[str, object] = {"F": elman_form(kind, width - 1 if full else width, tile, inputs=features)}
+    constants: dict[str, object] = {
+        "F": load("elman_forms").Form.of(tile, width - full, float_of(kind), inputs=features)
+    }
     if "tokens_ptr" not in types:
         constants |= {"stride_x_h": 1}
     return Case(
@@ -157,18 +159,7 @@ def elman_grid_case(step: str, kind: str, hidden: int, tile, full: bool, target:
         types |= {"partial_bias_ptr": "*fp64" if kind == "fp64" else "*fp32"}
         if full:
             types |= {"grad_h_n_ptr": value, "h_prev_ptr": value}
-    form = load("elman_grid_forms").GridForm(
-        hidden=hidden - full,
-        units=tile.units,
-        rows=tile.rows,
-        warps=tile.warps,
-        dtype=getattr(triton.language, {"fp64": "float64", "16bit": "bfloat16"}.get(kind, "float32")),
-        mma=tile.form != "fma",
-        three=tile.form == "mma3",
-        most_chains=tile.chains,
-        lanes_k=tile.lanes_k,
-        ahead=tile.ahead,
-    )
+    form = load("elman_grid_forms").GridForm.of(tile, hidden - full, float_of(kind))
     sizes = {"T": 64, "B": tile.rows, "D": 1, "V": 28, "reverse": 0, "first_step": 0, "num_steps": 65, "first_team": 0}
     kernel = f"elman_grid_{step}_kernel"
     arguments = getattr(load("elman_grid_kernels"), kernel).arg_names
@@ -210,21 +201,9 @@ def elman_sum_cases(target: str) -> list[Case]:
     return [*cases, Case("partial sums of the recurrence", target, *kernel, None, TARGETS[target][1], values=sizes)]
 
 
-def elman_form(kind: str, hidden_size: int, tile, **options):
-    """The kernels' compile-time argument."""
-    return load("elman_forms").Form(
-        hidden=hidden_size,
-        rows=tile.rows,
-        lanes_n=tile.lanes_n,
-        lanes_k=tile.lanes_k,
-        warps=tile.warps,
-        dtype=getattr(triton.language, {"fp64": "float64", "16bit": "bfloat16"}.get(kind, "float32")),
-        mma=tile.form != "fma",
-        three=tile.form == "mma3",
-        in_shared=tile.in_shared,
-        ahead=tile.ahead,
-        **options,
-    )
+def float_of(kind: str) -> triton.language.dtype:
+    """The dtype of a kind's tensors, of 16 bits bfloat16."""
+    return getattr(triton.language, {"fp64": "float64", "16bit": "bfloat16"}.get(kind, "float32"))
 
 
 def linear_cross_entropy_cases(target: str) -> list[Case]:
@@ -247,15 +226,9 @@ def linear_cross_entropy_case(step: str, kind: str, tile, target: str) -> Case:
     streams = step in ("loss", "logits") and tile.max_h > tile.block_h
     V = 1000 if tile.max_v > tile.block_v and step != "classes" else tile.block_v - 4
     types = {name: value for name in ("hidden_ptr", "weight_ptr", "bias_ptr")} | {"target_ptr": "*i64"}
-    constants = {
-        "H": tile.multiple * (999 // tile.multiple) if streams else tile.block_h - (tile.multiple == 1),
-        "V": V,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_V": tile.block_v,
-        "BLOCK_H": tile.block_h,
-        "HAS_BIAS": True,
-        "PRECISION": kind if value == "*fp32" else "ieee",
-    }
+    H = tile.multiple * (999 // tile.multiple) if streams else tile.block_h - (tile.multiple == 1)
+    precision = kind if value == "*fp32" else "ieee"
+    constants: dict[str, object] = {"F": load("linear_cross_entropy_kernels").Form.of(tile, H, V, True, precision)}
     if step == "loss":
         module, kernel = "linear_cross_entropy_kernels", "loss_kernel"
         types |= {"lse_ptr": accumulator, "totals_ptr": accumulator}
@@ -270,7 +243,7 @@ def linear_cross_entropy_case(step: str, kind: str, tile, target: str) -> Case:
         types |= {"grad_logits_ptr" if step == "logits" else "grad_hidden_ptr": value}
         if step == "classes":
             types |= {"grad_weight_ptr": accumulator}
-            constants |= {"GRAD_HIDDEN": True, "PARTIAL": True, "HALVES": tile.halves}
+            constants |= {"GRAD_HIDDEN": True, "PARTIAL": True}
         elif step == "rows":
             constants |= {"SPLIT": False}
     width = f"{tile.multiple}*" if streams else tile.block_h
@@ -409,7 +382,7 @@ def generate_case(target: str, kind: str, H: int, V: int, L: int, sampled: bool)
     types |= {"prompt_ptr": "*i64", "ids_ptr": "*i64", "states_ptr": number, "sharpness_bits": "i64"}
     types |= {"weight_ih_ptr": value} if L > 1 else {}
     types |= {"uniforms_ptr": "*fp64", "logits_ptr": number} if sampled else {}
-    constants = tile.constants() | {"TANH": True, "STACKED": L > 1, "SAMPLE": sampled, "TOP_K": sampled}
+    constants = {"TANH": True, "STACKED": L > 1, "SAMPLE": sampled, "TOP_K": sampled, "F": tile}
     name = f"generate {kind} H{H} V{V} L{L} warps{tile.warps} {'sampled' if sampled else 'greedy'}"
     options = tile.launch_options(target)
     values = (("P", 1), ("N", 1000), ("V", V), ("L", L))
@@ -444,7 +417,7 @@ def generate_grid_case(target: str, kind: str, hidden: int, vocab: int, sampled:
     tile = load("generate_grid_tiles").grid_tile(hidden, 4, layers)
     dtype = {"fp32": triton.language.float32, "bf16": triton.language.bfloat16}[kind]
     form = load("generate_grid_kernels").grid_form(
-        tile, hidden - sampled, vocab, dtype, sampled, sampled, layers=layers
+        tile, hidden - sampled, vocab, dtype, sample=sampled, top_k=sampled, layers=layers
     )
     types: dict[str, str | tuple[str, ...]] = dict.fromkeys(("table_ptr", "weight_ptr", "head_ptr"), f"*{kind}")
     types |= {"head_bias_ptr": f"*{kind}", "states_ptr": "*fp32", "partials_ptr": "*fp32", "counters_ptr": "*i32"}

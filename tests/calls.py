@@ -5,6 +5,7 @@ documented ones. A call is made from (seed, index) alone, so that a failure can 
 tests/test_malformed_calls.py runs them in processes of their own.
 """
 
+import functools
 import math
 import warnings
 from collections import Counter
@@ -13,16 +14,17 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from drawn import NOT_TENSORS, REFUSALS, Call, Draw, outcome_of
+from drawn import NOT_TENSORS, REFUSALS, Call, Draw
+from rnn_modules import OneHotRNN, pair
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
-from unusual import TorchLM, _one_hot, tensors_of
+from unusual import TorchLM, outcome, tensors_of
 
 from charrnn_fast import CharRNN, FusedRNN, clip_grad_norm_, linear_cross_entropy
 
 
-def _modules(draw: Draw, kind: type) -> tuple[Any, Any]:
-    """A FusedRNN and its like of this kind, with random options; well-formed."""
+def _modules(draw: Draw) -> tuple[FusedRNN, "_CheckedRNN"]:
+    """A FusedRNN and torch's, with random options; well-formed."""
     options: dict[str, Any] = {
         "num_layers": draw.choice([1, 1, 2]),
         "nonlinearity": draw.choice(["tanh", "relu"]),
@@ -31,17 +33,11 @@ def _modules(draw: Draw, kind: type) -> tuple[Any, Any]:
         "bidirectional": draw.rarely(4),
         "dtype": torch.float64 if draw.rarely(6) else torch.float32,
     }
-    sizes = (draw.choice([1, 3, 5]), draw.choice([1, 4, 7]))
-    key = (kind, sizes, *options.values())
-    if key not in _MODULES:
-        torch.manual_seed(0)
-        ours, theirs = FusedRNN(*sizes, **options), kind(*sizes, **options)
-        theirs.load_state_dict(ours.state_dict())
-        _MODULES[key] = ours, theirs
-    return _MODULES[key]
+    theirs, ours = _pair(draw.choice([1, 3, 5]), draw.choice([1, 4, 7]), kind=_CheckedRNN, **options)
+    return ours, theirs
 
 
-_MODULES: dict[Any, tuple[Any, Any]] = {}
+_pair = functools.cache(pair)
 
 
 def _with_gradients(model: nn.Module, run: Callable[[], Any]) -> Callable[[], Any]:
@@ -109,7 +105,7 @@ def _state(draw: Draw, rnn: nn.RNNBase, batch: int) -> Any:
 
 
 def rnn_call(draw: Draw) -> Call:
-    ours, theirs = _modules(draw, nn.RNN)
+    ours, theirs = _modules(draw)
     dtype = ours.weight_hh_l0.dtype
     x, batch = _input(draw, ours, lambda *shape: draw.floats(*shape, dtype=dtype), ours.input_size)
     hx = _state(draw, ours, batch)
@@ -122,22 +118,7 @@ def rnn_call(draw: Draw) -> Call:
 
 
 def rnn_constructor(draw: Draw) -> Call:
-    values: list[Any] = [
-        0,
-        1,
-        3,
-        -1,
-        2.5,
-        "x",
-        None,
-        True,
-        math.nan,
-        "relu",
-        "tanh",
-        torch.float64,
-        torch.int64,
-        "meta",
-    ]
+    values = [0, 1, 3, -1, 2.5, "x", None, True, math.nan, "relu", "tanh", torch.float64, torch.int64, "meta"]
     names = ("num_layers", "nonlinearity", "bias", "batch_first", "dropout", "bidirectional", "device", "dtype")
     options = {name: draw.choice(values) for name in draw.sample([*names, "proj_size", "other"], draw.randrange(3))}
     sizes = [draw.choice(values) if draw.rarely(4) else 3 for _ in range(2)]
@@ -154,28 +135,26 @@ def rnn_constructor(draw: Draw) -> Call:
     return Call(make(FusedRNN), make(nn.RNN))
 
 
-class OneHotRNN(nn.RNN):
-    """forward_tokens by torch, with the documented errors for ids that are none."""
+def _checked(ids: Tensor, below: int) -> Tensor:
+    """The documented errors for ids that are none."""
+    if ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError("not ids")
+    ids = ids.long()
+    if ids.device.type == "cpu" and ids.numel() and not (ids.min() >= 0 and ids.max() < below):
+        raise IndexError("no such id")
+    return ids
 
-    def forward_tokens(self, tokens: Any, hx: Tensor | None = None) -> Any:
-        if isinstance(tokens, PackedSequence):
-            return self(tokens._replace(data=self._rows(tokens.data)), hx)
-        return self(self._rows(tokens), hx)
 
-    def _rows(self, ids: Tensor) -> Tensor:
-        if ids.dtype not in (torch.int64, torch.int32):
-            raise ValueError("not ids")
-        ids = ids.long()
-        if ids.device.type == "cpu" and ids.numel() and not (ids.min() >= 0 and ids.max() < self.input_size):
-            raise IndexError("no such id")
-        return _one_hot(ids, self.input_size, self.weight_ih_l0.dtype)
+class _CheckedRNN(OneHotRNN):
+    def rows_of(self, ids: Tensor) -> Tensor:
+        return super().rows_of(_checked(ids, self.input_size))
 
 
 def tokens_call(draw: Draw) -> Call:
-    ours, theirs = _modules(draw, OneHotRNN)
+    ours, theirs = _modules(draw)
     ids, batch = _input(draw, ours, lambda *shape: draw.ids(*shape, below=ours.input_size))
     hx = _state(draw, ours, batch)
-    wrong = () if outcome_of(lambda: theirs.forward_tokens(ids, hx))[1] is None else REFUSALS
+    wrong = () if outcome(lambda: theirs.forward_tokens(ids, hx))[1] is None else REFUSALS
     return Call(
         _with_gradients(ours, lambda: _unpacked(ours.forward_tokens(ids, hx))),
         _with_gradients(theirs, lambda: _unpacked(theirs.forward_tokens(ids, hx))),
@@ -194,15 +173,13 @@ def loss_call(draw: Draw) -> Call:
     if draw.rarely(15):
         target = draw.floats(rows, classes, dtype=dtype)
     w, b = draw.floats(classes, hidden, dtype=dtype), draw.floats(classes, dtype=dtype)
-    options: dict[str, Any] = {}
-    if draw.rarely(3):
-        options["reduction"] = draw.choice(["mean", "sum", "none", "none", "x", "", 3])
-    if draw.rarely(5):
-        options["ignore_index"] = draw.choice([0, 1, -100, -1, 2**40, -(2**63), 2**64, "x", 1.5])
+    options = draw.options(
+        reduction=(3, ["mean", "sum", "none", "none", "x", "", 3]),
+        ignore_index=(5, [0, 1, -100, -1, 2**40, -(2**63), 2**64, "x", 1.5]),
+    )
     if draw.rarely(8):
         options["weight"] = draw.floats(classes, dtype=dtype)
-    if draw.rarely(8):
-        options["label_smoothing"] = draw.choice([0.0, 0.1, 1.0, 1.5, -0.1, math.nan, "x", None])
+    options |= draw.options(label_smoothing=(8, [0.0, 0.1, 1.0, 1.5, -0.1, math.nan, "x", None]))
     bias = None if draw.rarely(4) else b
     if isinstance(w, Tensor) and w.dim() > 2:  # a K-dimensional loss, of which torch's linear knows nothing
         w = w.flatten(0, -2)
@@ -236,13 +213,11 @@ def clip_call(draw: Draw) -> Call:
     grads = [g if g is None or isinstance(g, Tensor) else torch.ones(2) for g in grads]
     shared = draw.rarely(6)
     max_norm = draw.choice([0.1, 1.0, 100, 0, -1.0, math.inf, math.nan, "x", None, torch.tensor(0.5), True])
-    options: dict[str, Any] = {}
-    if draw.rarely(3):
-        options["norm_type"] = draw.choice([2, 2.0, 1, 0, math.inf, "inf", -1, 3.5, "x", None, math.nan])
-    if draw.rarely(5):
-        options["error_if_nonfinite"] = draw.choice([True, False, 1])
-    if draw.rarely(5):
-        options["foreach"] = draw.choice([True, False, None])
+    options = draw.options(
+        norm_type=(3, [2, 2.0, 1, 0, math.inf, "inf", -1, 3.5, "x", None, math.nan]),
+        error_if_nonfinite=(5, [True, False, 1]),
+        foreach=(5, [True, False, None]),
+    )
     form = draw.choice([list, tuple, iter, "generator", "one", "dict", "wrong"] if draw.rarely(4) else [list])
     odd = draw.choice(NOT_TENSORS)
 
@@ -274,39 +249,26 @@ def clip_call(draw: Draw) -> Call:
     return Call(run(clip_grad_norm_), run(nn.utils.clip_grad_norm_))
 
 
-_MODELS: dict[int, tuple[CharRNN, TorchLM]] = {}
-
-
 class _CheckedLM(TorchLM):
-    def forward(self, tokens: Any, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        if tokens.dtype not in (torch.int64, torch.int32):
-            raise ValueError("not ids")
-        tokens = tokens.long()
-        if tokens.device.type == "cpu" and tokens.numel() and not (tokens.min() >= 0 and tokens.max() < 11):
-            raise IndexError("no such id")
-        return super().forward(tokens, state)
-
-    def loss(self, tokens: Any, targets: Any, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        logits, state = self(tokens, state)
-        return F.cross_entropy(logits.flatten(0, 1), targets.flatten()), state
+    def forward(self, tokens: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return super().forward(_checked(tokens, 11), state)
 
 
-def _models(draw: Draw) -> tuple[CharRNN, TorchLM]:
-    if not _MODELS:
-        torch.manual_seed(0)
-        ours, theirs = CharRNN(11, 8), _CheckedLM()
-        theirs.load_state_dict(ours.state_dict())
-        _MODELS[0] = ours, theirs
-    return _MODELS[0]
+@functools.cache
+def _models() -> tuple[CharRNN, TorchLM]:
+    torch.manual_seed(0)
+    ours, theirs = CharRNN(11, 8), _CheckedLM()
+    theirs.load_state_dict(ours.state_dict())
+    return ours, theirs
 
 
 def model_loss_call(draw: Draw) -> Call:
-    ours, theirs = _models(draw)
+    ours, theirs = _models()
     batch, steps = draw.choice([1, 3, 16]), draw.choice([1, 3, 5])
     tokens, targets = draw.ids(batch, steps, below=11), draw.ids(batch, steps, below=11)
     state = None if draw.rarely(2) else draw.floats(1, batch, 8)
     arguments = (tokens, targets, state)
-    right = outcome_of(lambda: theirs.loss(*arguments))[1] is None and targets.shape == tokens.shape
+    right = outcome(lambda: theirs.loss(*arguments))[1] is None and targets.shape == tokens.shape
     wrong = () if right else REFUSALS
     return Call(
         _with_gradients(ours, lambda: ours.loss(*arguments)),
@@ -319,7 +281,7 @@ def model_loss_call(draw: Draw) -> Call:
 def generate_call(draw: Draw) -> Call:
     from charrnn_fast.reference.generate import generate
 
-    ours, theirs = _models(draw)
+    ours, theirs = _models()
     batch, count = draw.choice([1, 3]), draw.choice([0, 1, 4])
     prompt = draw.ids(batch, draw.choice([1, 3]), below=11)
     options: dict[str, Any] = {}

@@ -4,7 +4,6 @@ A server that has imported the library and computed nothing forks a child for ea
 interpreter would take seconds. The child ends without Python's own ending, which may wait for threads that are gone.
 """
 
-import contextlib
 import importlib
 import json
 import os
@@ -12,7 +11,6 @@ import signal
 import subprocess
 import sys
 import traceback
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,15 +37,6 @@ class Server:
         assert self._process.stdin is not None
         self._process.stdin.close()
         self._process.wait()
-
-
-@contextlib.contextmanager
-def serving() -> Iterator[Server]:
-    server = Server()
-    try:
-        yield server
-    finally:
-        server.close()
 
 
 def _serve() -> None:

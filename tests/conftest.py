@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-sys.path.insert(0, str(Path(__file__).parent))  # malformed.py is shared by test files in different folders
+sys.path.insert(0, str(Path(__file__).parent))  # what test files in different folders share
 import malformed
+from children import Server
 from gpu_too import is_gpu_test
 
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -21,7 +22,9 @@ else:
     os.environ.setdefault("TRITON_INTERPRET", "1")  # read when the kernels are imported
 
 import needs  # what imports the package follows the variable
+from rnn_modules import OPTIONS, pair
 
+from charrnn_fast import FusedRNN
 from charrnn_fast.ops import backends, elman_layer
 
 
@@ -52,6 +55,26 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     """Where the Triton kernels run here, a GPU or else the CPU; for another ``backend`` the CPU."""
     plain = "backend" in request.fixturenames and request.getfixturevalue("backend") != "triton"
     return torch.device("cuda" if torch.cuda.is_available() and not plain else "cpu")
+
+
+@pytest.fixture
+def rnn(backend: str, device: torch.device) -> FusedRNN:
+    """Two layers of two directions, for input of 3 features."""
+    return pair(3, 4, backend=backend, device=device, **OPTIONS)[1]
+
+
+@pytest.fixture
+def x(device: torch.device) -> torch.Tensor:
+    """Input of ``rnn``: 5 steps of 2 sequences."""
+    return torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(1)).to(device)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    """Runs functions of the modules in tests/ in processes of their own."""
+    server = Server()
+    yield server
+    server.close()
 
 
 @pytest.fixture

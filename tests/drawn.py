@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from unusual import plain_values, tensors_of
+from unusual import difference, outcome, plain_values
 
 NOT_TENSORS: list[Any] = [None, 3, 1.5, "x", [1.0], [[1, 2]], {}, True, object(), (torch.zeros(1),)]
 FLOATS = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
@@ -19,6 +19,10 @@ class Draw(random.Random):
 
     def rarely(self, one_in: int = 12) -> bool:
         return self.randrange(one_in) == 0
+
+    def options(self, **of: tuple[int, list[Any]]) -> dict[str, Any]:
+        """Each option one time in so many, with one of its values."""
+        return {name: self.choice(values) for name, (one_in, values) in of.items() if self.rarely(one_in)}
 
     def size(self, right: int) -> int:
         return self.choice([0, 1, 2, 3, 5, 9]) if self.rarely(20) else right
@@ -99,8 +103,8 @@ class Call:
         self.numbers = math.prod(sizes) * eps < 1e-3 and len(types) < 2
 
     def disagreement(self) -> str | None:
-        expected, error = outcome_of(self.theirs)
-        found, own_error = outcome_of(self.ours)
+        expected, error = outcome(self.theirs)
+        found, own_error = outcome(self.ours)
         if error is not None or own_error is not None:
             if error is not None and own_error is not None:
                 if isinstance(own_error, (type(error), *self.own)) or isinstance(error, type(own_error)):
@@ -108,39 +112,10 @@ class Call:
             elif own_error is not None and isinstance(own_error, self.own):
                 return None
             return f"torch {_short(error)}, here {_short(own_error)}"
-        return _difference(found, expected, self.spread, self.slack) if self.numbers else None
+        narrow = any(t.is_floating_point() and torch.finfo(t.dtype).bits < 32 for t in expected)
+        tolerance = 0.1 if narrow else 2e-4
+        return difference(found, expected, tolerance, self.spread, self.slack) if self.numbers else None
 
 
 def _short(error: Exception | None) -> str:
     return "no error" if error is None else f"{type(error).__name__}: {str(error)[:160]}"
-
-
-def outcome_of(run: Callable[[], Any]) -> tuple[list[Tensor], Exception | None]:
-    try:
-        return tensors_of(run()), None
-    except Exception as error:
-        return [], error
-
-
-def _difference(found: list[Tensor], expected: list[Tensor], spread: bool, slack: float) -> str | None:
-    if len(found) != len(expected):
-        return f"{len(found)} results, not {len(expected)}"
-    for index, (a, b) in enumerate(zip(found, expected, strict=True)):
-        if (a.shape, a.dtype, a.device) != (b.shape, b.dtype, b.device):
-            return f"result {index} is {a.shape} {a.dtype} {a.device}, not {b.shape} {b.dtype} {b.device}"
-        if a.device.type == "meta" or not a.numel():
-            continue
-        a, b = plain_values(a), plain_values(b)
-        if not a.dtype.is_floating_point and not a.dtype.is_complex:
-            if not torch.equal(a, b):
-                return f"result {index}: {a} is not {b}"
-            continue
-        a, b = a.to(torch.complex128), b.to(torch.complex128)
-        finite = b.isfinite()
-        if not torch.equal(a.isfinite() | (not spread), finite | (not spread)) or (finite & ~a.isfinite()).any():
-            return f"result {index} is not finite elsewhere: {a} and {b}"
-        largest = b[finite].abs().max().item() if finite.any() else 0.0
-        narrow = min(torch.finfo(t.dtype).bits for t in expected if t.is_floating_point()) < 32
-        if finite.any() and (a - b)[finite].abs().max().item() > (0.1 if narrow else 2e-4) * (1 + largest) + slack:
-            return f"result {index}: {a} is not {b}"
-    return None

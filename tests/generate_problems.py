@@ -7,6 +7,7 @@ from needs import DEVICE
 
 from charrnn_fast.kernels.triton.generate_grid import generate_grid
 from charrnn_fast.kernels.triton.generate_grid_tiles import GenerateGridTile
+from charrnn_fast.kernels.triton.generate_types import Decoding
 from charrnn_fast.reference.generate import generate
 from charrnn_fast.reference.language_model import RNNLM, Cell
 
@@ -81,12 +82,11 @@ TILE = GenerateGridTile(16, 2, 1.0)  # 16 units a program, two warps
 
 def across(*given, tile=TILE, steps_per_launch=None, uniforms, nonlinearity, top_k=None, alpha=1.0, temperature=1.0):
     """generate's arguments, across the chip."""
-    return generate_grid(
+    call = Decoding(
         *given,
         uniforms=uniforms,
         sharpness=struct.unpack("q", struct.pack("d", alpha / temperature))[0],
         top_k=top_k if uniforms is not None and top_k is not None and top_k < given[2].shape[0] else None,
         tanh=nonlinearity == "tanh",
-        tile=tile,
-        steps_per_launch=steps_per_launch,
     )
+    return generate_grid(call, tile, steps_per_launch)

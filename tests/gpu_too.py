@@ -10,8 +10,7 @@ FILES = (
     "ops/test_registered.py",
     "test_compiled.py",
     "test_rnn_checkpointed.py",
-    "test_rnn_lengths.py",
-    "test_rnn_resets.py",
+    "test_rnn_lengths_and_resets.py",
     "test_rnn_transforms.py",
 )
 

@@ -30,6 +30,7 @@ from charrnn_fast.lm.schedule import Schedule
 from charrnn_fast.lm.training import Trainer
 
 ENGLISH = corpora.fallback(corpora.BOOKS["timemachine"], "offline").text[:6_000]
+IDENTITY: dict[str, Any] = {"kind": "fused", "seed": 0, "source": "a book"}
 VOCAB = data.Vocabulary.of(ENGLISH, letters=True)
 
 # Small forms of the recipes, with the whole batch; each ends in a batch that the processes cannot share evenly.
@@ -86,6 +87,10 @@ class Losses(Callback):
             os._exit(7)
 
 
+def _numbers(trainer: Trainer) -> list[list[float]]:
+    return [p.detach().flatten().tolist() for p in trainer.model.parameters()]
+
+
 def curve(processes: Processes | None, folder: Path, form: str, options: dict[str, Any]) -> Any:
     """Losses and norms of every update, the epochs' figures, and the parameters at the end."""
     trainer, sampler, _ = built(form, processes, **options)
@@ -99,21 +104,19 @@ def curve(processes: Processes | None, folder: Path, form: str, options: dict[st
     validated = validate(
         trainer.model, sampler.walk(VOCAB.encode(ENGLISH[:45])), carry_state=sampler.carry_state, processes=processes
     )
-    parameters = [p.detach().flatten().tolist() for p in trainer.model.parameters()]
-    return {"steps": listener.seen, "epochs": figures, "validated": validated, "parameters": parameters}
+    return {"steps": listener.seen, "epochs": figures, "validated": validated, "parameters": _numbers(trainer)}
 
 
 def stopped_and_resumed(processes: Processes | None, folder: Path, form: str, dropout: float, at: int) -> Any:
     """Stopped by the last process alone, saved by the first, resumed by all; and the same without a stop."""
-    identity: dict[str, Any] = {"kind": "fused", "seed": 0, "source": "a book"}
     trainer, sampler, recipe = built(form, processes, dropout=dropout)
     torch.manual_seed(processes.rank if processes else 0)
     trainer.fit(sampler)
-    straight = [p.detach().flatten().tolist() for p in trainer.model.parameters()]
+    straight = _numbers(trainer)
 
     trainer, sampler, recipe = built(form, processes, dropout=dropout)
     torch.manual_seed(processes.rank if processes else 0)
-    keeper = Keeper(folder, trainer, sampler, VOCAB, recipe, identity=identity, every=Every(1e9, seconds=True))
+    keeper = Keeper(folder, trainer, sampler, VOCAB, recipe, identity=IDENTITY, every=Every(1e9, seconds=True))
     last = processes is None or processes.rank == processes.count - 1
     trainer.fit(sampler, callbacks=[Losses(stop_after=at if last else None), keeper])
     found = {"stopped": trainer.stopped, "step": trainer.step, "between": trainer.between_epochs}
@@ -122,8 +125,7 @@ def stopped_and_resumed(processes: Processes | None, folder: Path, form: str, dr
     trainer, sampler, recipe = built(form, processes, dropout=dropout)
     checkpoint.resume(checkpoint.load(folder), trainer, sampler, recipe)
     trainer.fit(sampler)
-    resumed = [p.detach().flatten().tolist() for p in trainer.model.parameters()]
-    return found | {"straight": straight, "resumed": resumed}
+    return found | {"straight": straight, "resumed": _numbers(trainer)}
 
 
 def not_finite(processes: Processes | None, folder: Path, on_nan: str) -> Any:
@@ -152,9 +154,8 @@ def a_write_that_fails(processes: Processes, folder: Path) -> Any:
     """The first process's folder is gone: all know, and none goes on as if it were saved."""
     trainer, sampler, recipe = built("windows", processes)
     notices: list[str] = []
-    identity: dict[str, Any] = {"kind": "fused", "seed": 0, "source": "a book"}
     gone = folder / "gone"
-    keeper = Keeper(gone, trainer, sampler, VOCAB, recipe, identity=identity, notice=notices.append)
+    keeper = Keeper(gone, trainer, sampler, VOCAB, recipe, identity=IDENTITY, notice=notices.append)
     wrote = keeper.write()
     if processes.first:
         gone.mkdir()
@@ -178,14 +179,8 @@ def run(count: int, folder: Path, cases: Any, codes: list[int] | None = None) ->
     folder.mkdir()
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-W", "ignore", __file__]
-    started = [
-        subprocess.Popen(
-            [*command, *map(str, (rank, count, folder, json.dumps(cases)))],
-            stderr=subprocess.PIPE,
-            env=environment,
-        )
-        for rank in range(count)
-    ]
+    given = [map(str, (rank, count, folder, json.dumps(cases))) for rank in range(count)]
+    started = [subprocess.Popen([*command, *of], stderr=subprocess.PIPE, env=environment) for of in given]
     try:
         said = [process.communicate(timeout=300)[1].decode() for process in started]
     finally:

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from unusual import (
+    GRADIENTS,
+    KINDS,
     OPERATIONS,
     B,
     H,
@@ -17,6 +19,8 @@ from unusual import (
     T,
     TorchLM,
     V,
+    gradients_of_a_kind,
+    operands_of_a_kind,
     outcome,
     results_and_gradients,
     same_outcome,
@@ -26,11 +30,11 @@ from unusual import (
 from charrnn_fast import CharRNN, clip_grad_norm_
 
 
-def _leaves(operation: Operation) -> list[Tensor]:
-    return [x.clone().requires_grad_(operation.differentiable) for x in operation.operands]
+def _leaves(operation: Operation, values: Sequence[Tensor] | None = None) -> list[Tensor]:
+    return [x.clone().requires_grad_(operation.differentiable) for x in values or operation.operands]
 
 
-def _everything(operation: Operation, f: Callable[..., Any]) -> Callable[..., Any]:
+def _everything(f: Callable[..., Any]) -> Callable[..., Any]:
     """Results, and where there are gradients these."""
     return lambda *operands: results_and_gradients(f, operands, torch.ones_like)
 
@@ -40,17 +44,13 @@ def in_fake_mode(name: str, kind: str) -> None:
 
     operation = OPERATIONS[name]()
 
-    def run(f):
-        def shapes():
-            with FakeTensorMode(allow_non_fake_inputs=True) as mode:
-                operands = [mode.from_tensor(x) for x in _leaves(operation)]
-                if kind == "results":
-                    return [torch.empty_like(t, device="meta") for t in tensors_of(f(*operands))]
-                return [torch.empty_like(t, device="meta") for t in _everything(operation, f)(*operands)]
+    def shapes(f):
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            operands = [mode.from_tensor(x) for x in _leaves(operation)]
+            found = (f if kind == "results" else _everything(f))(*operands)
+            return [torch.empty_like(t, device="meta") for t in tensors_of(found)]
 
-        return shapes
-
-    same_outcome(run(operation.ours), run(operation.theirs))
+    operation.compare(shapes)
 
 
 def traced_by_make_fx(name: str, mode: str) -> None:
@@ -59,31 +59,17 @@ def traced_by_make_fx(name: str, mode: str) -> None:
 
     operation = OPERATIONS[name]()
     others = [torch.randn_like(x) for x in operation.operands]
-    for of in (lambda f: f, lambda f: _everything(operation, f)):
 
-        def run(f, of=of):
-            def traced():
-                graph = make_fx(of(f), tracing_mode=mode, _allow_non_fake_inputs=True)(*_leaves(operation))
-                return graph(*(x.clone().requires_grad_(operation.differentiable) for x in others))
+    def traced(f):
+        graph = make_fx(f, tracing_mode=mode, _allow_non_fake_inputs=True)(*_leaves(operation))
+        return graph(*_leaves(operation, others))
 
-            return traced
-
-        same_outcome(run(operation.ours), run(operation.theirs))
-
-
-def _same_as_either(
-    run: Callable[[Callable[..., Any]], Any], operation: Operation, otherwise: Callable[[], Any]
-) -> None:
-    """Torch's own way through a transform, or what it would be where torch's RNN has none."""
-    if outcome(lambda: run(operation.theirs))[1] is None:
-        same_outcome(lambda: run(operation.ours), lambda: run(operation.theirs))
-    elif outcome(lambda: run(operation.ours))[1] is None:
-        same_outcome(lambda: run(operation.ours), otherwise)
-    else:
-        same_outcome(lambda: run(operation.ours), lambda: run(operation.theirs))
+    operation.compare(traced)
+    operation.compare(lambda f: traced(_everything(f)))
 
 
 def transformed(name: str, transform: str) -> None:
+    """Torch's own way through a transform, or what it would be where torch's RNN has none."""
     from torch import func
 
     operation = OPERATIONS[name]()
@@ -97,9 +83,9 @@ def transformed(name: str, transform: str) -> None:
         result, pull = func.vjp(lambda *x: tuple(tensors_of(f(*x))), *operands)
         return *result, *pull(tuple(torch.ones_like(t) for t in result))
 
-    def jvp(f):
-        results = func.jvp(lambda *x: tuple(tensors_of(f(*x))), operands, tangents)
-        return *results[0], *results[1]
+    def jvp(f, jvp=func.jvp):
+        results, products = jvp(lambda *x: tuple(tensors_of(f(*x))), operands, tangents)
+        return *results, *products
 
     def dual(f):
         import torch.autograd.forward_ad as forward_ad
@@ -110,10 +96,7 @@ def transformed(name: str, transform: str) -> None:
             return [*(p.primal for p in parts), *(p.tangent for p in parts if p.tangent is not None)]
 
     def twice_backward():
-        results, products = torch.autograd.functional.jvp(
-            lambda *x: tuple(tensors_of(operation.theirs(*x))), operands, tangents
-        )
-        return *results, *products
+        return jvp(operation.theirs, torch.autograd.functional.jvp)
 
     def gradients(*x):
         leaves = [y.clone().requires_grad_() for y in x]
@@ -145,7 +128,10 @@ def transformed(name: str, transform: str) -> None:
     run, otherwise = runs[transform]
     if transform in ("grad", "vmap of grad") and not operation.differentiable:
         return
-    _same_as_either(run, operation, otherwise)
+    ours, theirs = (functools.partial(run, f) for f in (operation.ours, operation.theirs))
+    if outcome(theirs)[1] is not None and outcome(ours)[1] is None:
+        theirs = otherwise
+    same_outcome(ours, theirs)
 
 
 def watched(name: str, mode: str) -> None:
@@ -154,35 +140,28 @@ def watched(name: str, mode: str) -> None:
     from torch.utils._python_dispatch import TorchDispatchMode
     from torch.utils.flop_counter import FlopCounterMode
 
-    class Functions(TorchFunctionMode):
-        seen = 0
+    def counted(self, func, types, args=(), kwargs=None):
+        self.seen += 1
+        return func(*args, **(kwargs or {}))
 
-        def __torch_function__(self, func, types, args=(), kwargs=None):
-            type(self).seen += 1
-            return func(*args, **(kwargs or {}))
+    class Functions(TorchFunctionMode):
+        seen, __torch_function__ = 0, counted
 
     class Operators(TorchDispatchMode):
-        seen = 0
-
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            type(self).seen += 1
-            return func(*args, **(kwargs or {}))
+        seen, __torch_dispatch__ = 0, counted
 
     operation = OPERATIONS[name]()
     kind = {"functions": Functions, "operators": Operators, "flops": lambda: FlopCounterMode(display=False)}[mode]
     seen = []
 
-    def run(f):
-        def inside():
-            operands = _leaves(operation)
-            with kind() as entered:
-                results = _everything(operation, f)(*operands)
-            seen.append(entered.get_total_flops() if mode == "flops" else entered.seen)
-            return results
+    def inside(f):
+        operands = _leaves(operation)
+        with kind() as entered:
+            results = _everything(f)(*operands)
+        seen.append(entered.get_total_flops() if mode == "flops" else entered.seen)
+        return results
 
-        return inside
-
-    same_outcome(run(operation.ours), run(operation.theirs))
+    operation.compare(inside)
     if seen:
         theirs, ours = seen
         assert ours == theirs if mode == "flops" else ours > 0, f"{mode}: torch's {theirs}, here {ours}"
@@ -216,35 +195,26 @@ REGIONS: dict[str, Callable[[], Any]] = {
 def in_a_region(name: str, name_of_region: str) -> None:
     operation = OPERATIONS[name]()
 
-    def run(f, region):
-        def inside():
-            operands = _leaves(operation)
-            with region():
-                results = _everything(operation, f)(*operands)
-            return results
+    def inside(f):
+        operands = _leaves(operation)
+        plain = name_of_region == "default device" and f is operation.theirs
+        with contextlib.nullcontext() if plain else REGIONS[name_of_region]():
+            return _everything(f)(*operands)
 
-        return inside
-
-    region = REGIONS[name_of_region]
-    theirs = contextlib.nullcontext if name_of_region == "default device" else region
     tolerance = 0.1 if name_of_region == "autocast" else 1e-4
     # The decoder computes in the weights' type whatever the region, so that its texts do not depend on it.
     numbers = not (operation.own_errors and name_of_region == "autocast")
-    same_outcome(run(operation.ours, region), run(operation.theirs, theirs), name_of_region, tolerance, numbers)
+    operation.compare(inside, name_of_region, tolerance, numbers)
 
 
 def without_a_graph(name: str, mode: str) -> None:
     operation = OPERATIONS[name]()
-    region = {"no_grad": torch.no_grad, "inference": torch.inference_mode}[mode]
 
-    def run(f):
-        def inside():
-            with region():
-                return f(*(x.clone() for x in operation.operands))
+    def inside(f):
+        with {"no_grad": torch.no_grad, "inference": torch.inference_mode}[mode]():
+            return f(*(x.clone() for x in operation.operands))
 
-        return inside
-
-    same_outcome(run(operation.ours), run(operation.theirs))
+    operation.compare(inside)
 
 
 def checkpointed(name: str, kind: str) -> None:
@@ -256,9 +226,9 @@ def checkpointed(name: str, kind: str) -> None:
 
     def run(f):
         again = functools.partial(checkpoint, f, use_reentrant=kind == "reentrant")
-        return lambda: _everything(operation, again)(*_leaves(operation))
+        return _everything(again)(*_leaves(operation))
 
-    same_outcome(run(operation.ours), run(operation.theirs))
+    operation.compare(run)
 
 
 # ---- distributed ----------------------------------------------------------------------------------------------------
@@ -287,16 +257,13 @@ def distributed(name: str, placement: str) -> None:
         for chosen in [tuple(range(count)), *((i,) for i in range(count))]:
 
             def run(f, chosen=chosen):
-                def inside():
-                    operands = [x.clone() for x in operation.operands]
-                    for i in chosen:
-                        operands[i] = distribute_tensor(operands[i], mesh, where)
-                    operands = [x.detach().requires_grad_(operation.differentiable) for x in operands]
-                    return _everything(operation, f)(*operands)
+                operands = [x.clone() for x in operation.operands]
+                for i in chosen:
+                    operands[i] = distribute_tensor(operands[i], mesh, where)
+                operands = [x.detach().requires_grad_(operation.differentiable) for x in operands]
+                return _everything(f)(*operands)
 
-                return inside
-
-            same_outcome(run(operation.ours), run(operation.theirs), f"operands {chosen}")
+            operation.compare(run, f"operands {chosen}")
 
 
 def fully_sharded(method: str, parts: Sequence[str]) -> None:
@@ -328,7 +295,9 @@ def fully_sharded(method: str, parts: Sequence[str]) -> None:
         same_outcome(run(models[0]), run(models[1]))  # and once more, on what the first run left
 
 
-SURROUNDINGS: dict[str, tuple[Callable[[str, str], None], Sequence[str]]] = {
+SURROUNDINGS: dict[str, tuple[Callable[[str, str], int | None], Sequence[str]]] = {
+    "operands": (operands_of_a_kind, tuple(KINDS)),
+    "gradients": (gradients_of_a_kind, tuple(GRADIENTS)),
     "fake": (in_fake_mode, ("results", "gradients")),
     "make_fx": (traced_by_make_fx, ("real", "fake")),
     "make_fx of symbols": (traced_by_make_fx, ("symbolic",)),
@@ -342,9 +311,10 @@ SURROUNDINGS: dict[str, tuple[Callable[[str, str], None], Sequence[str]]] = {
 
 
 def every_kind(surroundings: str, name: str) -> int:
-    """One operation in every kind of these surroundings; the last that was printed is the one that failed."""
+    """How often one operation was tried in every kind of these; the last that was printed is the one that failed."""
     function, kinds = SURROUNDINGS[surroundings]
+    tried = 0
     for kind in kinds:
         print(kind, flush=True)
-        function(name, kind)
-    return len(kinds)
+        tried += function(name, kind) or 0
+    return tried

@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from rnn_modules import assert_same
 from torch import nn
 from torch._dynamo import compiled_autograd, config
 from torch._dynamo.utils import counters
@@ -33,61 +34,45 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
-def _dense(device, backend):
-    rnn = FusedRNN(F_IN, H, 2, batch_first=True, backend=backend, device=device)
-    return rnn, lambda B, T: (torch.randn(B, T, F_IN, device=device),), list(rnn.parameters())
+class Head(nn.Linear):
+    def forward(self, h, target):
+        return linear_cross_entropy(h.flatten(0, 1), self.weight, target.flatten(), linear_bias=self.bias)
 
 
-def _checkpointed(device, backend):
-    rnn = FusedRNN(F_IN, H, 2, bidirectional=True, backend=backend, device=device, checkpoint_steps=3)
-    return rnn, lambda B, T: (torch.randn(T, B, F_IN, device=device),), list(rnn.parameters())
+# What is called, how it is made, and the inputs that it is called with.
+CASES = {
+    "dense": (FusedRNN, "forward", {"num_layers": 2, "batch_first": True}, ["x"]),
+    "checkpointed": (FusedRNN, "forward", {"num_layers": 2, "bidirectional": True, "checkpoint_steps": 3}, ["x"]),
+    "tokens": (FusedRNN, "forward_tokens", {"batch_first": True}, ["ids"]),
+    "model": (CharRNN, "forward", {}, ["ids"]),
+    "loss": (CharRNN, "loss", {}, ["ids", "ids"]),
+    "head": (Head, "forward", {}, ["h", "ids"]),
+}
+SIZES_OF = {FusedRNN: (F_IN, H), CharRNN: (V, H), Head: (H, V)}
 
 
-def _tokens(device, backend):
-    rnn = FusedRNN(F_IN, H, batch_first=True, backend=backend, device=device)
-    return rnn.forward_tokens, lambda B, T: (torch.randint(F_IN, (B, T), device=device),), list(rnn.parameters())
+def check_alike(found, expected, parameters):
+    """Results and their gradients."""
+    torch.testing.assert_close(found, expected)
+    losses = [sum(y.sin().sum() for y in (of if isinstance(of, tuple) else (of,))) for of in (found, expected)]
+    torch.testing.assert_close(*(torch.autograd.grad(loss, parameters) for loss in losses))
 
 
-def _forward(device, backend):
-    model = CharRNN(V, H, backend=backend, device=device)
-    return model, lambda B, T: (torch.randint(V, (B, T), device=device),), list(model.parameters())
-
-
-def _loss(device, backend):
-    model = CharRNN(V, H, backend=backend, device=device)
-    return model.loss, lambda B, T: [torch.randint(V, (B, T), device=device)] * 2, list(model.parameters())
-
-
-def _head(device, backend):
-    linear = nn.Linear(H, V, device=device)
-
-    def loss(h, target):
-        return linear_cross_entropy(h.flatten(0, 1), linear.weight, target.flatten(), linear_bias=linear.bias)
-
-    def given(B, T):
-        return torch.randn(B, T, H, device=device), torch.randint(V, (B, T), device=device)
-
-    return loss, given, list(linear.parameters())
-
-
-def gradients(result, parameters):
-    result = result if isinstance(result, tuple) else (result,)
-    return torch.autograd.grad(sum(y.sin().sum() for y in result), parameters)
-
-
-@pytest.mark.parametrize("make", [_dense, _checkpointed, _tokens, _forward, _loss, _head], ids=lambda f: f.__name__)
-def test_one_graph_for_every_number_of_steps_and_sequences(device, make):
+@pytest.mark.parametrize("case", CASES)
+def test_one_graph_for_every_number_of_steps_and_sequences(device, case):
     """Forward and backward by the kernels, which are operators to the compiler."""
-    f, given, parameters = make(device, "triton" if device.type == "cuda" else "native")
+    kind, method, options, inputs = CASES[case]
+    if kind is not Head:
+        options = {**options, "backend": "triton" if device.type == "cuda" else "native"}
+    module = kind(*SIZES_OF[kind], device=device, **options)
+    f, made = module if method == "forward" else getattr(module, method), None
     compiled = torch.compile(f, fullgraph=True, dynamic=True, backend="aot_eager")
-    made = None
-    for size in SIZES:
-        arguments = given(*size)
-        found, expected = compiled(*arguments), f(*arguments)
-        torch.testing.assert_close(found, expected)
-        torch.testing.assert_close(gradients(found, parameters), gradients(expected, parameters))
+    for B, T in SIZES:
+        drawn = {"x": torch.randn(B, T, F_IN), "h": torch.randn(B, T, H), "ids": torch.randint(F_IN, (B, T))}
+        arguments = [drawn[name].to(device) for name in inputs]
+        check_alike(compiled(*arguments), f(*arguments), list(module.parameters()))
         made = made or graphs()
-        assert graphs() == made, f"compiled anew for {size}"
+        assert graphs() == made, f"compiled anew for {B} sequences of {T} steps"
 
 
 def _step(model, parameters):
@@ -128,9 +113,7 @@ def test_a_training_step_by_inductor(device, mode):
     parameters = list(model.parameters())
     for B, T in SIZES:
         X = torch.randint(V, (B, T), device=device)
-        found, expected = compiled(X, X.roll(1, 1)), model.loss(X, X.roll(1, 1))
-        torch.testing.assert_close(found, expected)
-        torch.testing.assert_close(gradients(found, parameters), gradients(expected, parameters))
+        check_alike(compiled(X, X.roll(1, 1)), model.loss(X, X.roll(1, 1)), parameters)
 
 
 class Tagger(nn.Module):
@@ -140,7 +123,7 @@ class Tagger(nn.Module):
 
     def forward(self, x, lengths, enforce_sorted, hx=None):
         output, h_n = self.rnn(pack_padded_sequence(x, lengths, enforce_sorted=enforce_sorted), hx)
-        return output.data.sin(), h_n.cos()
+        return output.data, h_n
 
 
 @pytest.mark.parametrize(
@@ -156,13 +139,7 @@ def test_packed_input_breaks_no_graph(state, enforce_sorted, options):
     for lengths in ([6, 3, 2], [7, 7, 4, 2]):
         lengths = torch.tensor(lengths if enforce_sorted else lengths[::-1])
         x, hx = torch.randn(int(lengths.max()), len(lengths), F_IN), torch.randn(1, len(lengths), H)
-        found, expected = (m(x, lengths, enforce_sorted, hx if state else None) for m in (compiled, theirs))
-        torch.testing.assert_close(found, expected)
-        grads = [
-            torch.autograd.grad(y[0].sum() + y[1].sum(), list(m.parameters()))
-            for y, m in ((found, ours), (expected, theirs))
-        ]
-        torch.testing.assert_close(*grads)
+        assert_same(compiled, theirs, x, lengths, enforce_sorted, hx if state else None)
     assert graphs() == 1
     assert all("pack_padded_sequence" in reason for reason in counters["graph_break"]), counters["graph_break"]
 
@@ -187,15 +164,19 @@ def test_compiled_autograd(packed, options):
     assert found[0][1:] == found[1][1:] == (1, 0)
 
 
+def check_compiled_autograd(loss, leaves):
+    """The gradients of loss() in one graph."""
+    expected = torch.autograd.grad(loss(), leaves)
+    with compiled_autograd._enable(torch.compile(backend="aot_eager")):
+        loss().backward()
+    torch.testing.assert_close([x.grad for x in leaves], list(expected))
+    assert (graphs(), sum(counters["graph_break"].values())) == (1, 0)
+
+
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "embedding": 4}], ids=str)
 def test_compiled_autograd_of_the_language_models_loss(backend, device, options):
     model, ids = CharRNN(V, H, backend=backend, device=device, **options), torch.randint(V, (3, 6), device=device)
-    parameters = list(model.parameters())
-    expected = torch.autograd.grad(model.loss(ids, ids)[0], parameters)
-    with compiled_autograd._enable(torch.compile(backend="aot_eager")):
-        model.loss(ids, ids)[0].backward()
-    torch.testing.assert_close([p.grad for p in parameters], list(expected))
-    assert (graphs(), sum(counters["graph_break"].values())) == (1, 0)
+    check_compiled_autograd(lambda: model.loss(ids, ids)[0], list(model.parameters()))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
@@ -212,8 +193,4 @@ def test_compiled_autograd_of_the_loss(kernels, device, monkeypatch, reduction):
         h, weight, bias = leaves
         return linear_cross_entropy(h, weight, target, linear_bias=bias, reduction=reduction).sin().sum()
 
-    expected = torch.autograd.grad(loss(), leaves)
-    with compiled_autograd._enable(torch.compile(backend="aot_eager")):
-        loss().backward()
-    torch.testing.assert_close([x.grad for x in leaves], list(expected))
-    assert (graphs(), sum(counters["graph_break"].values())) == (1, 0)
+    check_compiled_autograd(loss, leaves)

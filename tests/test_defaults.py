@@ -2,32 +2,25 @@
 type, their operands are.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import pytest
 import torch
 import torch.nn.functional as F
+from rnn_modules import differentiated, pair
 from torch import nn
 from torch.nn.utils.rnn import pack_sequence
+from torch.testing._internal.common_utils import set_default_dtype
 
-from charrnn_fast import CharRNN, FusedRNN, Trainer, clip_grad_norm_, linear_cross_entropy
+from charrnn_fast import CharRNN, Trainer, clip_grad_norm_, linear_cross_entropy
 from charrnn_fast.lm.data import Vocabulary, Windows
 from charrnn_fast.lm.generation import generate
 
 
-@contextmanager
-def _default_float64() -> Iterator[None]:
-    torch.set_default_dtype(torch.float64)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(torch.float32)
-
-
 @pytest.fixture(params=["meta", "float64"])
 def elsewhere(request) -> Callable:
-    return (lambda: torch.device("meta")) if request.param == "meta" else _default_float64
+    return (lambda: torch.device("meta")) if request.param == "meta" else (lambda: set_default_dtype(torch.float64))
 
 
 @pytest.fixture
@@ -42,24 +35,20 @@ def _gradients(result: torch.Tensor, *leaves: torch.Tensor) -> list[torch.Tensor
 
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2, "bidirectional": True}, {"bias": False}], ids=str)
 @pytest.mark.parametrize("form", ["dense", "packed", "tokens", "packed tokens"])
-def test_fused_rnn(backend, on, elsewhere, options, form):
-    rnn = on(FusedRNN(5, 7, **options, backend=backend))
-    theirs = on(nn.RNN(5, 7, **options))
-    theirs.load_state_dict(rnn.state_dict())
-    x, ids = on(torch.randn(9, 3, 5)), on(torch.randint(5, (9, 3)))
-    rows = on(F.one_hot(ids, 5).float())
+def test_fused_rnn(backend, device, elsewhere, options, form):
+    theirs, ours = pair(5, 7, **options, backend=backend, device=device)
+    x = torch.randn(9, 3, 5, device=device)
+    if "tokens" in form:
+        x = x.argmax(-1)
     if "packed" in form:
-        lengths = (9, 4, 1)
-        x, ids, rows = (pack_sequence([t[:n, b] for b, n in enumerate(lengths)]) for t in (x, ids, rows))
+        x = pack_sequence([x[:n, b] for b, n in enumerate((9, 4, 1))])
+
+    def everything(module):
+        return differentiated(module, (module.forward_tokens if "tokens" in form else module)(x))
+
     with elsewhere():
-        found = rnn.forward_tokens(ids) if "tokens" in form else rnn(x)
-    expected = theirs(rows if "tokens" in form else x)
-    if "packed" in form:
-        found, expected = ((output.data, hidden) for output, hidden in (found, expected))
-    torch.testing.assert_close(found, expected)
-    with elsewhere():
-        gradients = _gradients(found[0].pow(2), *rnn.parameters())
-    torch.testing.assert_close(gradients, _gradients(expected[0].pow(2), *theirs.parameters()))
+        found = everything(ours)
+    torch.testing.assert_close(found, everything(theirs))
 
 
 @pytest.mark.parametrize("reduction", ["mean", "none"])

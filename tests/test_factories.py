@@ -27,24 +27,16 @@ GIVEN = {"complex", "polar", "from_numpy"}
 ON_THE_CPU = {"frombuffer"}
 
 
-def _names(call: ast.Call) -> str | None:
-    """f of torch.f(...), or of f(...) where it was imported from torch."""
-    function = call.func
-    if isinstance(function, ast.Attribute) and isinstance(function.value, ast.Name) and function.value.id == "torch":
-        return function.attr
-    return None
-
-
 def faults(source: str) -> list[tuple[int, str]]:
     """(line, what is left out) of each call of a factory that does not name its device and its type."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.ImportFrom) and node.module == "torch":
             found += [(node.lineno, f"{a.name} imported by itself") for a in node.names if a.name in FACTORIES]
-        if not isinstance(node, ast.Call):
+        if not isinstance(node, ast.Call) or not ast.unparse(node.func).startswith("torch."):
             continue
-        name = _names(node)
-        if name is None or name not in FACTORIES - GIVEN:
+        name = ast.unparse(node.func).removeprefix("torch.")
+        if name not in FACTORIES - GIVEN:
             continue
         given = {keyword.arg for keyword in node.keywords}
         if {"out"} & given or None in given:  # **options may say both; out= says both

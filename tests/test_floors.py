@@ -1,7 +1,8 @@
 """A file imports only from floors below its own: kernels, reference -> ops -> rnn -> lm -> bench -> cli."""
 
-import ast
 from pathlib import Path
+
+from package_files import imports_of, modules_of
 
 import charrnn_fast
 from charrnn_fast import bench, kernels, reference
@@ -16,27 +17,7 @@ FOLDERS = {
 }
 
 
-def _modules() -> dict[str, Path]:
-    """Every module of the package by its dotted name."""
-    found = {}
-    for package, folder in FOLDERS.items():
-        for path in folder.rglob("*.py"):
-            parts = [package, *path.relative_to(folder).with_suffix("").parts]
-            found[".".join(parts)] = path
-    return found
-
-
-def _imports(name: str, path: Path) -> set[str]:
-    """Absolute names of everything that a module imports, also inside functions."""
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            names |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            base = name.split(".")[: -node.level] if node.level else []
-            module = ".".join([*base, *([node.module] if node.module else [])])
-            names |= {module} | {f"{module}.{alias.name}" for alias in node.names}
-    return names
+MODULES = {name: path for package, folder in FOLDERS.items() for name, path in modules_of(folder, package).items()}
 
 
 def _part(name: str) -> str | None:
@@ -45,17 +26,15 @@ def _part(name: str) -> str | None:
 
 
 def test_every_part_has_a_floor():
-    parts = {_part(name) for name in _modules()} - {"__init__"}
+    parts = {_part(name) for name in MODULES} - {None}
     assert parts <= FLOOR_OF.keys() and {"kernels", "reference", "ops", "rnn", "lm", "bench", "cli"} <= parts
 
 
 def test_imports_go_down():
     wrong = []
-    for name, path in _modules().items():
+    for name, path in MODULES.items():
         here = _part(name)
-        if here == "__init__":
-            continue
-        for imported in _imports(name, path):
+        for imported in imports_of(name, path) if here is not None else ():
             there = _part(imported)
             if there in FLOOR_OF and there != here and FLOOR_OF[there] >= FLOOR_OF[here]:
                 wrong.append(f"{name} imports {imported}")
@@ -64,8 +43,8 @@ def test_imports_go_down():
 
 def test_reference_imports_torch_alone():
     allowed = {"torch", "dataclasses", "collections"}
-    for name, path in _modules().items():
+    for name, path in MODULES.items():
         if _part(name) == "reference":
-            outside = {i.split(".")[0] for i in _imports(name, path)} - allowed
+            outside = {i.split(".")[0] for i in imports_of(name, path)} - allowed
             assert outside <= {"charrnn_fast"}, (name, outside)
-            assert all(_part(i) in (None, "reference") for i in _imports(name, path)), name
+            assert all(_part(i) in (None, "reference") for i in imports_of(name, path)), name

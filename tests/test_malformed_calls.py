@@ -5,17 +5,10 @@
 
 import malformed
 import pytest
-from children import serving
 
 SEED = 0
 CALLS = 4000  # by default; the long form brings all kinds of malformed inputs together to a million
 AT_A_TIME = 1000
-
-
-@pytest.fixture(scope="module")
-def server():
-    with serving() as server:
-        yield server
 
 
 @pytest.mark.parametrize("part", range(CALLS // AT_A_TIME))

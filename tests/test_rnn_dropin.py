@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import re
 import shutil
 import subprocess
 import sys
@@ -10,9 +11,9 @@ import warnings
 import hypothesis
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
+from rnn_modules import LAYOUTS, OPTIONS, differentiated, drawn, gradients, pair
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pack_sequence
 from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
@@ -20,24 +21,6 @@ from torch.testing._internal.common_modules import ModuleErrorEnum, module_db
 from charrnn_fast import FusedRNN
 
 INFO = next(info for info in module_db if info.module_cls is nn.RNN)
-
-
-def pair(*args, backend="auto", seed=0, **kwargs):
-    """A torch.nn.RNN and the FusedRNN of the same seed."""
-    torch.manual_seed(seed)
-    theirs = nn.RNN(*args, **kwargs)
-    torch.manual_seed(seed)
-    return theirs, FusedRNN(*args, **kwargs, backend=backend)
-
-
-def plain(result):
-    """(output, h_n) as plain tensors, output of a PackedSequence by its data."""
-    return (result[0].data if isinstance(result[0], PackedSequence) else result[0]), result[1]
-
-
-def loss_of(result):
-    output, h_n = plain(result)
-    return output.sin().sum() + (h_n * h_n).sum()
 
 
 def fresh_arguments(sample, device):
@@ -67,15 +50,12 @@ def test_module_info_outputs_gradients_and_state_dicts(backend, device, training
         assert list(ours.state_dict()) == list(theirs.state_dict())
         ours.load_state_dict(theirs.state_dict())
         theirs.load_state_dict(ours.state_dict())
-        results, grads = [], []
+        found = []
         for module in (theirs, ours):
             arguments, leaves = fresh_arguments(sample, device)
-            # cuDNN has no backward in eval mode
-            with torch.backends.cudnn.flags(enabled=False):
-                results.append(plain(module(*arguments)))
-            grads.append(torch.autograd.grad(loss_of(results[-1]), [*leaves, *module.parameters()]))
-        torch.testing.assert_close(results[1], results[0])
-        torch.testing.assert_close(grads[1], grads[0])
+            with torch.backends.cudnn.flags(enabled=False):  # cuDNN has no backward in eval mode
+                found.append(differentiated(module, module(*arguments), *leaves))
+        torch.testing.assert_close(found[1], found[0])
 
 
 def test_module_info_double_gradients(backend, device):
@@ -85,10 +65,17 @@ def test_module_info_double_gradients(backend, device):
             arguments, leaves = fresh_arguments(sample, device)
             with torch.backends.cudnn.flags(enabled=False):  # nor a double backward
                 result = module(*arguments)
-            wanted = [*leaves, *module.parameters()]
-            first = torch.autograd.grad(loss_of(result), wanted, create_graph=True)
-            second.append(torch.autograd.grad(sum(grad.square().sum() for grad in first), wanted))
+            first = gradients(module, result, *leaves, create_graph=True)
+            total = sum(grad.square().sum() for grad in first)
+            second.append(torch.autograd.grad(total, [*leaves, *module.parameters()]))
         torch.testing.assert_close(second[1], second[0])
+
+
+def built_and_called(kind, sample):
+    built, called = sample.module_error_input.constructor_input, sample.module_error_input.forward_input
+    module = kind(*built.args, **built.kwargs)
+    assert sample.error_on == ModuleErrorEnum.FORWARD_ERROR
+    module(*called.args, **called.kwargs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -96,18 +83,19 @@ def test_module_info_error_inputs(dtype):
     samples = INFO.module_error_inputs_func(INFO, device="cpu", dtype=dtype, requires_grad=False, training=True)
     assert len(samples) >= 10
     for sample in samples:
-        built, called = sample.module_error_input.constructor_input, sample.module_error_input.forward_input
-        errors = []
-        for kind in (nn.RNN, FusedRNN):
-            with pytest.raises(sample.error_type, match=sample.error_regex) as caught:
-                module = kind(*built.args, **built.kwargs)
-                assert sample.error_on == ModuleErrorEnum.FORWARD_ERROR
-                module(*called.args, **called.kwargs)
-            errors.append((caught.type, str(caught.value)))
-        assert errors[0] == errors[1]
+        kind, message = refusal(built_and_called, FusedRNN, sample)
+        assert (kind, message) == refusal(built_and_called, nn.RNN, sample)
+        assert kind is sample.error_type and re.search(sample.error_regex, message)
 
 
 # ---- everything torch.nn.RNN refuses, in its words ----------------------------------------------------------------
+
+
+def refusal(call, *given, **options):
+    """The type and the words of the error that a call ends in."""
+    with pytest.raises(Exception) as caught:
+        call(*given, **options)
+    return caught.type, str(caught.value)
 
 
 BAD_CONSTRUCTIONS = [
@@ -131,12 +119,8 @@ BAD_CONSTRUCTIONS = [
 
 @pytest.mark.parametrize("bad", BAD_CONSTRUCTIONS, ids=str)
 def test_constructions_refused_alike(bad):
-    errors = []
-    for kind in (nn.RNN, FusedRNN):
-        with pytest.raises(Exception) as caught:
-            kind(**{"input_size": 3, "hidden_size": 4, **bad})
-        errors.append((caught.type, str(caught.value)))
-    assert errors[1] == errors[0]
+    options = {"input_size": 3, "hidden_size": 4, **bad}
+    assert refusal(FusedRNN, **options) == refusal(nn.RNN, **options)
 
 
 def test_dropout_of_a_single_layer_warns_alike():
@@ -181,19 +165,12 @@ BAD_CALLS = {
     "packed, h0 of too small a batch": lambda: (packed_input(5, 2, 3, lengths=[5, 3]), torch.zeros(4, 1, 4)),
     "packed, h0 of another type": lambda: (packed_input(5, 2, 3, lengths=[5, 3]), torch.zeros(4, 2, 4).double()),
 }
-OPTIONS = {"num_layers": 2, "bidirectional": True}
 
 
 @pytest.fixture
 def on_cpu(backend, device):
     """The backend's name for calls on a CPU, where compiled Triton kernels cannot be asked for."""
     return backend if device.type == "cpu" else "auto"
-
-
-def refusal(module, *given):
-    with pytest.raises(Exception) as caught:
-        module(*given)
-    return caught.type, str(caught.value)
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
@@ -255,13 +232,16 @@ def test_any_size_runs():
 # ---- random shapes, strides and options ---------------------------------------------------------------------------
 
 
+FORMS = ["plain", "every other column", "one step for all", "all turned", "unbatched", "packed", "tokens"]
+
+
 @st.composite
 def problems(draw):
     dtype = draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16, torch.float16]))
     # With 16 bits a relu near its kink may fall on either side, and gradients then differ by their whole size.
     nonlinearities = ["tanh"] if dtype.itemsize == 2 else ["tanh", "relu"]
     return {
-        "form": draw(st.sampled_from(["plain", "strided", "expanded", "turned", "unbatched", "packed", "tokens"])),
+        "form": draw(st.sampled_from(FORMS)),
         "dtype": dtype,
         "steps": draw(st.integers(1, 4)),
         "batch": draw(st.integers(0, 5)),
@@ -279,73 +259,35 @@ def problems(draw):
     }
 
 
-def make_given(problem):
-    """fp64 input (token ids for form "tokens") and h0 or None."""
-    generator = torch.Generator().manual_seed(problem["seed"])
-    options, form = problem["options"], problem["form"]
-    steps, batch, features = problem["steps"], problem["batch"], options["input_size"]
-    if form == "packed":
-        batch = max(batch, 1)
-    shape = (steps, batch, features)
+def make_given(problem, exact):
+    """Input (token ids for form "tokens") of a module in fp64, and h0 or None."""
+    form, steps = problem["form"], problem["steps"]
+    batch = {"unbatched": 1, "packed": max(problem["batch"], 1)}.get(form, problem["batch"])
+    input, h0 = (x if x is None else x.detach() for x in drawn(exact, steps, batch, problem["h0"], problem["seed"]))
     if form == "unbatched":
-        shape = (steps, features)
-    elif options["batch_first"]:
-        shape = (batch, steps, features)
-    rows = options["num_layers"] * (2 if options["bidirectional"] else 1)
-    sizes = (rows,) if form == "unbatched" else (rows, batch)
-    h0 = torch.randn(*sizes, options["hidden_size"], generator=generator, dtype=torch.float64)
-    if form == "tokens":
-        input = torch.randint(0, features, shape[:-1], generator=generator)
-    else:
-        input = torch.randn(*shape, generator=generator, dtype=torch.float64)
-    if form == "packed":
-        lengths = torch.randint(1, steps + 1, (batch,), generator=generator)
-        input = pack_padded_sequence(input, lengths, batch_first=options["batch_first"], enforce_sorted=False)
-    return input, (h0 if problem["h0"] else None)
-
-
-def laid_out(values, form):
-    """(leaf, a view of it that holds ``values`` behind other strides)."""
-    if form == "strided":
-        leaf = torch.stack([values, torch.ones_like(values)], dim=-1).requires_grad_()
-        return leaf, leaf[..., 0]
-    if form == "turned":
-        order = tuple(reversed(range(values.dim())))
-        leaf = values.permute(order).contiguous().requires_grad_()
-        return leaf, leaf.permute(order)
-    leaf = values.clone().requires_grad_()
-    return leaf, leaf
+        input, h0 = input.squeeze(0 if exact.batch_first else 1), None if h0 is None else h0[:, 0]
+    elif form == "tokens":
+        input = input.argmax(-1)
+    elif form == "packed":
+        input = pack_padded_sequence(input, torch.randint(1, steps + 1, (batch,)), exact.batch_first, False)
+    return input, h0
 
 
 def evaluate(module, input, h0, dtype, form):
     """Outputs and gradients by name, in fp64 on the CPU. Ids go to torch.nn.RNN as one-hot rows."""
     where = next(module.parameters()).device
     h0 = None if h0 is None else h0.to(where, dtype).requires_grad_()
-    leaf = None
-    if form == "tokens" and isinstance(module, FusedRNN):
+    if form == "tokens":
         result = module.forward_tokens(input.to(where), h0)
     else:
-        if form == "tokens":
-            input = F.one_hot(input, module.input_size)
-        if form == "packed":
-            leaf = input.data.to(where, dtype).requires_grad_()
-            given = input.to(where)._replace(data=leaf)
-        elif form == "expanded":
-            leaf = input[:1].to(where, dtype).requires_grad_()
-            given = leaf.expand(input.shape)
-        else:
-            leaf, given = laid_out(input.to(where, dtype), form)
+        leaf = (input.data if form == "packed" else input).to(where, dtype).requires_grad_()
+        given = input.to(where)._replace(data=leaf) if form == "packed" else LAYOUTS.get(form, LAYOUTS["plain"])(leaf)
         result = module(given, h0)
-    output, h_n = plain(result)
-    wanted = dict(module.named_parameters())
-    if leaf is not None and form != "tokens":
-        wanted["input"] = leaf
-    if h0 is not None:
-        wanted["h0"] = h0
-    loss = output.double().sin().sum() + h_n.double().square().sum()
-    grads = torch.autograd.grad(loss, list(wanted.values()))
-    named = {"output": output, "h_n": h_n} | {f"gradient of {n}": g for n, g in zip(wanted, grads, strict=True)}
-    return {name: x.detach().double().cpu() for name, x in named.items()}
+    leaves = {} if form == "tokens" else {"input": leaf}
+    leaves |= {} if h0 is None else {"h0": h0}
+    names = ["output", "h_n", *leaves, *dict(module.named_parameters())]
+    values = differentiated(module, result, *leaves.values())
+    return {name: x.detach().double().cpu() for name, x in zip(names, values, strict=True)}
 
 
 def check_against_torch(problem, backend, device):
@@ -353,7 +295,7 @@ def check_against_torch(problem, backend, device):
     dtype, form = problem["dtype"], problem["form"]
     theirs, ours = pair(**problem["options"], backend=backend, seed=problem["seed"], dtype=dtype)
     exact = copy.deepcopy(theirs).double()
-    input, h0 = make_given(problem)
+    input, h0 = make_given(problem, exact)
     if form == "packed":
         input = input._replace(data=input.data.to(dtype).double())
     elif form != "tokens":
@@ -368,6 +310,13 @@ def check_against_torch(problem, backend, device):
             scale = 4 * torch.finfo(dtype).eps * (1 + value.abs().max().item())
             allowed = 2 * (their[name] - value).abs().max().item() + scale
             assert (our[name] - value).abs().max().item() <= allowed, name
+
+
+def two_way_problem(form, dtype, steps=3, batch=3, hidden_size=33, **options):
+    """A problem with a state and two directions."""
+    options = {"input_size": 4, "num_layers": 2, "nonlinearity": "tanh", "bias": True, "batch_first": False} | options
+    options |= {"hidden_size": hidden_size, "bidirectional": True}
+    return {"form": form, "dtype": dtype, "steps": steps, "batch": batch, "h0": True, "seed": 1, "options": options}
 
 
 FIXED = {"deadline": None, "derandomize": True, "suppress_health_check": list(HealthCheck)}
@@ -388,11 +337,8 @@ def test_random_problems_by_the_kernels(problem):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("form", ["plain", "packed", "tokens"])
 def test_every_float_type(backend, device, dtype, form):
-    for nonlinearity, hidden_size in [("tanh", 33), ("relu", 5)]:
-        options = {"input_size": 4, "hidden_size": hidden_size, "num_layers": 2, "nonlinearity": nonlinearity}
-        options |= {"bias": True, "batch_first": False, "bidirectional": True}
-        problem = {"form": form, "dtype": dtype, "steps": 3, "batch": 3, "h0": True, "seed": 1, "options": options}
-        check_against_torch(problem, backend, device)
+    check_against_torch(two_way_problem(form, dtype), backend, device)
+    check_against_torch(two_way_problem(form, dtype, hidden_size=5, nonlinearity="relu"), backend, device)
 
 
 @pytest.mark.gpu
@@ -401,20 +347,10 @@ def test_every_float_type(backend, device, dtype, form):
     ("steps", "batch", "hidden_size"), [(4096, 2, 32), (3, 4096, 32), (50, 64, 100), (20, 16, 128), (20, 16, 512)]
 )
 def test_large_problems_on_a_gpu(dtype, steps, batch, hidden_size):
-    options = {"input_size": 28, "hidden_size": hidden_size, "num_layers": 1, "nonlinearity": "tanh"}
-    options |= {"bias": True, "batch_first": False, "bidirectional": True}
-    problem = {
-        "form": "plain",
-        "dtype": dtype,
-        "steps": steps,
-        "batch": batch,
-        "h0": True,
-        "seed": 1,
-        "options": options,
-    }
     for form in ("plain", "tokens", "packed"):
+        problem = two_way_problem(form, dtype, steps, batch, hidden_size, input_size=28, num_layers=1)
         with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
-            check_against_torch({**problem, "form": form}, "auto", torch.device("cuda"))
+            check_against_torch(problem, "auto", torch.device("cuda"))
 
 
 @pytest.mark.gpu
@@ -424,10 +360,7 @@ def test_results_are_bitwise_repeatable_on_a_gpu():
     input = torch.randn(64, 1000, 28, device="cuda")
     tokens = torch.randint(0, 28, (64, 1000), device="cuda")
     for call, given in ((rnn, input), (rnn.forward_tokens, tokens)):
-        runs = []
-        for _ in range(20):
-            result = call(given)
-            runs.append([*result, *torch.autograd.grad(loss_of(result), list(rnn.parameters()))])
+        runs = [differentiated(rnn, call(given)) for _ in range(20)]
         for other in runs[1:]:
             assert all(torch.equal(a, b) for a, b in zip(runs[0], other, strict=True))
 
@@ -462,27 +395,18 @@ WRONG_PACKINGS = {
 }
 
 
-def _outcome(call):
-    try:
-        output, hidden = call()
-    except Exception as error:
-        return type(error), str(error)
-    return output.data, output.batch_sizes, hidden
-
-
 @pytest.mark.parametrize("wrong", WRONG_PACKINGS)
 @pytest.mark.parametrize("initial", [False, True])
 def test_batch_sizes_that_cannot_be_are_torchs_matter(backend, wrong, initial):
-    theirs = nn.RNN(5, 7)
-    ours = FusedRNN(5, 7, backend=backend)
-    ours.load_state_dict(theirs.state_dict())
+    theirs, ours = pair(5, 7, backend=backend)
     packed = PackedSequence(torch.randn(10, 5), WRONG_PACKINGS[wrong])
     hx = torch.randn(1, 4, 7) if initial else None
-    found, expected = _outcome(lambda: ours(packed, hx)), _outcome(lambda: theirs(packed, hx))
-    if isinstance(expected[0], torch.Tensor):
-        torch.testing.assert_close(found, expected)
+    try:
+        expected = theirs(packed, hx)
+    except Exception as error:
+        assert refusal(ours, packed, hx) == (type(error), str(error))
     else:
-        assert found == expected
+        torch.testing.assert_close(ours(packed, hx), expected)
     ids = PackedSequence(torch.zeros(10, dtype=torch.int64), packed.batch_sizes)
     with pytest.raises(ValueError, match="batch_sizes must"):
         ours.forward_tokens(ids, hx)

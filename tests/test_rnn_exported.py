@@ -3,10 +3,12 @@ that are loaded with weights_only. Each runs on other sizes than it was made wit
 """
 
 import copy
+import functools
 import io
 
 import pytest
 import torch
+from rnn_modules import assert_same
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
@@ -28,12 +30,17 @@ def seeded():
     torch.manual_seed(0)
 
 
-class Head(nn.Module):
-    """A model with a FusedRNN in it."""
+class Model(nn.Module):
+    """A model with a FusedRNN in it; what is called is for each of the classes below to say."""
 
     def __init__(self, **options):
         super().__init__()
         self.rnn = FusedRNN(5, 7, **options)
+
+
+class Head(Model):
+    def __init__(self, **options):
+        super().__init__(**options)
         self.head = nn.Linear(14 if options.get("bidirectional") else 7, 3)
 
     def forward(self, x):
@@ -41,35 +48,49 @@ class Head(nn.Module):
         return self.head(output), h_n
 
 
-class Packed(nn.Module):
-    def __init__(self, **options):
-        super().__init__()
-        self.batch_first = options.get("batch_first", False)
-        self.rnn = FusedRNN(5, 7, **options)
+class WithState(Model):
+    def forward(self, x: torch.Tensor, hx: torch.Tensor):
+        return self.rnn(x, hx)
 
+
+class Packed(Model):
     def forward(self, x, lengths):
-        packed = pack_padded_sequence(x, lengths, batch_first=self.batch_first, enforce_sorted=False)
+        packed = pack_padded_sequence(x, lengths, batch_first=self.rnn.batch_first, enforce_sorted=False)
         output, h_n = self.rnn(packed)
-        return pad_packed_sequence(output, batch_first=self.batch_first)[0], h_n
+        return pad_packed_sequence(output, batch_first=self.rnn.batch_first)[0], h_n
 
 
-class Ids(nn.Module):
-    def __init__(self, **options):
-        super().__init__()
-        self.rnn = FusedRNN(5, 7, **options)
-
+class Ids(Model):
     def forward(self, ids):
         return self.rnn.forward_tokens(ids)
 
 
-def states(options, batch):
-    rows = options.get("num_layers", 1) * (2 if options.get("bidirectional") else 1)
-    return torch.randn(rows, batch, 7)
+class PackedIds(Model):
+    def forward(self, ids, batch_sizes):
+        output, h_n = self.rnn.forward_tokens(PackedSequence(ids, batch_sizes))
+        return output.data, h_n
 
 
-def lengths_of(x, batch_first):
-    steps, batch = (x.shape[1], x.shape[0]) if batch_first else x.shape[:2]
-    return torch.tensor([max(1, steps - 2 * row) for row in range(batch)]).flip(0)
+def states(rnn, batch):
+    return torch.randn(rnn.num_layers * (2 if rnn.bidirectional else 1), batch, 7)
+
+
+def with_lengths(model, *sizes):
+    """Input, and lengths of its sequences, the last of which is the longest."""
+    x = torch.randn(*sizes, 5)
+    batch, steps = sizes if model.rnn.batch_first else sizes[::-1]
+    return x, torch.tensor([max(1, steps - 2 * row) for row in range(batch)]).flip(0)
+
+
+def ids_of(*sizes, below=11):
+    return (torch.randint(below, sizes),)
+
+
+def check(made, model, given, *sizes, device="cpu", **tolerances):
+    """What was made of a model gives what the model gives, for given(*size) of each size."""
+    for size in sizes:
+        arguments = [x.to(device) for x in given(*size)]
+        torch.testing.assert_close(made(*arguments), model(*arguments), **tolerances)
 
 
 def saved_and_loaded(module):
@@ -82,72 +103,54 @@ def saved_and_loaded(module):
 # ---- torch.jit ----------------------------------------------------------------------------------------------------
 
 
+def check_trace(model, given, *sizes, device="cpu"):
+    """Traced, with its checker, for the first size, and run for it and all others."""
+    traced = torch.jit.trace(model, tuple(x.to(device) for x in given(*sizes[0])))
+    check(traced, model, given, *sizes, device=device)
+    return traced
+
+
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_trace(backend, device, options):
     rnn = FusedRNN(5, 7, backend=backend, device=device, **options).eval()
-    for given in (lambda t, b: (torch.randn(t, b, 5),), lambda t, b: (torch.randn(b, b, 5), states(options, b))):
-        traced = torch.jit.trace(rnn, tuple(x.to(device) for x in given(9, 3)))  # with its checker
-        for sizes in ((9, 3), (20, 6), (2, 1)):
-            arguments = [x.to(device) for x in given(*sizes)]
-            torch.testing.assert_close(traced(*arguments), rnn(*arguments))
-    traced = torch.jit.trace(rnn, (torch.randn(9, 5, device=device),))
-    unbatched = torch.randn(20, 5, device=device)
-    torch.testing.assert_close(traced(unbatched), rnn(unbatched))
+    check_trace(rnn, lambda t, b: (torch.randn(t, b, 5),), (9, 3), (20, 6), (2, 1), device=device)
+    check_trace(rnn, lambda b: (torch.randn(b, b, 5), states(rnn, b)), (3,), (6,), (1,), device=device)
+    check_trace(rnn, lambda t: (torch.randn(t, 5),), (9,), (20,), device=device)
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_trace_of_packed_input(options):
+def test_trace_and_script_of_packed_input(options):
     model = Packed(**options).eval()
-    x = torch.randn(9, 9, 5)
-    traced = torch.jit.trace(model, (x[:, :3], lengths_of(x[:, :3], model.batch_first)))
-    for sizes in ((9, 3), (4, 6), (12, 2)):
-        x = torch.randn(*sizes, 5)
-        given = x, lengths_of(x, model.batch_first)
-        torch.testing.assert_close(traced(*given), model(*given))
+    given = functools.partial(with_lengths, model)
+    check_trace(model, given, (9, 3), (4, 6), (12, 2))
+    check(torch.jit.script(model), model, given, (9, 3), (4, 6))
 
 
 @pytest.mark.parametrize("options", MODELS, ids=str)
 def test_trace_of_the_language_model(backend, device, options):
     model = CharRNN(11, 8, backend=backend, device=device, **options).eval()
-    traced = torch.jit.trace(model, (torch.randint(11, (3, 6), device=device),))
-    for sizes in ((3, 6), (5, 17), (1, 1)):
-        ids = torch.randint(11, sizes, device=device)
-        torch.testing.assert_close(traced(ids), model(ids))
-    torch.testing.assert_close(saved_and_loaded(traced)(ids), model(ids))
+    traced = check_trace(model, ids_of, (3, 6), (5, 17), (1, 1), device=device)
+    check(saved_and_loaded(traced), model, ids_of, (1, 1), device=device)
 
 
 def test_trace_of_the_language_models_loss():
-    model, ids = CharRNN(11, 8), torch.randint(11, (3, 6))
+    model, (ids,) = CharRNN(11, 8), ids_of(3, 6)
     traced = torch.jit.trace_module(model, {"loss": (ids, ids)})
-    other = torch.randint(11, (5, 17))
-    torch.testing.assert_close(traced.loss(other, other), model.loss(other, other))
+    check(traced.loss, model.loss, lambda *size: ids_of(*size) * 2, (5, 17))
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_trace_of_tokens(options):
     model = Ids(**options).eval()
-    traced = torch.jit.trace(model, (torch.randint(5, (9, 3)),))
-    ids = torch.randint(5, (20, 6))
-    torch.testing.assert_close(traced(ids), model(ids))
+    check_trace(model, functools.partial(ids_of, below=5), (9, 3), (20, 6))
     with pytest.raises(ValueError, match=r"expects int64 or int32 token ids, got torch\.float32"):
         torch.jit.trace(model, (torch.zeros(9, 3),))
 
 
-class PackedIds(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.rnn = FusedRNN(5, 7)
-
-    def forward(self, ids, batch_sizes):
-        output, h_n = self.rnn.forward_tokens(PackedSequence(ids, batch_sizes))
-        return output.data, h_n
-
-
 def test_trace_of_packed_tokens():
-    model = PackedIds().eval()
-    traced = torch.jit.trace(model, (torch.randint(5, (6,)), torch.tensor([3, 2, 1])))
-    given = torch.randint(5, (9,)), torch.tensor([4, 4, 1])
-    torch.testing.assert_close(traced(*given), model(*given))
+    check_trace(
+        PackedIds().eval(), lambda *sizes: (*ids_of(sum(sizes), below=5), torch.tensor(sizes)), (3, 2, 1), (4, 4, 1)
+    )
 
 
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
@@ -156,42 +159,17 @@ def test_script(options):
     scripted = torch.jit.script(model)
     assert type(model.rnn) is FusedRNN  # PyTorch's hook for this would replace it in the user's model
     for module in (scripted, saved_and_loaded(scripted)):
-        for shape in ((9, 3, 5), (2, 4, 5), (9, 5)):
-            x = torch.randn(shape)
-            torch.testing.assert_close(module(x), model(x))
+        check(module, model, lambda *shape: (torch.randn(shape),), (9, 3, 5), (2, 4, 5), (9, 5))
     with pytest.raises(torch.jit.Error, match="Expected input to be 2D or 3D, got 1D tensor instead"):
         scripted(torch.zeros(5))
     with pytest.raises(torch.jit.Error, match=r"input\.size\(-1\) must be equal to input_size"):
         scripted(torch.zeros(9, 3, 4))
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_script_of_packed_input(options):
-    model = Packed(**options).eval()
-    scripted = torch.jit.script(model)
-    for sizes in ((9, 3), (4, 6)):
-        x = torch.randn(*sizes, 5)
-        given = x, lengths_of(x, model.batch_first)
-        torch.testing.assert_close(scripted(*given), model(*given))
-
-
 def test_script_with_a_state():
-    class Stateful(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.rnn = FusedRNN(5, 7, num_layers=2)
-
-        def forward(self, x: torch.Tensor, hx: torch.Tensor):
-            return self.rnn(x, hx)
-
-    model = Stateful()
+    model = WithState(num_layers=2)
     scripted, given = torch.jit.script(model), (torch.randn(9, 3, 5), torch.randn(2, 3, 7))
-    found, expected = scripted(*given), model(*given)
-    torch.testing.assert_close(found, expected)
-    parameters = list(model.parameters())
-    torch.testing.assert_close(
-        torch.autograd.grad(found[0].sum(), parameters), torch.autograd.grad(expected[0].sum(), parameters)
-    )
+    assert_same(scripted, model, *given)
     with pytest.raises(torch.jit.Error, match="Expected hidden size"):
         scripted(given[0], given[1][:1])
 
@@ -213,25 +191,19 @@ def test_fx_takes_it_for_one_node(backend, device):
 
 
 def test_fx_with_a_state():
-    class Model(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.rnn = FusedRNN(5, 7)
-
+    class Twice(Model):
         def forward(self, x, hx):
             output, h_n = self.rnn(x, hx=hx)
             return output, h_n, self.rnn(x[:4])
 
-    model, given = Model(), (torch.randn(9, 3, 5), torch.randn(1, 3, 7))
-    torch.testing.assert_close(torch.fx.symbolic_trace(model)(*given), model(*given))
+    model = Twice()
+    check(torch.fx.symbolic_trace(model), model, lambda *shape: (torch.randn(shape), torch.randn(1, 3, 7)), (9, 3, 5))
 
 
 @pytest.mark.parametrize("options", MODELS, ids=str)
 def test_fx_of_the_language_model(options):
     model = CharRNN(11, 8, **options)
-    graph = torch.fx.symbolic_trace(model, concrete_args={"state": None})
-    ids = torch.randint(11, (5, 17))
-    torch.testing.assert_close(graph(ids), model(ids))
+    check(torch.fx.symbolic_trace(model, concrete_args={"state": None}), model, ids_of, (5, 17))
 
 
 def test_fx_quantization_leaves_it_in_floating_point():
@@ -249,25 +221,26 @@ def test_fx_quantization_leaves_it_in_floating_point():
 # ---- ONNX ---------------------------------------------------------------------------------------------------------
 
 
-def exported(model, given, dynamo, dynamic):
-    """A function that runs the exported model in onnxruntime. dynamic: for each input, its dimensions of any size."""
+def check_onnx(model, given, dynamic, dynamo, *sizes):
+    """Exported for the first size, and run in onnxruntime; dynamic: for each input, its dimensions of any size."""
     onnxruntime = pytest.importorskip("onnxruntime")
     pytest.importorskip("onnxscript" if dynamo else "onnx")
-    names = [f"input{i}" for i in range(len(given))]
+    first = given(*sizes[0])
+    names = [f"input{i}" for i in range(len(first))]
     file = io.BytesIO()
     if dynamo:
         shapes = tuple({dim: torch.export.Dim.DYNAMIC for dim in dims} for dims in dynamic)
-        torch.onnx.export(model, given, dynamo=True, dynamic_shapes=shapes, input_names=names, verbose=False).save(file)
+        torch.onnx.export(model, first, dynamo=True, dynamic_shapes=shapes, input_names=names, verbose=False).save(file)
     else:
         axes = {name: {dim: f"dim{dim}" for dim in dims} for name, dims in zip(names, dynamic, strict=True)}
-        torch.onnx.export(model, given, file, dynamo=False, dynamic_axes=axes, input_names=names)
+        torch.onnx.export(model, first, file, dynamo=False, dynamic_axes=axes, input_names=names)
     session = onnxruntime.InferenceSession(file.getvalue())
 
     def run(*arguments):
         results = session.run(None, {name: x.numpy() for name, x in zip(names, arguments, strict=True)})
         return tuple(torch.from_numpy(result) for result in results)
 
-    return run
+    check(run, model, given, *sizes, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("dynamo", [True, False])
@@ -277,39 +250,28 @@ def test_onnx(options, state, dynamo):
     rnn = FusedRNN(5, 7, **options).eval()
 
     def given(steps, batch):
-        shape = (batch, steps, 5) if rnn.batch_first else (steps, batch, 5)
-        return (torch.randn(shape), states(options, batch)) if state else (torch.randn(shape),)
+        x = torch.randn(*((batch, steps) if rnn.batch_first else (steps, batch)), 5)
+        return (x, states(rnn, batch)) if state else (x,)
 
-    run = exported(rnn, given(9, 3), dynamo, [(0, 1), (1,)][: 1 + state])
-    for sizes in ((9, 3), (20, 6), (2, 4)):
-        arguments = given(*sizes)
-        torch.testing.assert_close(run(*arguments), rnn(*arguments), rtol=1e-5, atol=1e-5)
+    check_onnx(rnn, given, [(0, 1), (1,)][: 1 + state], dynamo, (9, 3), (20, 6), (2, 4))
 
 
 @pytest.mark.parametrize("dynamo", [True, False])
 def test_onnx_of_unbatched_input_and_tensor_operations(dynamo):
     rnn = FusedRNN(5, 7, num_layers=2, backend="torch").eval()
-    run = exported(rnn, (torch.randn(9, 5),), dynamo, [(0,)])
-    x = torch.randn(20, 5)
-    torch.testing.assert_close(run(x), rnn(x), rtol=1e-5, atol=1e-5)
+    check_onnx(rnn, lambda steps: (torch.randn(steps, 5),), [(0,)], dynamo, (9,), (20,))
 
 
 @pytest.mark.parametrize("dynamo", [True, False])
 @pytest.mark.parametrize("options", MODELS, ids=str)
 def test_onnx_of_the_language_model(options, dynamo):
-    model = CharRNN(11, 8, **options).eval()
-    run = exported(model, (torch.randint(11, (3, 6)),), dynamo, [(0, 1)])
-    for sizes in ((3, 6), (5, 17)):
-        ids = torch.randint(11, sizes)
-        torch.testing.assert_close(run(ids), model(ids), rtol=1e-5, atol=1e-5)
+    check_onnx(CharRNN(11, 8, **options).eval(), ids_of, [(0, 1)], dynamo, (3, 6), (5, 17))
 
 
 def test_onnx_of_packed_input():
     """By the exporter on torch.jit.trace, which knows packed rows; the other refuses them for torch.nn.RNN too."""
     model = Packed().eval()
-    x = torch.randn(9, 3, 5)
-    run = exported(model, (x, torch.tensor([9, 5, 2])), False, [(0, 1), (0,)])
-    torch.testing.assert_close(run(x, torch.tensor([9, 5, 2])), model(x, torch.tensor([9, 5, 2])), rtol=1e-5, atol=1e-5)
+    check_onnx(model, functools.partial(with_lengths, model), [(0, 1), (0,)], False, (9, 3))
 
 
 def test_onnx_names_its_operator():

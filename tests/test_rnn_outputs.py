@@ -7,27 +7,12 @@ import functools
 import pytest
 import torch
 import torch.nn.functional as F
+from rnn_modules import LAYOUTS, differentiated, drawn, pair, plain
 from torch import nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
-
-from charrnn_fast import FusedRNN
+from torch.nn.utils.rnn import pack_padded_sequence
 
 STEPS, BATCH, FEATURES, HIDDEN = 5, 3, 4, 7
 
-# From contiguous values to the same values behind other strides.
-LAYOUTS = {
-    "plain": lambda x: x,
-    "first two turned": lambda x: x.transpose(0, 1).contiguous().transpose(0, 1),
-    "last two turned": lambda x: x.transpose(-2, -1).contiguous().transpose(-2, -1),
-    "all turned": lambda x: x.permute(*reversed(range(x.dim()))).contiguous().permute(*reversed(range(x.dim()))),
-    "every other column": lambda x: torch.stack([x, -x], dim=-1)[..., 0],
-    "every other step": lambda x: torch.stack([x, -x], dim=1)[:, 0],
-    "columns of a wider tensor": lambda x: torch.cat([x, x], dim=-1)[..., : x.shape[-1]],
-    "one step for all": lambda x: x[:1].expand(x.shape),
-    "one sequence for all": lambda x: x[:, :1].expand(x.shape),
-    "one column for all": lambda x: x[..., :1].expand(x.shape),
-    "an offset": lambda x: torch.cat([x[:1], x])[1:],
-}
 OPTIONS = [
     {"num_layers": layers, "bidirectional": both, "dropout": dropout}
     for layers, dropout in ((1, 0.0), (2, 0.0), (3, 0.5))
@@ -35,38 +20,24 @@ OPTIONS = [
 ]
 
 
-def options_for(backend, dropout=True):
-    """All of OPTIONS, or on Triton's slow interpreter the two that are furthest apart."""
-    chosen = [OPTIONS[0], OPTIONS[5]] if backend == "triton" and not torch.cuda.is_available() else OPTIONS
-    return chosen if dropout else [options for options in chosen if not options["dropout"]]
-
-
-def pair(backend, device, **options):
-    torch.manual_seed(0)
-    theirs = nn.RNN(FEATURES, HIDDEN, **options).to(device)
-    ours = FusedRNN(FEATURES, HIDDEN, backend=backend, **options).to(device)
-    ours.load_state_dict(theirs.state_dict())
-    return theirs, ours
-
-
-def data_of(output):
-    return output.data if isinstance(output, PackedSequence) else output
+def pairs(backend, device, batch_first=False, dropout=True):
+    """Both modules, input and state: of all OPTIONS, or on Triton's slow interpreter of the two furthest apart."""
+    for options in [OPTIONS[0], OPTIONS[5]] if backend == "triton" and device.type == "cpu" else OPTIONS:
+        if dropout or not options["dropout"]:
+            modules = pair(FEATURES, HIDDEN, backend=backend, device=device, batch_first=batch_first, **options)
+            yield modules, *drawn(modules[1], STEPS, BATCH)
 
 
 def described(tensor):
     return tensor.shape, tensor.stride(), tensor.is_contiguous(), tensor._is_view(), tensor.storage_offset()
 
 
-def check_alike(theirs, ours, call):
-    """call(module) -> (output, h_n), the input's leaf or None; same layouts, values, random numbers and gradients."""
+def check_alike(modules, call, *leaves):
+    """What call(module) gives of torch's module and then of ours: layouts, values, random numbers and gradients."""
     found = []
-    for module in (theirs, ours):
+    for module in modules:
         torch.manual_seed(1)
-        (output, h_n), leaf = call(module)
-        output = data_of(output)
-        leaves = [*module.parameters(), *([] if leaf is None else [leaf])]
-        grads = torch.autograd.grad(output.sin().sum() + h_n.square().sum(), leaves)
-        found.append((output, h_n, torch.rand(3), *grads))
+        found.append([*differentiated(module, call(module), *leaves), torch.rand(3)])
     assert [described(x) for x in found[1][:2]] == [described(x) for x in found[0][:2]]
     torch.testing.assert_close(found[1], found[0])
 
@@ -74,69 +45,63 @@ def check_alike(theirs, ours, call):
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_dense(backend, device, layout, batch_first):
-    for options in options_for(backend, dropout=device.type == "cpu"):  # cuDNN draws masks of its own
-        theirs, ours = pair(backend, device, batch_first=batch_first, **options)
-        leaf = torch.randn(
-            (BATCH, STEPS, FEATURES) if batch_first else (STEPS, BATCH, FEATURES), device=device, requires_grad=True
-        )
-        check_alike(theirs, ours, lambda module, leaf=leaf: (module(LAYOUTS[layout](leaf)), leaf))
-        if options["num_layers"] == 1:  # the state has strides too
-            h0 = torch.randn(2 if options["bidirectional"] else 1, BATCH, HIDDEN, device=device)
-            check_alike(theirs, ours, lambda module, leaf=leaf, h0=h0: (module(leaf, LAYOUTS[layout](h0)), leaf))
+    change = LAYOUTS[layout]
+    for modules, x, h0 in pairs(backend, device, batch_first, device.type == "cpu"):  # cuDNN draws masks of its own
+        check_alike(modules, lambda module, x=x: module(change(x)), x)
+        if modules[0].num_layers == 1:  # the state has strides too
+            check_alike(modules, lambda module, x=x, h0=h0: module(x, change(h0)), x, h0)
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("shape", [(STEPS,), (1, 1), (1, BATCH), (STEPS, 1), (STEPS, 0)], ids=str)
 def test_unbatched_and_sizes_of_one_and_none(backend, device, shape, batch_first):
     shape = shape[::-1] if batch_first else shape
-    for options in options_for(backend, dropout=False):
-        theirs, ours = pair(backend, device, batch_first=batch_first, **options)
-        leaf = torch.randn(*shape, FEATURES, device=device, requires_grad=True)
-        check_alike(theirs, ours, lambda module, leaf=leaf: (module(leaf), leaf))
+    for modules, *_ in pairs(backend, device, batch_first, dropout=False):
+        x = torch.randn(*shape, FEATURES, device=device, requires_grad=True)
+        check_alike(modules, lambda module, x=x: module(x), x)
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
 @pytest.mark.parametrize("enforce_sorted", [False, True])
-def test_packed(backend, device, enforce_sorted, batch_first):
-    for options in options_for(backend, dropout=device.type == "cpu"):  # cuDNN draws masks of its own
-        theirs, ours = pair(backend, device, batch_first=batch_first, **options)
-        leaf = torch.randn(
-            (BATCH, STEPS, FEATURES) if batch_first else (STEPS, BATCH, FEATURES), device=device, requires_grad=True
-        )
+@pytest.mark.parametrize("layout", ["plain", "first two turned"])
+def test_packed(backend, device, layout, enforce_sorted, batch_first):
+    def call(module, x):
         lengths = [STEPS, 4, 2] if enforce_sorted else [2, STEPS, 4]
+        given = pack_padded_sequence(x, lengths, batch_first=batch_first, enforce_sorted=enforce_sorted)
+        return module(given._replace(data=LAYOUTS[layout](given.data)))
 
-        def call(module, layout, leaf=leaf, lengths=lengths):
-            given = pack_padded_sequence(leaf, lengths, batch_first=batch_first, enforce_sorted=enforce_sorted)
-            return module(given._replace(data=LAYOUTS[layout](given.data))), leaf
-
-        for layout in ("plain", "first two turned"):
-            check_alike(theirs, ours, functools.partial(call, layout=layout))
+    for modules, x, _ in pairs(backend, device, batch_first, device.type == "cpu"):  # cuDNN draws masks of its own
+        check_alike(modules, functools.partial(call, x=x), x)
 
 
-@pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("layout", ["plain", "first two turned", "every other step", "one step for all"])
-def test_tokens(backend, device, layout, batch_first):
-    for options in options_for(backend, dropout=device.type == "cpu"):  # cuDNN draws masks of its own
-        theirs, ours = pair(backend, device, batch_first=batch_first, **options)
-        ids = LAYOUTS[layout](torch.randint(FEATURES, (BATCH, STEPS) if batch_first else (STEPS, BATCH), device=device))
-
-        def call(module, ids=ids):
-            fused = isinstance(module, FusedRNN)
-            return (module.forward_tokens(ids) if fused else module(F.one_hot(ids, FEATURES).float())), None
-
-        check_alike(theirs, ours, call)
+TOKENS = {
+    "plain": lambda ids, _: ids,
+    "first two turned": lambda ids, _: LAYOUTS["first two turned"](ids),
+    "every other step": lambda ids, _: LAYOUTS["every other step"](ids),
+    "one step for all": lambda ids, _: LAYOUTS["one step for all"](ids),
+    "int32": lambda ids, _: ids.int(),
+    "unbatched": lambda ids, batch_first: ids[0] if batch_first else ids[:, 0],
+    "packed": lambda ids, batch_first: pack_padded_sequence(ids, [2, STEPS, 4], batch_first, enforce_sorted=False),
+}
 
 
 @pytest.mark.parametrize("batch_first", [False, True])
-def test_without_gradients(backend, device, batch_first):
-    for context in (torch.no_grad, torch.inference_mode):
-        for options in options_for(backend, dropout=False):
-            theirs, ours = pair(backend, device, batch_first=batch_first, **options)
-            x = torch.randn((BATCH, STEPS, FEATURES) if batch_first else (STEPS, BATCH, FEATURES), device=device)
-            with context():
-                found, expected = ours(x), theirs(x)
-            assert [described(y) for y in found] == [described(y) for y in expected]
-            torch.testing.assert_close(found, expected)
+@pytest.mark.parametrize("form", TOKENS)
+def test_tokens(backend, device, form, batch_first):
+    for modules, x, h0 in pairs(backend, device, batch_first, device.type == "cpu"):  # cuDNN draws masks of its own
+        ids = TOKENS[form](x.argmax(-1), batch_first)
+        h0 = h0[:, 0] if form == "unbatched" else h0
+        check_alike(modules, lambda module, ids=ids, h0=h0: module.forward_tokens(ids, h0), h0)
+
+
+@pytest.mark.parametrize("batch_first", [False, True])
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(backend, device, context, batch_first):
+    for (theirs, ours), x, _ in pairs(backend, device, batch_first, dropout=False):
+        with context():
+            found, expected = ours(x), theirs(x)
+        assert [described(y) for y in found] == [described(y) for y in expected]
+        torch.testing.assert_close(found, expected)
 
 
 # ---- changes in place ---------------------------------------------------------------------------------------------
@@ -158,54 +123,46 @@ FORMS = {
 }
 
 
+def pair_of(form, backend, device):
+    return pair(FEATURES, HIDDEN, backend=backend, device=device, **FORMS[form])
+
+
+def check_backward(output, module):
+    """Through an output that was changed; only a backward pass that reads what was there refuses."""
+    if module.backend == "torch":
+        torch.autograd.grad(output.sum(), list(module.parameters()))
+    else:
+        with pytest.raises(RuntimeError, match=r"output of an Elman RNN was changed in place .*output\.clone\(\)"):
+            torch.autograd.grad(output.sum(), list(module.parameters()))
+
+
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("edit", EDITS)
-def test_outputs_may_be_changed_in_place(backend, device, edit, form):
-    """At once and without an error; only a backward pass that reads what was there refuses."""
-    theirs, ours = pair(backend, device, **FORMS[form])
+@pytest.mark.parametrize("graph", [True, False])
+def test_outputs_may_be_changed_in_place(backend, device, graph, edit, form):
+    """At once and without an error."""
+    modules, results = pair_of(form, backend, device), []
     x = torch.randn(STEPS, STEPS, FEATURES, device=device)
-    results = []
-    for module in (theirs, ours):
+    for module in modules:
+        with torch.set_grad_enabled(graph):
+            output, h_n = module(x)
         torch.manual_seed(2)
-        output, h_n = module(x)
         EDITS[edit](output)
         h_n.mul_(2)
         results.append((output, h_n))
     torch.testing.assert_close(results[1], results[0])
-    output, _ = results[1]
-    if edit == "transpose_":
-        return
-    if backend == "torch" and device.type == "cpu":
-        torch.autograd.grad(output.sum(), list(ours.parameters()))
-    else:
-        with pytest.raises(RuntimeError, match=r"output of an Elman RNN was changed in place .*output\.clone\(\)"):
-            torch.autograd.grad(output.sum(), list(ours.parameters()))
-
-
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize("edit", EDITS)
-def test_outputs_without_gradients_may_be_changed_in_place(backend, device, edit, form):
-    theirs, ours = pair(backend, device, **FORMS[form])
-    x = torch.randn(STEPS, STEPS, FEATURES, device=device)
-    results = []
-    for module in (theirs, ours):
-        with torch.no_grad():
-            output, _ = module(x)
-        torch.manual_seed(2)
-        EDITS[edit](output)
-        results.append(output)
-    torch.testing.assert_close(results[1], results[0])
-    assert results[1].requires_grad == results[0].requires_grad
-    if results[1].requires_grad:
-        results[1].sum().backward()
+    assert output.requires_grad == results[0][0].requires_grad
+    if not graph and output.requires_grad:
+        output.sum().backward()
+    elif graph and edit != "transpose_":
+        check_backward(output, module)
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_states_may_be_changed_and_outputs_detached_in_place(backend, device, form):
-    theirs, ours = pair(backend, device, **FORMS[form])
     x = torch.randn(STEPS, STEPS, FEATURES, device=device)
     grads = []
-    for module in (theirs, ours):
+    for module in pair_of(form, backend, device):
         _, h_n = module(x)
         h_n.mul_(2)
         grads.append(torch.autograd.grad(h_n.sin().sum(), list(module.parameters())))
@@ -216,7 +173,7 @@ def test_states_may_be_changed_and_outputs_detached_in_place(backend, device, fo
 
 def test_a_frozen_modules_output_may_be_changed_before_backward(backend, device):
     """Nothing of the module needs a gradient, so backward does not read its output."""
-    _, ours = pair(backend, device)
+    _, ours = pair_of("one layer", backend, device)
     output, _ = ours.requires_grad_(False)(torch.randn(STEPS, BATCH, FEATURES, device=device))
     scale = nn.Parameter(torch.ones((), device=device))
     output *= scale
@@ -226,22 +183,19 @@ def test_a_frozen_modules_output_may_be_changed_before_backward(backend, device)
 
 @pytest.mark.parametrize("form", ["packed", "tokens", "packed tokens"])
 def test_packed_outputs_and_those_of_tokens_may_be_changed_in_place(backend, device, form):
-    _, ours = pair(backend, device)
+    _, ours = pair_of("one layer", backend, device)
     x = torch.randn(STEPS, BATCH, FEATURES, device=device)
     if "tokens" in form:
         x = x.argmax(-1)
     if "packed" in form:
         x = pack_padded_sequence(x, [STEPS, 4, 2])
-    call = ours.forward_tokens if "tokens" in form else ours
+
+    def output_of():
+        return plain(ours.forward_tokens(x) if "tokens" in form else ours(x))[0]
+
     with torch.no_grad():
-        data_of(call(x)[0]).add_(nn.Parameter(torch.ones((), device=device)))
-    output, _ = call(x)
-    data = data_of(output)
-    assert not data._is_view()
-    data.relu_()
-    if backend == "torch":
-        torch.autograd.grad(data.sum(), list(ours.parameters()))
-    else:
-        with pytest.raises(RuntimeError, match="output of an Elman RNN was changed in place"):
-            torch.autograd.grad(data.sum(), list(ours.parameters()))
-    data_of(call(x)[0]).detach_()
+        output_of().add_(nn.Parameter(torch.ones((), device=device)))
+    output = output_of()
+    assert not output._is_view()
+    check_backward(output.relu_(), ours)
+    output_of().detach_()

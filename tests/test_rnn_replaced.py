@@ -5,16 +5,11 @@ import pickle
 
 import pytest
 import torch
-from rnn_modules import Halved, gradients
+from rnn_modules import Halved, assert_same
 from torch import nn
 
 from charrnn_fast import FusedRNN, replace_rnn
 from charrnn_fast.lm.torch_model import TorchCharRNN
-
-
-@pytest.fixture
-def x(device):
-    return torch.randn(5, 2, 3, generator=torch.Generator().manual_seed(1)).to(device)
 
 
 class Model(nn.Module):
@@ -77,8 +72,7 @@ def test_replace_rnn_keeps_hooks_and_parametrizations(x):
     ours = replace_rnn(model)[0]
     assert isinstance(ours, FusedRNN) and type(ours).__name__ == "ParametrizedFusedRNN"
     assert ours.parametrizations.weight_hh_l0.original is theirs.parametrizations.weight_hh_l0.original
-    torch.testing.assert_close(ours(x), theirs(x))
-    torch.testing.assert_close(gradients(ours, ours(x)), gradients(theirs, theirs(x)))
+    assert_same(ours, theirs, x)
     handle.remove()
     assert not ours._forward_hooks
     expected = theirs(x)
@@ -87,7 +81,7 @@ def test_replace_rnn_keeps_hooks_and_parametrizations(x):
     torch.testing.assert_close(ours(x), expected)
 
 
-def test_a_replaced_model_trains_on(device):
+def test_a_replaced_model_trains_on():
     torch.manual_seed(0)
     model = nn.Sequential(nn.RNN(3, 4, batch_first=True))
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
@@ -109,16 +103,11 @@ def patched(monkeypatch):
 
 @pytest.mark.parametrize("steps", [1, 3, 40])
 def test_the_name_in_torch_may_be_patched(patched, steps):
-    torch.manual_seed(0)
-    fused = torch.nn.RNN(5, 8, 2)
-    theirs = patched(5, 8, 2)
+    fused, theirs = torch.nn.RNN(5, 8, 2), patched(5, 8, 2)
     theirs.load_state_dict(fused.state_dict())
     x = torch.randn(steps, 3, 5)
-    for found, expected in zip(fused(x), theirs(x), strict=True):
-        torch.testing.assert_close(found, expected)
-    clone = copy.deepcopy(fused)
-    torch.testing.assert_close(clone(x)[0], fused(x)[0])
-    torch.testing.assert_close(pickle.loads(pickle.dumps(fused))(x)[0], fused(x)[0])
+    for module in (fused, copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        torch.testing.assert_close(module(x), theirs(x))
 
 
 def test_replace_rnn_swaps_torchs_own_class_while_its_name_is_patched(patched):

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from rnn_modules import OneHotRNN, one_hot
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.utils.rnn import PackedSequence
@@ -29,6 +30,10 @@ class Operation(NamedTuple):
     differentiable: bool = True
     own_errors: bool = False  # no function of torch's: what it refuses is a ValueError of this library
 
+    def compare(self, run: Callable[[Callable[..., Any]], Any], *arguments: Any, **options: Any) -> None:
+        """run(f) of this library's function and of torch's; arguments, options: of same_outcome."""
+        same_outcome(lambda: run(self.ours), lambda: run(self.theirs), *arguments, **options)
+
 
 class TorchLM(nn.Module):
     """CharRNN by torch alone, with parameters of the same names."""
@@ -39,11 +44,11 @@ class TorchLM(nn.Module):
         self.head = nn.Linear(H, V)
 
     def forward(self, tokens: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        outputs, state = self.rnn(_one_hot(tokens, V, self.rnn.weight_ih_l0.dtype), state)
+        outputs, state = self.rnn(one_hot(tokens, V, self.rnn.weight_ih_l0.dtype), state)
         return self.head(outputs), state
 
-    def loss(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
-        logits, state = self(tokens)
+    def loss(self, tokens: Tensor, targets: Tensor, state: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        logits, state = self(tokens, state)
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten()), state
 
     def generate_ids(self, prompt: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -86,24 +91,13 @@ def _rnn(method: str, **options: Any) -> Operation:
 
 
 def _tokens() -> Operation:
-    ours, theirs = FusedRNN(5, 7), _OneHotRNN(5, 7)
+    ours, theirs = FusedRNN(5, 7), OneHotRNN(5, 7)
     ids = torch.randint(5, (T, B))
 
     def call(model: nn.Module) -> Callable[..., Any]:
         return lambda hx, *weights: _of_parameters(model, "forward_tokens", ids, hx)(*weights)
 
     return Operation(call(ours), call(theirs), (torch.randn(1, B, 7), *_detached(ours)))
-
-
-class _OneHotRNN(nn.RNN):
-    def forward_tokens(self, tokens: Tensor, hx: Tensor | None = None) -> Any:
-        return self(_one_hot(tokens, self.input_size, self.weight_ih_l0.dtype), hx)
-
-
-def _one_hot(ids: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
-    """torch.nn.functional.one_hot, which looks at the ids and so cannot be traced."""
-    rows = torch.zeros(*ids.shape, classes, dtype=dtype, device=ids.device)
-    return rows.scatter(-1, ids.unsqueeze(-1), 1)
 
 
 def _detached(module: nn.Module) -> list[Tensor]:
@@ -168,11 +162,11 @@ def tensors_of(result: Any) -> list[Tensor]:
     return [result] if isinstance(result, Tensor) else [t for part in result for t in tensors_of(part)]
 
 
-def outcome(run: Callable[[], Any]) -> tuple[list[Tensor] | None, Exception | None]:
+def outcome(run: Callable[[], Any]) -> tuple[list[Tensor], Exception | None]:
     try:
         return tensors_of(run()), None
     except Exception as error:
-        return None, error
+        return [], error
 
 
 def same_outcome(
@@ -192,21 +186,41 @@ def same_outcome(
         own = own_errors and error is not None and isinstance(own_error, ValueError | NoneType)
         assert alike or own, f"{what}: torch {error!r}, here {own_error!r}"
         return
-    if not numbers:
-        return
-    assert expected is not None and found is not None
-    assert len(expected) == len(found), what
+    if numbers:
+        differs = difference(found, expected, tolerance)
+        assert differs is None, f"{what}: {differs}"
+
+
+def difference(
+    found: list[Tensor], expected: list[Tensor], tolerance: float, spread: bool = True, slack: float = 0.0
+) -> str | None:
+    """How results differ, numbers by more than tolerance times the largest, and slack.
+
+    spread: are numbers that are not finite where torch's are? What torch has finite is finite in any case.
+    """
+    if len(found) != len(expected):
+        return f"{len(found)} results, not {len(expected)}"
     for index, (a, b) in enumerate(zip(found, expected, strict=True)):
-        assert type(a) is type(b), f"{what}: result {index}: {type(a)}, {type(b)}"
-        assert (a.layout, a.device) == (b.layout, b.device), f"{what}: result {index}"
-        if a.device.type == "meta":
-            assert a.shape == b.shape and a.dtype == b.dtype, what
+        if (type(a), a.layout, a.device) != (type(b), b.layout, b.device):
+            return f"result {index} is {type(a)} {a.layout} {a.device}, not {type(b)} {b.layout} {b.device}"
+        on_meta = a.device.type == "meta"
+        a, b = (a, b) if on_meta else (plain_values(a), plain_values(b))
+        if (a.shape, a.dtype) != (b.shape, b.dtype):
+            return f"result {index} is {a.shape} {a.dtype}, not {b.shape} {b.dtype}"
+        if on_meta or not a.numel():
             continue
-        a, b = plain_values(a), plain_values(b)
-        assert a.shape == b.shape and a.dtype == b.dtype, f"{what}: result {index}: {a.shape}, {b.shape}"
-        if b.numel():
-            allowed = (max(tolerance, 0.05) if b.dtype == torch.bfloat16 else tolerance) * (1 + b.abs().max().item())
-            assert (a - b).abs().max().item() <= allowed, f"{what}: result {index}: {a} differs from {b}"
+        if not a.dtype.is_floating_point and not a.dtype.is_complex:
+            if not torch.equal(a, b):
+                return f"result {index}: {a} is not {b}"
+            continue
+        a, b = a.to(torch.complex128), b.to(torch.complex128)
+        finite = b.isfinite()
+        if not torch.equal(a.isfinite() | (not spread), finite | (not spread)) or (finite & ~a.isfinite()).any():
+            return f"result {index} is not finite elsewhere: {a} and {b}"
+        largest = b[finite].abs().max().item() if finite.any() else 0.0
+        if finite.any() and (a - b)[finite].abs().max().item() > tolerance * (1 + largest) + slack:
+            return f"result {index}: {a} is not {b}"
+    return None
 
 
 def plain_values(x: Tensor) -> Tensor:
@@ -324,18 +338,14 @@ def operands_of_a_kind(name: str, kind: str) -> int:
                     made.append(x)
                 return made
 
-            def run(f, fresh=fresh):
-                return lambda: results_and_gradients(f, fresh(), _random_like)
-
             try:
                 fresh()
             except Exception:
                 continue  # there is no such tensor of this shape
             # What torch computes from one operand on "meta" and others with memory is whatever was there; and between
             # logits that are nearly equal, a rounding in 16 bit decides what a decoder says.
-            same_outcome(
-                run(operation.ours),
-                run(operation.theirs),
+            operation.compare(
+                lambda f, fresh=fresh: results_and_gradients(f, fresh(), _random_like),
                 f"operands {chosen}, graph {graph}",
                 0.1 if kind == "bfloat16" else 1e-4,
                 numbers=(kind != "meta" or len(chosen) == count) and not (operation.own_errors and kind == "bfloat16"),
@@ -361,18 +371,7 @@ def gradients_of_a_kind(name: str, kind: str) -> int:
         return make(grad) if grad.dim() or kind not in ("zero stride", "overlapping", "reversed") else grad
 
     def run(f):
-        leaves = [x.clone().requires_grad_() for x in operation.operands]
-        return lambda: results_and_gradients(f, leaves, upstream)
+        return results_and_gradients(f, [x.clone().requires_grad_() for x in operation.operands], upstream)
 
-    same_outcome(run(operation.ours), run(operation.theirs), kind)
+    operation.compare(run, kind)
     return 1
-
-
-def every_kind(of: str, name: str) -> int:
-    """One operation with operands, or gradients, of every kind; the last that was printed is the one that failed."""
-    function, kinds = {"operands": (operands_of_a_kind, KINDS), "gradients": (gradients_of_a_kind, GRADIENTS)}[of]
-    tried = 0
-    for kind in kinds:
-        print(kind, flush=True)
-        tried += function(name, kind)
-    return tried

@@ -168,13 +168,14 @@ class RecurrentLM(nn.Module, LanguageModel):
 
     @torch.no_grad()
     def load_reference(self: Self, net: RNNLM) -> Self:
-        """Take over the parameters of a reference model of the same sizes; returns self. Raises ValueError if its own
-        modules are not those that it was built with.
+        """Take over the parameters of a reference model of the same sizes, zeros for a second bias that it does not
+        have; returns self. Raises ValueError if its own modules are not those that it was built with.
         """
         self.require_as_built("parameters are taken over by")
         for name, p in by_name(net).items():
-            if p is not None and (self.embed is not None or name != "embed.weight"):
-                self.get_parameter(name).copy_(p)
+            if self.embed is not None or name != "embed.weight":
+                own = self.get_parameter(name)
+                own.copy_(torch.zeros_like(own) if p is None else p)
         return self
 
     def require_state(self, state: Any) -> None:

@@ -19,7 +19,7 @@ from .elman_forms import Form
 from .elman_kernels import elman_backward_kernel, elman_forward_kernel
 from .elman_sums import sum_gradients
 from .elman_tiles import Tile, next_power_of_2
-from .launch import INTERPRETED, KINDS, TYPES, Launch, Pass, processors_of, target_of
+from .launch import INTERPRETED, KINDS, TYPES, Launch, Pass, device_limits, processors_of, target_of
 from .targets import AMD
 
 
@@ -40,24 +40,21 @@ def choose_tile(
     return tile
 
 
-def _pass_of(kernel: Any, tile: Tile, hidden_size: int, dtype: torch.dtype, device: torch.device, **options) -> Pass:
-    def launch(wide: bool) -> Launch:
-        form = Form(
-            hidden=hidden_size,
-            rows=tile.rows,
-            lanes_n=tile.lanes_n,
-            lanes_k=tile.lanes_k,
-            warps=tile.warps,
-            dtype=TYPES[dtype],
-            mma=tile.form != "fma",
-            three=tile.form == "mma3",
-            in_shared=tile.in_shared,
-            wide=wide,
-            **{"ahead": tile.ahead, **options},
-        )
-        return Launch(kernel, F=form, **tile.launch_options(target_of(device)[0]))
-
-    return Pass(tile.rows, launch(False), launch(True))
+@functools.cache
+def _pass_of(
+    kernel: Any,
+    tile: Tile,
+    hidden_size: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    ids: torch.dtype | None = None,
+    **options: Any,
+) -> Pass:
+    """One for all numbers of rows that get this tile: what was compiled for a launch is known to that launch alone."""
+    form = Form.of(tile, hidden_size, TYPES[dtype], **options)
+    compiler = tile.launch_options(target_of(device)[0])
+    narrow, wide = (Launch(kernel, F=each, **compiler) for each in (form, replace(form, wide=True)))
+    return Pass(tile.rows, narrow, wide)
 
 
 @functools.lru_cache(4096)  # batch sizes may be any number of numbers
@@ -76,7 +73,8 @@ def _forward_pass(
     if tile is None:
         return elman_grid.choose_grid_pass(True, hidden_size, dtype, precision, device, rows, tanh)
     ahead = tile.ahead_inputs if features else tile.ahead
-    return _shared_pass(elman_forward_kernel, tile, hidden_size, dtype, device, ids, tanh, ahead, features)
+    options = {"ahead": ahead, "tanh": tanh, "inputs": features}
+    return _pass_of(elman_forward_kernel, tile, hidden_size, dtype, device, ids, **options)
 
 
 @functools.lru_cache(4096)
@@ -86,27 +84,10 @@ def _backward_pass(
     tile = choose_tile(hidden_size, dtype, precision, device, rows)
     if tile is None:
         return elman_grid.choose_grid_pass(False, hidden_size, dtype, precision, device, rows, tanh)
-    options = (elman_backward_kernel, tile, hidden_size, dtype, device, None, tanh)
-    found = _shared_pass(*options, tile.ahead)
+    of_tile = functools.partial(_pass_of, elman_backward_kernel, tile, hidden_size, dtype, device, tanh=tanh)
     programs = directions * -(-(rows // directions) // tile.rows)
     steps = elman_tiles.sum_steps(tile, hidden_size, programs, processors_of(device))
-    return replace(found, sum_steps=steps, sums=_shared_pass(*options, tile.ahead_sums)) if steps else found
-
-
-@functools.cache
-def _shared_pass(
-    kernel: Any,
-    tile: Tile,
-    hidden_size: int,
-    dtype: torch.dtype,
-    device: torch.device,
-    ids: torch.dtype | None,
-    tanh: bool,
-    ahead: int,
-    features: int = 0,
-) -> Pass:
-    """One for all numbers of rows that get this tile: what was compiled for a launch is known to that launch alone."""
-    return _pass_of(kernel, tile, hidden_size, dtype, device, ahead=ahead, tanh=tanh, inputs=features)
+    return replace(of_tile(), sum_steps=steps, sums=of_tile(ahead=tile.ahead_sums)) if steps else of_tile()
 
 
 def elman_limits(
@@ -118,20 +99,13 @@ def elman_limits(
     device: where it would run ("cpu": interpreter, with sm_90's tiles).
     """
     device = torch.device(device)
-    if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        return f"no kernel for {dtype}"
-    if device.type not in ("cpu", "cuda"):
-        return f"no kernel for device type {device.type}"
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return "no CUDA or ROCm device"
-    if not target_of(device)[0]:
-        return f"no tile sizes for {torch.cuda.get_device_name(device)}"
+    if (why := device_limits(dtype, device)) is not None:
+        return why
     if choose_tile(hidden_size, dtype, precision, device) is None:
         return elman_grid.grid_limits(hidden_size, dtype, precision, device)
     return None
 
 
-@functools.lru_cache(4096)
 def most_rows(hidden_size: int, dtype: torch.dtype, precision: str, device: torch.device) -> float:
     """Batch rows times directions up to which the kernels are known to be faster than cuDNN; infinite for one program.
 
@@ -142,7 +116,6 @@ def most_rows(hidden_size: int, dtype: torch.dtype, precision: str, device: torc
     return elman_grid.grid_most_rows(hidden_size, dtype, precision, device)
 
 
-@functools.lru_cache(4096)
 def projected_steps(
     features: int, hidden_size: int, dtype: torch.dtype, precision: str, device: torch.device, rows: int
 ) -> int:
@@ -156,7 +129,7 @@ def projected_steps(
 
 def forget_tiles() -> None:
     """Choose tiles anew: what was chosen is kept, and the table has changed."""
-    for kept in (choose_tile, _forward_pass, _backward_pass, projected_steps, most_rows):
+    for kept in (choose_tile, _forward_pass, _backward_pass):
         kept.cache_clear()
 
 

@@ -15,7 +15,8 @@ summed over, is cut into pieces of KP, and W is a tuple of one register tensor a
 """
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import triton.language as tl
 
@@ -23,35 +24,36 @@ from .gluon_interpreter import device_function, gl, mma_v2
 from .numerics import tf32_high
 
 
-@dataclass(frozen=True)
-class Form:
-    """One mapping with all its sizes; the kernels get it as their one compile-time argument."""
+@dataclass(frozen=True, kw_only=True)
+class AnyForm:
+    """One mapping, by one program (`Form`) or a grid of them (elman_grid_forms.py), with all its sizes; the kernels get
+    it as their one compile-time argument.
+    """
 
     hidden: int  # H
     rows: int  # R, batch rows of a program
-    lanes_n: int  # FMA: lanes of a warp along the units
-    lanes_k: int  # FMA: lanes that share a unit
     warps: int
     dtype: tl.dtype  # of the tensors
     mma: bool = False
     three: bool = False  # tf32x3
-    in_shared: int = 0  # MMA: pieces of W that stay in shared memory
-    inputs: int = 0  # FMA, forward: I features whose product with W_ih the kernel makes itself; 0: input is projected
-    ahead: int = 4  # steps by which input is loaded before it is needed; even
+    lanes_k: int = 8  # FMA: lanes that share a unit
+    ahead: int = 4  # steps by which input is loaded before it is needed; of one program even
     tanh: bool = True  # else relu
     wide: bool = False  # offsets inside a tile need int64
 
+    LAYOUTS: ClassVar[tuple[str, ...]]
+
+    @classmethod
+    def of(cls, tile: Any, hidden: int, dtype: tl.dtype, **options: Any):
+        """That of a tile of the tables, whose fields have these names. options: what the tile does not say."""
+        values = {field.name: getattr(tile, field.name) for field in fields(cls) if hasattr(tile, field.name)}
+        values |= {"hidden": hidden, "dtype": dtype, "mma": tile.form != "fma", "three": tile.form == "mma3"}
+        return cls(**values | options)
+
     def __repr__(self) -> str:
         """Names the layouts as well: Triton's cache of compiled kernels tells constants apart by this."""
-        values = [self.hidden, self.rows, self.warps, self.dtype, self.mma, self.three, self.in_shared]
-        values += [self.inputs, self.ahead, self.tanh, self.wide]
-        return f"Form({values}, {self.piece}, {self.products}, {self.tile}, {self.weight}, {self.shared})"
-
-    @functools.cached_property
-    def width(self) -> int:
-        """N; not less than what the threads of a program have between them."""
-        least = 16 * self.warps if self.mma else self.lanes_n * self.warps
-        return max(least, 1 << (self.hidden - 1).bit_length())
+        names = [field.name for field in fields(self)] + [*self.LAYOUTS]
+        return f"{type(self).__name__}({', '.join(f'{name}={getattr(self, name)}' for name in names)})"
 
     @property
     def acc(self) -> tl.dtype:
@@ -62,6 +64,28 @@ class Form:
     def operand(self) -> tl.dtype:
         """Of W and the state in the product."""
         return self.dtype if self.mma else self.acc
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Form(AnyForm):
+    """A mapping onto one program."""
+
+    lanes_n: int  # FMA: lanes of a warp along the units
+    in_shared: int = 0  # MMA: pieces of W that stay in shared memory
+    inputs: int = 0  # FMA, forward: I features whose product with W_ih the kernel makes itself; 0: input is projected
+
+    LAYOUTS: ClassVar[tuple[str, ...]] = ("products", "tile", "weight", "shared")
+
+    @functools.cached_property
+    def width(self) -> int:
+        """N; not less than what the threads of a program have between them."""
+        least = 16 * self.warps if self.mma else self.lanes_n * self.warps
+        return max(least, 1 << (self.hidden - 1).bit_length())
+
+    @property
+    def units_first(self) -> bool:
+        """In a state tile, which else is (rows, units)."""
+        return self.mma
 
     @property
     def piece(self) -> int:
@@ -150,17 +174,18 @@ class Form:
 @device_function
 def tile_rows(F: tl.constexpr):
     """Batch rows of the state tile, shaped to broadcast over its units."""
-    rows = gl.arange(0, F.rows, layout=gl.SliceLayout(0 if F.mma else 1, F.tile))
+    rows = gl.arange(0, F.rows, layout=gl.SliceLayout(0 if F.units_first else 1, F.tile))
     if F.wide:
         rows = rows.to(gl.int64)
-    return rows.expand_dims(0 if F.mma else 1)
+    return rows.expand_dims(0 if F.units_first else 1)
 
 
 @device_function
 def tile_units(F: tl.constexpr):
-    """Units of the state tile, shaped to broadcast over its rows."""
-    units = gl.arange(0, F.width, layout=gl.SliceLayout(1 if F.mma else 0, F.tile))
-    return units.expand_dims(1 if F.mma else 0)
+    """Units of the state tile, shaped to broadcast over its rows; a grid's from the program's first one."""
+    count: tl.constexpr = F.shape[0 if F.units_first else 1]
+    units = gl.arange(0, count, layout=gl.SliceLayout(1 if F.units_first else 0, F.tile))
+    return units.expand_dims(1 if F.units_first else 0)
 
 
 @device_function
@@ -184,21 +209,36 @@ def zero_tile(F: tl.constexpr):
 
 
 @device_function
+def state_buffers(F: tl.constexpr):
+    """Shared memory for two state tiles, which steps use in turn."""
+    even = gl.allocate_shared_memory(F.operand, F.shape, F.shared)
+    odd = gl.allocate_shared_memory(F.operand, F.shape, F.shared)
+    return even, odd
+
+
+@device_function
 def tf32_low(x, high):
     """What `high` leaves of x; nothing where x is infinite, whose difference would be NaN."""
     return gl.where(gl.abs(x) == float("inf"), 0.0, x - high)
 
 
 @device_function
+def _load_weight_piece(weight_ptr, a, COLUMNS: tl.constexpr, TRANSPOSE: tl.constexpr, F: tl.constexpr):
+    """Piece a of a matrix (H, COLUMNS) contiguous, or of the transpose of one (COLUMNS, H), zero outside."""
+    n = gl.arange(0, F.width, layout=gl.SliceLayout(1, F.weight)).expand_dims(1)
+    k = gl.arange(0, F.piece, layout=gl.SliceLayout(0, F.weight)).expand_dims(0) + a * F.piece
+    offsets = k * F.hidden + n if TRANSPOSE else n * COLUMNS + k
+    return gl.load(weight_ptr + offsets, mask=(n < F.hidden) & (k < COLUMNS), other=0.0).to(F.operand)
+
+
+@device_function
 def load_weight(weight_ptr, TRANSPOSE: tl.constexpr, F: tl.constexpr):
-    """W (H, H) contiguous, or its transpose, zero outside: a tuple of pieces; for tf32x3 the high parts, then the low.
+    """W (H, H) or its transpose: a tuple of pieces; for tf32x3 the high parts, then the low.
 
     And the buffer of those that stay in shared memory, in the same order; an empty tuple if none do.
     """
     PIECES: tl.constexpr = F.pieces
     IN_REGISTERS: tl.constexpr = F.pieces - F.in_shared
-    n = gl.arange(0, F.width, layout=gl.SliceLayout(1, F.weight)).expand_dims(1)
-    k = gl.arange(0, F.piece, layout=gl.SliceLayout(0, F.weight)).expand_dims(0)
     highs = ()
     lows = ()
     if F.in_shared > 0:
@@ -206,9 +246,7 @@ def load_weight(weight_ptr, TRANSPOSE: tl.constexpr, F: tl.constexpr):
     else:
         stored = ()
     for a in gl.static_range(PIECES):
-        column = k + a * F.piece
-        offsets = column * F.hidden + n if TRANSPOSE else n * F.hidden + column
-        high = gl.load(weight_ptr + offsets, mask=(n < F.hidden) & (column < F.hidden), other=0.0).to(F.operand)
+        high = _load_weight_piece(weight_ptr, a, F.hidden, TRANSPOSE, F)
         low = high
         if F.three:
             high = tf32_high(high)
@@ -228,28 +266,48 @@ def load_weight(weight_ptr, TRANSPOSE: tl.constexpr, F: tl.constexpr):
 
 @device_function
 def load_input_weight(weight_ptr, TRANSPOSE: tl.constexpr, F: tl.constexpr):
-    """W_ih (H, I) contiguous, or the transpose of an (I, H), zero outside: a tuple of pieces like W's. FMA form."""
+    """W_ih (H, I), or the transpose of an (I, H): a tuple of pieces like W's. FMA form."""
     PIECES: tl.constexpr = F.input_pieces
-    n = gl.arange(0, F.width, layout=gl.SliceLayout(1, F.weight)).expand_dims(1)
-    k = gl.arange(0, F.piece, layout=gl.SliceLayout(0, F.weight)).expand_dims(0)
     pieces = ()
     for a in gl.static_range(PIECES):
-        column = k + a * F.piece
-        offsets = column * F.hidden + n if TRANSPOSE else n * F.inputs + column
-        mask = (n < F.hidden) & (column < F.inputs)
-        pieces = pieces + (gl.load(weight_ptr + offsets, mask=mask, other=0.0).to(F.acc),)
+        pieces = pieces + (_load_weight_piece(weight_ptr, a, F.inputs, TRANSPOSE, F),)
     return pieces
 
 
 @device_function
-def fma_product(buffer, w, PIECES: tl.constexpr, F: tl.constexpr):
+def load_piece(buffer, a, F: tl.constexpr):
+    """Piece a of the rows in `buffer`, (R, KP), where products of it are made. FMA form."""
+    return buffer.slice(a * F.piece, F.piece, dim=1).load(gl.SliceLayout(1, F.products))
+
+
+@device_function
+def fma_product(buffer, w, F: tl.constexpr):
     """The rows in `buffer` times the pieces w, (R, N)."""
-    rows = buffer.slice(0, F.piece, dim=1).load(gl.SliceLayout(1, F.products))
-    products = w[0].expand_dims(0) * rows.expand_dims(1)
-    for a in gl.static_range(1, PIECES):
-        rows = buffer.slice(a * F.piece, F.piece, dim=1).load(gl.SliceLayout(1, F.products))
-        products += w[a].expand_dims(0) * rows.expand_dims(1)
+    products = w[0].expand_dims(0) * load_piece(buffer, 0, F).expand_dims(1)
+    for a in gl.static_range(1, len(w)):
+        products += w[a].expand_dims(0) * load_piece(buffer, a, F).expand_dims(1)
     return gl.sum(products, axis=2)
+
+
+@device_function
+def multiply_add(high, low, state, chain, F: tl.constexpr):
+    """chain + a piece of W, its high and low part, times a piece of the state, by mma.sync."""
+    if F.three:
+        state_high = tf32_high(state)
+        chain = mma_v2(high, tf32_low(state, state_high), chain)
+        # An infinite state counts in the last product alone: W's low parts have signs of their own.
+        chain = mma_v2(low, gl.where(gl.abs(state) == float("inf"), 0.0, state_high), chain)
+        state = state_high
+    return mma_v2(high, state, chain)
+
+
+@device_function
+def sum_of(chains):
+    """Of the tensors of a tuple, in their order."""
+    total = chains[0]
+    for c in gl.static_range(1, len(chains)):
+        total += chains[c]
+    return total
 
 
 @device_function
@@ -260,17 +318,13 @@ def _chain_step(chain, w, stored, state, a, F: tl.constexpr):
         high = w[a]
     else:
         high = stored[0].index(a - IN_REGISTERS).load(F.weight)
+    low = None
     if F.three:
         if a < IN_REGISTERS:
             low = w[IN_REGISTERS + a]
         else:
             low = stored[0].index(a - IN_REGISTERS + F.in_shared).load(F.weight)
-        state_high = tf32_high(state)
-        chain = mma_v2(high, tf32_low(state, state_high), chain)
-        # An infinite state counts in the last product alone: W's low parts have signs of their own.
-        chain = mma_v2(low, gl.where(gl.abs(state) == float("inf"), 0.0, state_high), chain)
-        state = state_high
-    return mma_v2(high, state, chain)
+    return multiply_add(high, low, state, chain, F)
 
 
 @device_function
@@ -289,34 +343,26 @@ def product(buffer, weight, x, F: tl.constexpr):
                 chains = chains + (_chain_step(zero_tile(F), w, stored, state, a, F),)
             else:
                 # The oldest chain, which is the first one, comes last again.
-                rest = ()
-                for c in gl.static_range(1, CHAINS):
-                    rest = rest + (chains[c],)
-                chains = rest + (_chain_step(chains[0], w, stored, state, a, F),)
-        total = chains[0]
-        for c in gl.static_range(1, CHAINS):
-            total += chains[c]
-        return total
+                chains = chains[1:] + (_chain_step(chains[0], w, stored, state, a, F),)
+        return sum_of(chains)
     else:
-        total = fma_product(buffer, w, PIECES, F)
+        total = fma_product(buffer, w, F)
         if x is not None:
             total += x
         return total
 
 
 @device_function
-def product_and_outer(buffer, weight, outer, h_prev, F: tl.constexpr):
+def product_and_outer(buffer, w, outer, h_prev, F: tl.constexpr):
     """state W, and `outer` plus, over the rows, h_prev x state, in pieces like W's. FMA form.
 
     Both take the state from one reading, and h_prev as it lies: the sum over time is a weight gradient's transpose.
     """
-    PIECES: tl.constexpr = F.pieces
-    w, _ = weight
-    state = buffer.slice(0, F.piece, dim=1).load(gl.SliceLayout(1, F.products)).expand_dims(1)
+    state = load_piece(buffer, 0, F).expand_dims(1)
     products = w[0].expand_dims(0) * state
     added = (outer[0] + gl.sum(h_prev.expand_dims(2) * state, axis=0).expand_dims(0),)
-    for a in gl.static_range(1, PIECES):
-        state = buffer.slice(a * F.piece, F.piece, dim=1).load(gl.SliceLayout(1, F.products)).expand_dims(1)
+    for a in gl.static_range(1, len(w)):
+        state = load_piece(buffer, a, F).expand_dims(1)
         products += w[a].expand_dims(0) * state
         added = added + (outer[a] + gl.sum(h_prev.expand_dims(2) * state, axis=0).expand_dims(0),)
     return gl.sum(products, axis=2), added
@@ -332,14 +378,21 @@ def zero_outer(PIECES: tl.constexpr, F: tl.constexpr):
 
 
 @device_function
-def store_outer(ptr, outer, F: tl.constexpr):
-    """Store the transpose of the pieces to an (H, H) matrix."""
-    PIECES: tl.constexpr = F.pieces
+def store_sum(ptr, value, mask, again):
+    """Store a sum; if `again`, on top of what this program left there before."""
+    if again:  # a branch: as a mask it would have all of a matrix loaded before any of it is added
+        value += gl.load(ptr, mask=mask, other=0.0)
+    gl.store(ptr, value, mask=mask)
+
+
+@device_function
+def store_outer(ptr, outer, again, ROWS: tl.constexpr, F: tl.constexpr):
+    """`store_sum` of the transpose of the pieces to a matrix (ROWS, H)."""
     n = gl.arange(0, F.width, layout=gl.SliceLayout(0, gl.SliceLayout(2, F.products))).expand_dims(0).expand_dims(2)
     k = gl.arange(0, F.piece, layout=gl.SliceLayout(0, gl.SliceLayout(1, F.products))).expand_dims(0).expand_dims(1)
-    for a in gl.static_range(PIECES):
+    for a in gl.static_range(len(outer)):
         row = k + a * F.piece
-        gl.store(ptr + row * F.hidden + n, outer[a], mask=(n < F.hidden) & (row < F.hidden))
+        store_sum(ptr + row * F.hidden + n, outer[a], (n < F.hidden) & (row < ROWS), again)
 
 
 @device_function

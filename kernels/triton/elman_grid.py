@@ -12,6 +12,7 @@ import ctypes
 import functools
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -52,6 +53,7 @@ def grid_limits(
     return f"{too_large}, and a grid of them is not known to be faster than cuDNN"
 
 
+@functools.lru_cache(4096)
 def grid_most_rows(hidden_size: int, dtype: torch.dtype, precision: str, device: torch.device) -> int:
     """Rows (batch times directions) up to which the recurrence goes across the chip; 0 if it never does."""
     rows = 0
@@ -70,25 +72,6 @@ def grid_reason(
         return f"for so many rows {grid_limits(hidden_size, dtype, precision, device, rows)}"
     most = grid_most_rows(hidden_size, dtype, precision, device)
     return f"{tile.describe(hidden_size, dtype.itemsize, rows)}; beyond {most} rows cuDNN is taken"
-
-
-@functools.cache
-def _form(tile: GridTile, hidden_size: int, dtype: torch.dtype, tanh: bool, wide: bool) -> GridForm:
-    return GridForm(
-        hidden=hidden_size,
-        units=tile.units,
-        rows=tile.rows,
-        warps=tile.warps,
-        dtype=TYPES[dtype],
-        mma=tile.form != "fma",
-        three=tile.form == "mma3",
-        most_chains=tile.chains,
-        lanes_k=tile.lanes_k,
-        ahead=1 if INTERPRETED else tile.ahead,
-        by_part=tile.by_part,
-        tanh=tanh,
-        wide=wide,
-    )
 
 
 def chip_of(device: torch.device) -> Chip:
@@ -234,11 +217,10 @@ def grid_pass(
 ) -> Pass:
     """One of the two kernels with a tile. steps_per_launch: as in `GridLaunch`."""
     kernel = elman_grid_forward_kernel if forward else elman_grid_backward_kernel
+    form = GridForm.of(tile, hidden_size, TYPES[dtype], tanh=tanh, ahead=1 if INTERPRETED else tile.ahead)
     options = tile.launch_options(target_of(device)[0])
-    narrow, wide = (
-        GridLaunch(kernel, _form(tile, hidden_size, dtype, tanh, wide), options, steps_per_launch)
-        for wide in (False, True)
-    )
+    forms = form, replace(form, wide=True)
+    narrow, wide = (GridLaunch(kernel, each, options, steps_per_launch) for each in forms)
     return Pass(tile.rows, narrow, wide)
 
 

@@ -20,52 +20,29 @@ from dataclasses import dataclass
 
 import triton.language as tl
 
-from .elman_forms import tf32_low
-from .gluon_interpreter import INTERPRETED, barrier, device_function, gl, mma_v2
+from .elman_forms import AnyForm, multiply_add, sum_of, tf32_low
+from .gluon_interpreter import INTERPRETED, barrier, device_function, gl
 from .numerics import tf32_high
 
 COUNTER_STRIDE = tl.constexpr(32)  # int32 between two counters: 128 bytes, a line of the second-level cache
 
 
-@dataclass(frozen=True)
-class GridForm:
-    """One mapping with all its sizes; the kernels get it as their one compile-time argument."""
+@dataclass(frozen=True, kw_only=True, repr=False)
+class GridForm(AnyForm):
+    """A mapping onto a grid of programs. rows: 8 or a power of two above it; FMA: any power of two."""
 
-    hidden: int  # H
     units: int  # of a program; 16 or a power of two above it
-    rows: int  # R, batch rows of a program: 8 or a power of two above it; FMA: any power of two
-    warps: int
-    dtype: tl.dtype  # of the tensors
-    mma: bool = True
-    three: bool = False  # tf32x3
     most_chains: int = 4  # MMA: sums of a warp that do not wait for each other, over all its units
-    lanes_k: int = 8  # FMA: lanes that share a unit
-    ahead: int = 2  # steps by which input is loaded before it is needed
-    tanh: bool = True  # else relu
-    wide: bool = False  # offsets inside a tile need int64
     by_part: bool = True  # a counter for each warp's part of k, else one for all
     most_polls: int = 1 << 24  # of a counter before the others are given up
 
-    def __repr__(self) -> str:
-        """Names the layouts as well: Triton's cache of compiled kernels tells constants apart by this."""
-        values = [self.hidden, self.units, self.rows, self.warps, self.dtype, self.mma, self.three]
-        values += [self.most_chains, self.lanes_k, self.ahead, self.tanh, self.wide, self.by_part, self.most_polls]
-        return f"GridForm({values}, {self.products}, {self.sums}, {self.shared})"
+    LAYOUTS = ("products", "sums", "shared")
+    units_first = True
 
     @property
     def programs(self) -> int:
         """That share the units."""
         return -(-self.hidden // self.units)
-
-    @property
-    def acc(self) -> tl.dtype:
-        """Of sums, tanh and carried gradients."""
-        return tl.float64 if self.dtype == tl.float64 else tl.float32
-
-    @property
-    def operand(self) -> tl.dtype:
-        """Of W and the state in the product."""
-        return self.dtype if self.mma else self.acc
 
     @property
     def k_width(self) -> int:
@@ -165,21 +142,6 @@ class GridForm:
 
 
 @device_function
-def own_rows(F: tl.constexpr):
-    """Batch rows of the tile, shaped to broadcast over its units."""
-    rows = gl.arange(0, F.rows, layout=gl.SliceLayout(0, F.tile))
-    if F.wide:
-        rows = rows.to(gl.int64)
-    return rows.expand_dims(0)
-
-
-@device_function
-def own_units(F: tl.constexpr):
-    """Units of the tile, shaped to broadcast over its rows."""
-    return gl.arange(0, F.units, layout=gl.SliceLayout(1, F.tile)).expand_dims(1)
-
-
-@device_function
 def load_weight(weight_ptr, first_unit, TRANSPOSE: tl.constexpr, F: tl.constexpr):
     """This program's rows of W (H, H) contiguous, or of its transpose, zero outside: a tuple of pieces.
 
@@ -243,20 +205,6 @@ def _load_piece(rows_ptr, k, mask_rows, a, F: tl.constexpr):
 
 
 @device_function
-def _chain_step(chain, w, state, a, F: tl.constexpr):
-    """chain + piece a of W times its piece of the state."""
-    high = w[a]
-    if F.three:
-        low = w[F.pieces + a]
-        state_high = tf32_high(state)
-        chain = mma_v2(high, tf32_low(state, state_high), chain)
-        # An infinite state counts in the last product alone: W's low parts have signs of their own.
-        chain = mma_v2(low, gl.where(gl.abs(state) == float("inf"), 0.0, state_high), chain)
-        state = state_high
-    return mma_v2(high, state, chain)
-
-
-@device_function
 def product(w, rows_ptr, k, mask_rows, late, buffer, F: tl.constexpr, other_w=None, other_ptr=None):
     """This program's units of state W^T, a tile (units, R); NaN if a warp is `late`.
 
@@ -264,7 +212,6 @@ def product(w, rows_ptr, k, mask_rows, late, buffer, F: tl.constexpr, other_w=No
     other_w, other_ptr: of another product to be added, by FMA.
     """
     PIECES: tl.constexpr = F.pieces
-    CHAINS: tl.constexpr = F.chains
     state = ()
     for a in gl.static_range(PIECES):
         state = state + (_load_piece(rows_ptr, k, mask_rows, a, F),)
@@ -274,18 +221,14 @@ def product(w, rows_ptr, k, mask_rows, late, buffer, F: tl.constexpr, other_w=No
     if F.mma:
         chains = ()
         for a in gl.static_range(PIECES):
-            if a < CHAINS:
+            low = w[PIECES + a] if F.three else None
+            if a < F.chains:
                 zero = gl.full(F.sums_shape, 0.0, F.acc, layout=F.products)
-                chains = chains + (_chain_step(zero, w, state[a], a, F),)
+                chains = chains + (multiply_add(w[a], low, state[a], zero, F),)
             else:
                 # The oldest chain, which is the first one, comes last again.
-                rest = ()
-                for c in gl.static_range(1, CHAINS):
-                    rest = rest + (chains[c],)
-                chains = rest + (_chain_step(chains[0], w, state[a], a, F),)
-        total = chains[0]
-        for c in gl.static_range(1, CHAINS):
-            total += chains[c]
+                chains = chains[1:] + (multiply_add(w[a], low, state[a], chains[0], F),)
+        total = sum_of(chains)
     else:
         products = w[0].expand_dims(2) * state[0].to(F.acc).expand_dims(1)
         for a in gl.static_range(1, PIECES):

@@ -19,19 +19,28 @@ Rows, offsets, masks and pointers that are None are as in elman_kernels.py.
 
 import triton.language as tl
 
-from .elman_forms import zero_tile
+from .elman_forms import tile_rows, tile_units, zero_tile
 from .elman_grid_forms import (
     COUNTER_STRIDE,
     announce,
     load_weight,
-    own_rows,
-    own_units,
     part_counters,
     product,
     state_places,
     wait,
 )
-from .elman_walk import begin_walk, load_bias, load_input, load_tile, place_of
+from .elman_walk import (
+    Walk,
+    begin_walk,
+    load_bias,
+    load_ids,
+    load_input,
+    load_state,
+    load_tile,
+    of_direction,
+    place_of,
+    places_of,
+)
 from .gluon_interpreter import device_function, gl, jit
 from .numerics import activation, activation_backward, cast
 
@@ -45,42 +54,14 @@ def _team(first_team, B, F: tl.constexpr):
 
 
 @device_function
-def _queue(steps_ptr, i, LENGTH: tl.constexpr, walk, T, B, first_row):
-    """Places of steps i, i + 1, ...: a tuple of positions and one of active rows."""
-    steps, _, _ = walk
-    positions = ()
-    actives = ()
-    for k in gl.static_range(LENGTH):
-        position, active = place_of(steps_ptr, i + k, i + k < steps, walk, T, B, first_row)
-        positions = positions + (position,)
-        actives = actives + (active,)
-    return positions, actives
-
-
-@device_function
-def _advance(queue, new):
-    """The queue without its first element and with a new last one."""
-    rest = ()
-    for k in gl.static_range(1, len(queue)):
-        rest = rest + (queue[k],)
-    return rest + (new,)
-
-
-@device_function
-def _advance_places(places, steps_ptr, i, LENGTH: tl.constexpr, walk, T, B, first_row):
+def _advance(places, walk, i, LENGTH: tl.constexpr):
     """Places of steps i, ...; packed, where they are loaded, all but the last of them from those of i - 1, ..."""
-    if steps_ptr is None:
-        return _queue(steps_ptr, i, LENGTH, walk, T, B, first_row)
+    if walk.steps_ptr is None:
+        return places_of(walk, i, LENGTH)
     else:
         last = i + LENGTH - 1
-        position, active = place_of(steps_ptr, last, last < walk[0], walk, T, B, first_row)
-        return _advance(places[0], position), _advance(places[1], active)
-
-
-@device_function
-def _before(steps_ptr, first, walk, T, B, first_row):
-    """Place of the step before the first one of a launch; no row is active in it where the walk begins."""
-    return place_of(steps_ptr, first - 1, first > 0, walk, T, B, first_row)
+        position, active = place_of(walk, last, last < walk.steps)
+        return places[0][1:] + (position,), places[1][1:] + (active,)
 
 
 @jit(do_not_specialize=["T", "B", "V", "reverse", "first_step", "num_steps", "first_team"])
@@ -123,12 +104,10 @@ def elman_grid_forward_kernel(
     LENGTH: tl.constexpr = 3 * F.ahead
     team, pid_d, first_row = _team(first_team, B, F)
     first_unit = gl.program_id(0) * F.units
-    rows, units = own_rows(F), first_unit + own_units(F)
+    rows, units = tile_rows(F), first_unit + tile_units(F)
     in_width = units < F.hidden
     state_k, state_rows = state_places(F)
-    if pid_d == 1:
-        weight_ptr = weight_reverse_ptr
-    w = load_weight(weight_ptr, first_unit, False, F)
+    w = load_weight(of_direction(weight_ptr, weight_reverse_ptr, pid_d), first_unit, False, F)
     bias = load_bias(bias_ih_ptr, bias_ih_reverse_ptr, pid_d, units, F)
     bias += load_bias(bias_hh_ptr, bias_hh_reverse_ptr, pid_d, units, F)
 
@@ -150,18 +129,18 @@ def elman_grid_forward_kernel(
     part_ptr, part_programs = part_counters(counters_ptr, F)
     buffer = gl.allocate_shared_memory(F.acc, F.sums_shape, F.shared)
 
-    walk = begin_walk(steps_ptr, T, first_row, (reverse >> pid_d) & 1)
-    first = gl.minimum(first_step, walk[0])
-    last = gl.minimum(first_step + num_steps, walk[0])
-    # The state before the first step: of the step before in `out`; h0 in rows that had none.
-    before, before_active = _before(steps_ptr, first, walk, T, B, first_row)
+    steps, begin, way = begin_walk(steps_ptr, T, first_row, (reverse >> pid_d) & 1)
+    walk = Walk(steps_ptr, T, B, first_row, steps, begin, way)
+    first = gl.minimum(first_step, walk.steps)
+    last = gl.minimum(first_step + num_steps, walk.steps)
+    # The state before the first step: of the step before in `out`; h0 in rows that had none, all where the walk begins.
+    before, before_active = place_of(walk, first - 1, first > 0)
     continued = gl.where(first_step > 0, B - first_row, 0)
     h = gl.load(h_n_ptr + offs_h_n, mask=(rows < continued) & in_width, other=0.0).to(F.acc)
     state_ptr = out_ptr + state_rows * stride_out_b
     if h0_ptr is not None:
         h0_ptr += pid_d.to(gl.int64) * stride_h0_d + first_row.to(gl.int64) * stride_h0_b
-        mask = in_batch & (rows >= continued)
-        h += gl.load(h0_ptr + rows * stride_h0_b + units, mask=mask, other=0.0).to(F.acc)
+        h += gl.load(h0_ptr + rows * stride_h0_b + units, mask=in_batch & (rows >= continued), other=0.0).to(F.acc)
         rows_ptr = gl.where(
             state_rows < before_active, state_ptr + before * stride_out_t, h0_ptr + state_rows * stride_h0_b
         )
@@ -170,13 +149,9 @@ def elman_grid_forward_kernel(
         rows_ptr = state_ptr + before * stride_out_t
         limit = before_active
 
-    places = _queue(steps_ptr, first, LENGTH, walk, T, B, first_row)
-    ids = ()
+    places = places_of(walk, first, LENGTH)
+    ids = load_ids(tokens_ptr, places, 2 * AHEAD, stride_tokens_t, offs_tokens, rows)
     x = ()
-    if tokens_ptr is not None:
-        for k in gl.static_range(2 * AHEAD):
-            mask = rows < places[1][k]
-            ids = ids + (gl.load(tokens_ptr + places[0][k] * stride_tokens_t + offs_tokens, mask=mask, other=-1),)
     for k in gl.static_range(AHEAD):
         x = x + (load_input(x_ptr, tokens_ptr, ids, places, k, V, stride_x_t, offs_x, rows, in_width, F),)
     late = part_programs < 0
@@ -190,12 +165,12 @@ def elman_grid_forward_kernel(
         announce(counters_ptr, first_unit, F)
         h = gl.where(mask, new, h)
         tile = load_input(x_ptr, tokens_ptr, ids, places, AHEAD, V, stride_x_t, offs_x, rows, in_width, F)
-        x = _advance(x, tile)
+        x = x[1:] + (tile,)
         if tokens_ptr is not None:
             mask = rows < places[1][2 * AHEAD]
             offs = places[0][2 * AHEAD] * stride_tokens_t + offs_tokens
-            ids = _advance(ids, gl.load(tokens_ptr + offs, mask=mask, other=-1))
-        places = _advance_places(places, steps_ptr, i + 1, LENGTH, walk, T, B, first_row)
+            ids = ids[1:] + (gl.load(tokens_ptr + offs, mask=mask, other=-1),)
+        places = _advance(places, walk, i + 1, LENGTH)
         rows_ptr = state_ptr + position * stride_out_t
         if steps_ptr is not None and h0_ptr is not None:
             # Packed and backwards, rows join in later steps.
@@ -246,12 +221,10 @@ def elman_grid_backward_kernel(
     LENGTH: tl.constexpr = 2 * F.ahead + 1
     team, pid_d, first_row = _team(first_team, B, F)
     first_unit = gl.program_id(0) * F.units
-    rows, units = own_rows(F), first_unit + own_units(F)
+    rows, units = tile_rows(F), first_unit + tile_units(F)
     in_width = units < F.hidden
     state_k, state_rows = state_places(F)
-    if pid_d == 1:
-        weight_ptr = weight_reverse_ptr
-    w = load_weight(weight_ptr, first_unit, True, F)
+    w = load_weight(of_direction(weight_ptr, weight_reverse_ptr, pid_d), first_unit, True, F)
 
     start = pid_d * F.hidden + first_row.to(gl.int64) * stride_out_b
     offs_out = rows * stride_out_b + units
@@ -272,9 +245,7 @@ def elman_grid_backward_kernel(
         grad_h_n_ptr += pid_d.to(gl.int64) * stride_grad_h_n_d + first_row.to(gl.int64) * stride_grad_h_n_b
         mask = in_batch & (rows >= continued)
         carry += gl.load(grad_h_n_ptr + rows * stride_grad_h_n_b + units, mask=mask, other=0.0).to(F.acc)
-    if h0_ptr is not None:
-        h0_ptr += pid_d.to(gl.int64) * stride_h0_d + first_row.to(gl.int64) * stride_h0_b
-        h0 = gl.load(h0_ptr + rows * stride_h0_b + units, mask=in_batch, other=0.0)
+    h0 = load_state(h0_ptr, pid_d, first_row, (stride_h0_d, stride_h0_b), rows, units, in_batch, F)
     late_ptr = counters_ptr
     counters_ptr += (1 + team * F.counters) * COUNTER_STRIDE
     part_ptr, part_programs = part_counters(counters_ptr, F)
@@ -282,12 +253,13 @@ def elman_grid_backward_kernel(
     grad_bias = zero_tile(F)
 
     # The walk of the forward pass, from its end, and one step more, which has a product alone.
-    walk = begin_walk(steps_ptr, T, first_row, 1 - ((reverse >> pid_d) & 1))
-    first = gl.minimum(first_step, walk[0] + 1)
-    last = gl.minimum(first_step + num_steps, walk[0] + 1)
-    before, before_active = _before(steps_ptr, first, walk, T, B, first_row)
+    steps, begin, way = begin_walk(steps_ptr, T, first_row, 1 - ((reverse >> pid_d) & 1))
+    walk = Walk(steps_ptr, T, B, first_row, steps, begin, way)
+    first = gl.minimum(first_step, walk.steps + 1)
+    last = gl.minimum(first_step + num_steps, walk.steps + 1)
+    before, before_active = place_of(walk, first - 1, first > 0)
     state_ptr = grad_x_ptr + state_rows * stride_out_b
-    places = _queue(steps_ptr, first, LENGTH, walk, T, B, first_row)
+    places = places_of(walk, first, LENGTH)
     h = ()
     grad = ()
     for k in gl.static_range(AHEAD):
@@ -308,8 +280,8 @@ def elman_grid_backward_kernel(
         announce(counters_ptr, first_unit, F)
         grad_bias += d
         tile = load_tile(grad_out_ptr, places, AHEAD, stride_grad_out_t, offs_grad_out, rows, in_width, F)
-        grad = _advance(grad, tile)
-        h = _advance(h, load_tile(out_ptr, places, AHEAD, stride_out_t, offs_out, rows, in_width, F))
+        grad = grad[1:] + (tile,)
+        h = h[1:] + (load_tile(out_ptr, places, AHEAD, stride_out_t, offs_out, rows, in_width, F),)
         if h_prev_ptr is not None:
             # The state before a step is that of the next one of this walk; h0 where a row has no earlier step: all rows
             # at the walk's end, and, where a reverse walk began with few rows, those that joined in this step.
@@ -317,7 +289,7 @@ def elman_grid_backward_kernel(
             if h0_ptr is not None:
                 h_prev = gl.where(rows < places[1][1], h_prev, h0)
             gl.store(h_prev_ptr + offs, h_prev, mask=mask)
-        places = _advance_places(places, steps_ptr, i + 1, LENGTH, walk, T, B, first_row)
+        places = _advance(places, walk, i + 1, LENGTH)
         before, before_active = position, active
 
     gl.store(grad_h0_ptr + offs_grad_h0, cast(carry, F.dtype), mask=in_batch)

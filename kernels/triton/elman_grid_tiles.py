@@ -9,7 +9,7 @@ products) it is by the next larger size's forward figure, or says "derived"; an 
 
 from dataclasses import dataclass
 
-from .targets import NVIDIA, launch_options
+from .targets import NVIDIA, TileOfWarps
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def programs_at_once(registers: int, shared: int, warps: int, chip: Chip) -> int
 
 
 @dataclass(frozen=True)
-class GridTile:
+class GridTile(TileOfWarps):
     """How the programs of a grid are laid out; elman_grid_forms.py has the words."""
 
     form: str  # "mma"; with float32 in three products "mma3"; "fma"
@@ -50,7 +50,7 @@ class GridTile:
     warps: int
     us: float  # a step
     why: str
-    chains: int = 4  # mma: sums that do not wait for each other
+    most_chains: int = 4  # mma: sums that do not wait for each other
     lanes_k: int = 8  # fma
     ahead: int = 2
     by_part: bool = True  # derived: fewer additions to one counter, and a warp waits for what it reads alone
@@ -68,9 +68,6 @@ class GridTile:
             f"a grid by {name}: {programs} programs of {self.warps} warps a team, each with {self.units} rows of W_hh "
             f"({resident} bytes) in registers, {teams} teams of {self.rows} batch rows ({self.why})"
         )
-
-    def launch_options(self, target: str) -> dict[str, object]:
-        return launch_options(self.warps, target)
 
 
 def _mma(units, rows, warps, us, **options) -> GridTile:
@@ -90,7 +87,7 @@ GRID_TILES: dict[tuple[str, int], tuple[GridTile, ...]] = {
     ("tf32", 256): (_mma(16, 8, 8, 1.56), _mma(16, 16, 4, 1.97)),
     ("tf32", 512): (_mma(16, 8, 8, 1.68), _mma(16, 16, 8, 2.36)),
     ("tf32", 1024): (_mma(16, 8, 8, 2.37), _mma(16, 16, 8, 2.53)),
-    ("tf32", 2048): (_mma(16, 8, 8, 2.77, chains=2),),
+    ("tf32", 2048): (_mma(16, 8, 8, 2.77, most_chains=2),),
     ("16bit", 256): (_mma(16, 8, 4, 1.58), _mma(16, 16, 4, 1.53)),
     ("16bit", 512): (_mma(16, 8, 8, 1.62), _mma(16, 16, 4, 1.80)),
     ("16bit", 1024): (_mma(16, 8, 8, 2.01), _mma(32, 16, 8, 2.50)),

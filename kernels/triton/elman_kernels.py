@@ -29,6 +29,7 @@ from .elman_forms import (
     load_weight,
     product,
     product_and_outer,
+    state_buffers,
     store_outer,
     store_row_sums,
     tile_rows,
@@ -36,7 +37,18 @@ from .elman_forms import (
     zero_outer,
     zero_tile,
 )
-from .elman_walk import begin_walk, load_bias, load_ids, load_input, load_tile, load_tiles, places_of
+from .elman_walk import (
+    Walk,
+    begin_walk,
+    load_bias,
+    load_ids,
+    load_input,
+    load_state,
+    load_tile,
+    load_tiles,
+    of_direction,
+    places_of,
+)
 from .gluon_interpreter import gl, jit
 from .numerics import activation, activation_backward, cast
 
@@ -80,21 +92,17 @@ def elman_forward_kernel(
     first_row = gl.program_id(0) * F.rows
     rows, units = tile_rows(F), tile_units(F)
     in_width = units < F.hidden
-    if pid_d == 1:
-        weight_ptr = weight_reverse_ptr
-    w = load_weight(weight_ptr, False, F)
+    w = load_weight(of_direction(weight_ptr, weight_reverse_ptr, pid_d), False, F)
     bias = load_bias(bias_ih_ptr, bias_ih_reverse_ptr, pid_d, units, F)
     bias += load_bias(bias_hh_ptr, bias_hh_reverse_ptr, pid_d, units, F)
 
     if weight_ih_ptr is not None:
-        if pid_d == 1:
-            weight_ih_ptr = weight_ih_reverse_ptr
-        w_ih = load_input_weight(weight_ih_ptr, False, F)
+        w_ih = load_input_weight(of_direction(weight_ih_ptr, weight_ih_reverse_ptr, pid_d), False, F)
         rows_x, columns_x = feature_rows(F), features(F)
         in_width_x = columns_x < F.inputs
-        even_x = gl.allocate_shared_memory(F.acc, F.input_shape, F.shared)
-        odd_x = gl.allocate_shared_memory(F.acc, F.input_shape, F.shared)
-        INPUT_PIECES: tl.constexpr = F.input_pieces
+        even = gl.allocate_shared_memory(F.acc, F.input_shape, F.shared)
+        odd = gl.allocate_shared_memory(F.acc, F.input_shape, F.shared)
+        inputs = (even, odd)
     else:
         x_ptr += pid_d * F.hidden * stride_x_h
         rows_x, columns_x, in_width_x = rows, units, in_width
@@ -108,35 +116,32 @@ def elman_forward_kernel(
     out_ptr += pid_d * F.hidden + first_row.to(gl.int64) * stride_out_b
     offs_out = rows * stride_out_b + units
     in_batch = (rows < B - first_row) & in_width
-    h = zero_tile(F)
-    if h0_ptr is not None:
-        h0_ptr += pid_d.to(gl.int64) * stride_h0_d + first_row.to(gl.int64) * stride_h0_b
-        h = gl.load(h0_ptr + rows * stride_h0_b + units, mask=in_batch, other=0.0).to(F.acc)
-    even = gl.allocate_shared_memory(F.operand, F.shape, F.shared)
-    odd = gl.allocate_shared_memory(F.operand, F.shape, F.shared)
-    even.store(cast(h, F.operand))
+    h = load_state(h0_ptr, pid_d, first_row, (stride_h0_d, stride_h0_b), rows, units, in_batch, F).to(F.acc)
+    states = state_buffers(F)
+    states[0].store(cast(h, F.operand))
 
-    walk = begin_walk(steps_ptr, T, first_row, (reverse >> pid_d) & 1)
-    steps, _, _ = walk
-    places = places_of(steps_ptr, 0, walk, T, B, first_row, F)
-    following = places_of(steps_ptr, F.ahead, walk, T, B, first_row, F)
+    steps, begin, way = begin_walk(steps_ptr, T, first_row, (reverse >> pid_d) & 1)
+    walk = Walk(steps_ptr, T, B, first_row, steps, begin, way)
+    places = places_of(walk, 0, AHEAD)
+    following = places_of(walk, AHEAD, AHEAD)
     if steps_ptr is not None:
-        third = places_of(steps_ptr, 2 * F.ahead, walk, T, B, first_row, F)
-    ids = load_ids(tokens_ptr, places, stride_tokens_t, offs_tokens, rows, F)
+        third = places_of(walk, 2 * AHEAD, AHEAD)
+    ids = load_ids(tokens_ptr, places, AHEAD, stride_tokens_t, offs_tokens, rows)
     x = ()
     for k in gl.static_range(AHEAD):
         x = x + (load_input(x_ptr, tokens_ptr, ids, places, k, V, stride_x_t, offs_x, rows_x, in_width_x, F),)
     if weight_ih_ptr is not None:
-        even_x.store(x[0].to(F.acc))
-        projected = fma_product(even_x, w_ih, INPUT_PIECES, F)
-        odd_x.store(x[1].to(F.acc))  # so that what the loop begins with waits for is what it waits for when it repeats
-    ids = load_ids(tokens_ptr, following, stride_tokens_t, offs_tokens, rows, F)
-    for i in range(0, steps, F.ahead):
+        inputs[0].store(x[0].to(F.acc))
+        projected = fma_product(inputs[0], w_ih, F)
+        # So that what the loop begins with waits for is what it waits for when it repeats.
+        inputs[1].store(x[1].to(F.acc))
+    ids = load_ids(tokens_ptr, following, AHEAD, stride_tokens_t, offs_tokens, rows)
+    for i in range(0, walk.steps, AHEAD):
         if steps_ptr is None:
-            places = places_of(steps_ptr, i, walk, T, B, first_row, F)
-            following = places_of(steps_ptr, i + F.ahead, walk, T, B, first_row, F)
-            third = places_of(steps_ptr, i + 2 * F.ahead, walk, T, B, first_row, F)
-        ids_next = load_ids(tokens_ptr, third, stride_tokens_t, offs_tokens, rows, F)
+            places = places_of(walk, i, AHEAD)
+            following = places_of(walk, i + AHEAD, AHEAD)
+            third = places_of(walk, i + 2 * AHEAD, AHEAD)
+        ids_next = load_ids(tokens_ptr, third, AHEAD, stride_tokens_t, offs_tokens, rows)
         x_next = ()
         for k in gl.static_range(AHEAD):
             tile = load_input(x_ptr, tokens_ptr, ids, following, k, V, stride_x_t, offs_x, rows_x, in_width_x, F)
@@ -149,27 +154,17 @@ def elman_forward_kernel(
                     later = x[k + 2]
                 else:
                     later = x_next[k + 2 - AHEAD]
-                if k % 2 == 0:
-                    projected = fma_product(odd_x, w_ih, INPUT_PIECES, F)
-                    even_x.store(later.to(F.acc))
-                else:
-                    projected = fma_product(even_x, w_ih, INPUT_PIECES, F)
-                    odd_x.store(later.to(F.acc))
-            if k % 2 == 0:
-                pre = product(even, w, added, F)
-            else:
-                pre = product(odd, w, added, F)
+                projected = fma_product(inputs[1 - k % 2], w_ih, F)
+                inputs[k % 2].store(later.to(F.acc))
+            pre = product(states[k % 2], w, added, F)
             mask = (rows < places[1][k]) & in_width
             h = gl.where(mask, activation(pre, F.tanh), h)
-            if k % 2 == 0:
-                odd.store(cast(h, F.operand))
-            else:
-                even.store(cast(h, F.operand))
+            states[1 - k % 2].store(cast(h, F.operand))
             gl.store(out_ptr + places[0][k] * stride_out_t + offs_out, cast(h, F.dtype), mask=mask)
         x, ids = x_next, ids_next
         if steps_ptr is not None:
             places, following = following, third
-            third = places_of(steps_ptr, i + 3 * F.ahead, walk, T, B, first_row, F)
+            third = places_of(walk, i + 3 * AHEAD, AHEAD)
 
     h_n_ptr += (pid_d.to(gl.int64) * B + first_row) * F.hidden
     gl.store(h_n_ptr + rows * F.hidden + units, cast(h, F.dtype), mask=in_batch)
@@ -210,9 +205,7 @@ def elman_backward_kernel(
     first_row = gl.program_id(0) * F.rows
     rows, units = tile_rows(F), tile_units(F)
     in_width = units < F.hidden
-    if pid_d == 1:
-        weight_ptr = weight_reverse_ptr
-    w = load_weight(weight_ptr, True, F)
+    w = load_weight(of_direction(weight_ptr, weight_reverse_ptr, pid_d), True, F)
     grad_bias = zero_tile(F)
     if partial_weight_ptr is not None:
         outer = zero_outer(F.pieces, F)
@@ -227,27 +220,22 @@ def elman_backward_kernel(
         grad_out_ptr += pid_d * F.hidden + first_row.to(gl.int64) * stride_grad_out_b
     offs_grad_out = rows * stride_grad_out_b + units
     in_batch = (rows < B - first_row) & in_width
-    carry = zero_tile(F)
-    if grad_h_n_ptr is not None:
-        grad_h_n_ptr += pid_d.to(gl.int64) * stride_grad_h_n_d + first_row.to(gl.int64) * stride_grad_h_n_b
-        carry = gl.load(grad_h_n_ptr + rows * stride_grad_h_n_b + units, mask=in_batch, other=0.0).to(F.acc)
-    if h0_ptr is not None:
-        h0_ptr += pid_d.to(gl.int64) * stride_h0_d + first_row.to(gl.int64) * stride_h0_b
-        h0 = gl.load(h0_ptr + rows * stride_h0_b + units, mask=in_batch, other=0.0)
-    even = gl.allocate_shared_memory(F.operand, F.shape, F.shared)
-    odd = gl.allocate_shared_memory(F.operand, F.shape, F.shared)
+    strides = (stride_grad_h_n_d, stride_grad_h_n_b)
+    carry = load_state(grad_h_n_ptr, pid_d, first_row, strides, rows, units, in_batch, F).to(F.acc)
+    h0 = load_state(h0_ptr, pid_d, first_row, (stride_h0_d, stride_h0_b), rows, units, in_batch, F)
+    gradients = state_buffers(F)
 
     # The walk of the forward pass, from its end.
-    walk = begin_walk(steps_ptr, T, first_row, 1 - ((reverse >> pid_d) & 1))
-    steps, _, _ = walk
-    places = places_of(steps_ptr, 0, walk, T, B, first_row, F)
-    following = places_of(steps_ptr, F.ahead, walk, T, B, first_row, F)
+    steps, begin, way = begin_walk(steps_ptr, T, first_row, 1 - ((reverse >> pid_d) & 1))
+    walk = Walk(steps_ptr, T, B, first_row, steps, begin, way)
+    places = places_of(walk, 0, AHEAD)
+    following = places_of(walk, AHEAD, AHEAD)
     h = load_tiles(out_ptr, places, stride_out_t, offs_out, rows, in_width, F)
     grad = load_tiles(grad_out_ptr, places, stride_grad_out_t, offs_grad_out, rows, in_width, F)
-    for i in range(0, steps, F.ahead):
+    for i in range(0, walk.steps, AHEAD):
         if steps_ptr is None:
-            places = places_of(steps_ptr, i, walk, T, B, first_row, F)
-            following = places_of(steps_ptr, i + F.ahead, walk, T, B, first_row, F)
+            places = places_of(walk, i, AHEAD)
+            following = places_of(walk, i + AHEAD, AHEAD)
         # The state before step k is that of step k + 1 of this walk; h0 where a row has no earlier step: all rows at
         # the walk's end, and, where a reverse walk began with few rows, those that joined in this step.
         active_earlier = places[1] + following[1]
@@ -260,10 +248,7 @@ def elman_backward_kernel(
             tile = load_tile(grad_out_ptr, following, k, stride_grad_out_t, offs_grad_out, rows, in_width, F)
             grad_next = grad_next + (tile,)
             d = gl.where(mask, d, 0.0)
-            if k % 2 == 0:
-                even.store(cast(d, F.operand))
-            else:
-                odd.store(cast(d, F.operand))
+            gradients[k % 2].store(cast(d, F.operand))
             offs = places[0][k] * stride_out_t + offs_out
             gl.store(grad_x_ptr + offs, cast(d, F.dtype), mask=mask)
             if k + 1 < AHEAD:
@@ -276,24 +261,18 @@ def elman_backward_kernel(
                 gl.store(h_prev_ptr + offs, h_prev, mask=mask)
             grad_bias += d
             if partial_weight_ptr is not None:
-                if k % 2 == 0:
-                    new, outer = product_and_outer(even, w, outer, h_prev.to(F.acc), F)
-                else:
-                    new, outer = product_and_outer(odd, w, outer, h_prev.to(F.acc), F)
+                new, outer = product_and_outer(gradients[k % 2], w[0], outer, h_prev.to(F.acc), F)
             else:
-                if k % 2 == 0:
-                    new = product(even, w, None, F)
-                else:
-                    new = product(odd, w, None, F)
+                new = product(gradients[k % 2], w, None, F)
             carry = gl.where(rows < places[1][k], new, carry)
         h, grad = h_next, grad_next
         if steps_ptr is not None:
             places = following
-            following = places_of(steps_ptr, i + 2 * F.ahead, walk, T, B, first_row, F)
+            following = places_of(walk, i + 2 * AHEAD, AHEAD)
 
     grad_h0_ptr += (pid_d.to(gl.int64) * B + first_row) * F.hidden
     gl.store(grad_h0_ptr + rows * F.hidden + units, cast(carry, F.dtype), mask=in_batch)
     program = gl.program_id(0).to(gl.int64) * gl.num_programs(1) + pid_d
     store_row_sums(partial_bias_ptr + program * F.hidden, grad_bias, F)
     if partial_weight_ptr is not None:
-        store_outer(partial_weight_ptr + program * F.hidden * F.hidden, outer, F)
+        store_outer(partial_weight_ptr + program * F.hidden * F.hidden, outer, False, F.hidden, F)

@@ -7,13 +7,13 @@ entry, per warp and step, are in bench/results/static.json; bench/NOTES.md says 
 
 from dataclasses import dataclass, replace
 
-from .targets import AMD, AMPERE_HOPPER, BLACKWELL, NVIDIA, launch_options
+from .targets import AMD, AMPERE_HOPPER, BLACKWELL, NVIDIA, TileOfWarps
 
 SOME, ALL = 2.0, float("inf")
 
 
 @dataclass(frozen=True)
-class Tile:
+class Tile(TileOfWarps):
     """How one program of an Elman kernel is laid out; elman_forms.py has the words."""
 
     form: str  # "fma"; "mma" or, with float32 in three products, "mma3"
@@ -34,9 +34,6 @@ class Tile:
     def most_inputs(self) -> int:
         """Features of which the forward kernel makes the product with W_ih itself."""
         return min(64, 32 * self.lanes_k) if self.ahead_inputs else 0
-
-    def launch_options(self, target: str) -> dict[str, object]:
-        return launch_options(self.warps, target)
 
 
 def _fma(rows, lanes_n, lanes_k, warps, why, most=ALL, targets=NVIDIA, **options) -> Tile:
@@ -176,6 +173,6 @@ def projected_steps(tile: Tile, features: int) -> int:
 
 def sum_steps(tile: Tile, hidden_size: int, programs: int, processors: int) -> int:
     """The most steps for which the backward kernel, in so many programs, sums the gradient of W itself; 0: for none."""
-    if not tile.ahead_sums or programs > max(1, 8 // tile.warps) * processors:
+    if not tile.ahead_sums or programs > tile.programs_per_core * processors:
         return 0
     return MAX_SUM_STEPS.get(max(16, next_power_of_2(hidden_size)), 0)

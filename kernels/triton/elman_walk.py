@@ -6,17 +6,31 @@ packed rows before step t, and steps_ptr[T + t] are active. F, here, is any form
 acc, shape, tile, ahead and wide. Imports Triton alone.
 """
 
+from typing import NamedTuple
+
 import triton.language as tl
 
 from .elman_forms import zero_tile
 from .gluon_interpreter import device_function, gl
 
 
+class Walk(NamedTuple):
+    """A program's steps: those in which its first row is active. The last three fields are what `begin_walk` finds."""
+
+    steps_ptr: tl.tensor  # (2, T), or None
+    T: tl.tensor
+    B: tl.tensor
+    first_row: tl.tensor
+    steps: tl.tensor  # their number
+    start: tl.tensor  # position of the first one
+    way: tl.tensor  # to the next
+
+
 @device_function
 def begin_walk(steps_ptr, T, first_row, backwards):
-    """Number of steps in which `first_row` is active, the first position of the walk over them and the way to the next.
+    """A program's walk. Batch sizes do not increase, so its steps are the first ones, and bisection counts them.
 
-    Batch sizes do not increase, so those steps are the first ones, and bisection finds their number.
+    What there is before it, of which some may be None, a caller puts to it: Triton 3.6 returns no None.
     """
     steps = T
     if steps_ptr is not None:
@@ -31,26 +45,23 @@ def begin_walk(steps_ptr, T, first_row, backwards):
 
 
 @device_function
-def place_of(steps_ptr, i, inside, walk, T, B, first_row):
-    """Position of step number i of the walk, and rows from `first_row` on active in it: none unless it is `inside`."""
-    _, start, way = walk
-    t = start + i * way
-    if steps_ptr is None:
-        return t, gl.where(inside, B - first_row, 0)
+def place_of(walk, i, inside):
+    """Position of step number i of the walk, and rows from the first on that are active: none unless it is `inside`."""
+    t = walk.start + i * walk.way
+    if walk.steps_ptr is None:
+        return t, gl.where(inside, walk.B - walk.first_row, 0)
     else:
-        active = gl.load(steps_ptr + T + t, mask=inside, other=0).to(gl.int32)
-        return gl.load(steps_ptr + t, mask=inside, other=0), active - first_row
+        active = gl.load(walk.steps_ptr + walk.T + t, mask=inside, other=0).to(gl.int32)
+        return gl.load(walk.steps_ptr + t, mask=inside, other=0), active - walk.first_row
 
 
 @device_function
-def places_of(steps_ptr, i, walk, T, B, first_row, F: tl.constexpr):
-    """Positions of the group of steps from number i of the walk, and rows from `first_row` on active in them."""
-    AHEAD: tl.constexpr = F.ahead
-    steps, _, _ = walk
+def places_of(walk, i, LENGTH: tl.constexpr):
+    """The same of so many steps, from number i of the walk on: a tuple of positions and one of active rows."""
     positions = ()
     actives = ()
-    for k in gl.static_range(AHEAD):
-        position, active = place_of(steps_ptr, i + k, i + k < steps, walk, T, B, first_row)
+    for k in gl.static_range(LENGTH):
+        position, active = place_of(walk, i + k, i + k < walk.steps)
         positions = positions + (position,)
         actives = actives + (active,)
     return positions, actives
@@ -77,13 +88,12 @@ def load_tiles(ptr, places, stride_t, offs, rows, in_width, F: tl.constexpr):
 
 
 @device_function
-def load_ids(tokens_ptr, places, stride_t, offs, rows, F: tl.constexpr):
-    """Token ids of a group of steps, -1 where a row is not active; an empty tuple without tokens."""
-    AHEAD: tl.constexpr = F.ahead
+def load_ids(tokens_ptr, places, LENGTH: tl.constexpr, stride_t, offs, rows):
+    """Token ids of so many steps, -1 where a row is not active; an empty tuple without tokens."""
     positions, actives = places
     ids = ()
     if tokens_ptr is not None:
-        for k in gl.static_range(AHEAD):
+        for k in gl.static_range(LENGTH):
             ids = ids + (gl.load(tokens_ptr + positions[k] * stride_t + offs, mask=rows < actives[k], other=-1),)
     return ids
 
@@ -100,11 +110,28 @@ def load_input(x_ptr, tokens_ptr, ids, places, k, V, stride_t, offs, rows, in_wi
 
 
 @device_function
+def of_direction(ptr, reverse_ptr, pid_d):
+    """Of two directions' tensors this program's."""
+    if pid_d == 1:
+        ptr = reverse_ptr
+    return ptr
+
+
+@device_function
 def load_bias(bias_ptr, bias_reverse_ptr, pid_d, units, F: tl.constexpr):
     """(H,) of this program's direction, shaped to broadcast over rows; zero without one."""
     if bias_ptr is None:
         return 0.0
     else:
-        if pid_d == 1:
-            bias_ptr = bias_reverse_ptr
-        return gl.load(bias_ptr + units, mask=units < F.hidden, other=0.0).to(F.acc)
+        ptr = of_direction(bias_ptr, bias_reverse_ptr, pid_d)
+        return gl.load(ptr + units, mask=units < F.hidden, other=0.0).to(F.acc)
+
+
+@device_function
+def load_state(ptr, pid_d, first_row, strides, rows, units, mask, F: tl.constexpr):
+    """State tile of this program's rows and direction of a (D, B, H); zero outside the mask or where there is none."""
+    if ptr is None:
+        return zero_tile(F)
+    else:
+        ptr += pid_d.to(gl.int64) * strides[0] + first_row.to(gl.int64) * strides[1]
+        return gl.load(ptr + rows * strides[1] + units, mask=mask, other=0.0)

@@ -17,14 +17,13 @@ from torch import Tensor
 from .generate_grid import generate_grid, generate_grid_limits, generate_grid_reason
 from .generate_kernels import generate_kernel
 from .generate_tiles import MAX_VOCAB, GenerateTile, generate_tile
-from .launch import start, target_of
-
-_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+from .generate_types import Decoding
+from .launch import TYPES, start, target_of
 
 
 def generate_limits(vocab: int, dtype: torch.dtype) -> str | None:
     """None if the kernel can decode with V ids and weights of this dtype, else one clause that says why not."""
-    if dtype not in _DTYPES:
+    if dtype not in TYPES:
         return f"no kernel for {dtype}"
     if vocab > MAX_VOCAB:
         return f"vocabulary {vocab} is above {MAX_VOCAB}"
@@ -99,64 +98,42 @@ def generate(
         return empty, torch.empty((L, 0, H), dtype=dtype, device=device)
     sharpness = struct.unpack("q", struct.pack("d", alpha / temperature))[0]
     k = top_k if uniforms is not None and top_k is not None and top_k < V else None
-    tanh = nonlinearity == "tanh"
-    given = (prompt, num_tokens, table, weight_ih, weight_hh, bias, head_weight, head_bias, state)
-    options = {"uniforms": uniforms, "sharpness": sharpness, "top_k": k, "tanh": tanh}
+    weights = (table, weight_ih, weight_hh, bias, head_weight, head_bias)
+    call = Decoding(prompt, num_tokens, *weights, state, uniforms, sharpness, k, nonlinearity == "tanh")
     across = generate_grid_limits(H, V, L, B, dtype, device) is None
-    found = generate_grid(*given, **options, one_by_one=False) if across else None
-    return one_program(*given, **options) if found is None else found
+    found = generate_grid(call, one_by_one=False) if across else None
+    return one_program(call) if found is None else found
 
 
-def one_program(
-    prompt: Tensor,
-    num_tokens: int,
-    table: Tensor,
-    weight_ih: Sequence[Tensor | None],
-    weight_hh: Sequence[Tensor],
-    bias: Sequence[Tensor | None],
-    head_weight: Tensor,
-    head_bias: Tensor | None,
-    state: Tensor | None,
-    *,
-    uniforms: Tensor | None,
-    sharpness: int,
-    top_k: int | None,
-    tanh: bool,
-) -> tuple[Tensor, Tensor]:
-    """As generate, each sequence by a program of its own, B >= 1. sharpness, top_k and tanh as of generate_grid."""
-    (B, P), (V, H), L = prompt.shape, table.shape, len(weight_hh)
-    device, dtype = table.device, table.dtype
-    acc_type = torch.float64 if dtype == torch.float64 else torch.float32
-    tile = generate_tile(H, V, L, acc_type.itemsize)
-    ids = torch.empty((B, num_tokens), dtype=torch.int64, device=device)
-    states = torch.zeros((B, 2, L, tile.depth), dtype=acc_type, device=device)
-    if state is not None:
-        states[:, 0, :, :H] = state.transpose(0, 1)
+def one_program(call: Decoding) -> tuple[Tensor, Tensor]:
+    """As generate, each sequence by a program of its own."""
+    (B, P, V, H, L), device, uniforms = call.sizes, call.table.device, call.uniforms
+    tile = generate_tile(H, V, L, call.acc_type.itemsize)
+    ids, states = call.new_ids(), call.new_states(tile.depth)
     start(
         generate_kernel,
         (B, 1, 1),
         device,
-        prompt.to(torch.int64).contiguous(),
-        *_weights(tile, table, weight_ih, weight_hh, bias, head_weight, head_bias),
+        call.prompt.to(torch.int64).contiguous(),
+        *_weights(tile, call),
         None if uniforms is None else uniforms.to(torch.float64).contiguous(),
         states,
-        None if top_k is None else torch.empty((B, tile.block_v), dtype=acc_type, device=device),
+        None if call.top_k is None else torch.empty((B, tile.head.n), dtype=call.acc_type, device=device),
         ids,
         P,
-        num_tokens,
+        call.num_tokens,
         V,
         L,
-        top_k or 0,
-        sharpness,
-        **tile.constants(),
-        TANH=tanh,
+        call.top_k or 0,
+        call.sharpness,
+        TANH=call.tanh,
         STACKED=L > 1,
         SAMPLE=uniforms is not None,
-        TOP_K=top_k is not None,
+        TOP_K=call.top_k is not None,
+        F=tile,
         **tile.launch_options(target_of(device)[0]),
     )
-    last = states[:, (P + num_tokens - 1) % 2, :, :H]
-    return ids, last.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format)
+    return ids, call.last_state(states)
 
 
 def _check_sampling(
@@ -175,27 +152,20 @@ def _present(tensors: Sequence[Tensor | None]) -> list[Tensor]:
     return [t for t in tensors if t is not None]
 
 
-def _weights(
-    tile: GenerateTile,
-    table: Tensor,
-    weight_ih: Sequence[Tensor | None],
-    weight_hh: Sequence[Tensor],
-    bias: Sequence[Tensor | None],
-    head_weight: Tensor,
-    head_bias: Tensor | None,
-) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
+def _weights(tile: GenerateTile, call: Decoding) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor]:
     """rows, weight_ih, weight_hh, head and head_bias as generate_kernel reads them."""
-    (V, H), above = table.shape, len(weight_hh) - 1
-    rows = table.new_zeros(V + above + 1, tile.width)
+    table, (_, _, V, H, L) = call.table, call.sizes
+    rows = table.new_zeros(V + L, tile.width)
     rows[:V, :H] = table
-    for layer, row in enumerate(_present(bias[1:])):
+    for layer, row in enumerate(_present(call.bias[1:])):
         rows[V + layer, :H] = row
-    logits = table.new_full((tile.block_v,), -torch.inf)
-    logits[:V] = 0.0 if head_bias is None else head_bias
+    logits = table.new_full((tile.head.n,), -torch.inf)
+    logits[:V] = 0.0 if call.head_bias is None else call.head_bias
+    weight_ih = [table.new_empty(0, 0), *_present(call.weight_ih[1:])]
     return (
         rows,
-        _transposed([table.new_empty(0, 0), *_present(weight_ih[1:])], tile.width, tile.width) if above else None,
-        _transposed(weight_hh, tile.width, tile.width),
-        _transposed([head_weight], tile.depth, tile.block_v),
+        _transposed(weight_ih, tile.width, tile.width) if L > 1 else None,
+        _transposed(call.weight_hh, tile.width, tile.width),
+        _transposed([call.head_weight], tile.depth, tile.head.n),
         logits,
     )

@@ -3,7 +3,6 @@
 How many teams run at once, what happens where none does and CHARRNN_GRID_DEBUG are as in elman_grid.py.
 """
 
-import functools
 from collections.abc import Sequence
 
 import torch
@@ -12,6 +11,7 @@ from torch import Tensor
 from .elman_grid import launch_teams, new_counters
 from .generate_grid_kernels import GenerateForm, generate_grid_kernel, grid_form
 from .generate_grid_tiles import GenerateGridTile, grid_tile, grid_us, one_program_us, why_not_grid
+from .generate_types import Decoding
 from .launch import TYPES, processors_of, target_of
 
 
@@ -45,20 +45,6 @@ def generate_grid_reason(
     )
 
 
-@functools.cache
-def _form(
-    tile: GenerateGridTile,
-    hidden_size: int,
-    vocab: int,
-    layers: int,
-    dtype: torch.dtype,
-    sample: bool,
-    top_k: bool,
-    tanh: bool,
-) -> GenerateForm:
-    return grid_form(tile, hidden_size, vocab, TYPES[dtype], sample, top_k, tanh=tanh, layers=layers)
-
-
 def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
     """One contiguous tensor of all layers, or None of no layer."""
     present = [tensor for tensor in tensors if tensor is not None]
@@ -67,62 +53,43 @@ def _stacked(tensors: Sequence[Tensor | None]) -> Tensor | None:
     return torch.stack(present) if present else None
 
 
-def _shared_memory(
-    B: int, num_tokens: int, form: GenerateForm, dtype: torch.dtype, state: Tensor | None, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _shared_memory(call: Decoding, form: GenerateForm) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What the programs exchange: states, with the first ones in place, and partial logits; the ids; the counters."""
-    acc_type = torch.float64 if dtype == torch.float64 else torch.float32
-    states = torch.zeros((B, 2, form.layers, form.width), dtype=acc_type, device=device)
-    if state is not None:
-        states[:, 0, :, : form.hidden] = state.transpose(0, 1)
-    partials = torch.empty((B, 2, form.programs, form.block_v), dtype=acc_type, device=device)
-    ids = torch.empty((B, num_tokens), dtype=torch.int64, device=device)
-    return states, partials, ids, new_counters(B, form, device)
+    B, device = len(call.prompt), call.table.device
+    partials = torch.empty((B, 2, form.programs, form.block_v), dtype=call.acc_type, device=device)
+    return call.new_states(form.width), partials, call.new_ids(), new_counters(B, form, device)
 
 
 def generate_grid(
-    prompt: Tensor,
-    num_tokens: int,
-    table: Tensor,
-    weight_ih: Sequence[Tensor | None],
-    weight_hh: Sequence[Tensor],
-    bias: Sequence[Tensor | None],
-    head_weight: Tensor,
-    head_bias: Tensor | None,
-    state: Tensor | None,
-    *,
-    uniforms: Tensor | None,
-    sharpness: int,
-    top_k: int | None,
-    tanh: bool,
+    call: Decoding,
     tile: GenerateGridTile | None = None,
     steps_per_launch: int | None = None,
     one_by_one: bool = True,
 ) -> tuple[Tensor, Tensor] | None:
     """As generate.generate, by a team of programs for each sequence; None if no team runs at once.
 
-    sharpness: the bits of alpha / temperature. top_k: below V, or None.
     tile: instead of the table's. steps_per_launch: how many steps a launch makes, of L an id, None for all; 1 lets the
     programs run in any order. one_by_one: whether that is done where no team runs at once. Interpreted none of two
     programs does.
     Raises RuntimeError where there is no tile.
     """
-    (B, P), (V, H), L = prompt.shape, table.shape, len(weight_hh)
-    device, dtype = table.device, table.dtype
+    (B, P, V, H, L), N, top_k = call.sizes, call.num_tokens, call.top_k
+    device, dtype = call.table.device, call.table.dtype
     tile = tile or grid_tile(H, max(dtype.itemsize, 4), L)
     if tile is None:
         raise RuntimeError(f"generate_grid: no tile for hidden size {H} and {L} layers in {dtype}")
-    form = _form(tile, H, V, L, dtype, uniforms is not None, top_k is not None, tanh)
-    states, partials, ids, counters = _shared_memory(B, num_tokens, form, dtype, state, device)
+    chosen = {"sample": call.uniforms is not None, "top_k": top_k is not None}
+    form = grid_form(tile, H, V, TYPES[dtype], **chosen, tanh=call.tanh, layers=L)
+    states, partials, ids, counters = _shared_memory(call, form)
     pointers = (
-        prompt.to(torch.int64).contiguous(),
-        table.contiguous(),
-        _stacked(weight_hh),
-        _stacked(weight_ih[1:]),
-        _stacked(bias[1:]),
-        head_weight.contiguous(),
-        None if head_bias is None else head_bias.contiguous(),
-        None if uniforms is None else uniforms.to(torch.float64).contiguous(),
+        call.prompt.to(torch.int64).contiguous(),
+        call.table.contiguous(),
+        _stacked(call.weight_hh),
+        _stacked(call.weight_ih[1:]),
+        _stacked(call.bias[1:]),
+        call.head_weight.contiguous(),
+        None if call.head_bias is None else call.head_bias.contiguous(),
+        None if call.uniforms is None else call.uniforms.to(torch.float64).contiguous(),
         states,
         partials,
         ids,
@@ -130,9 +97,9 @@ def generate_grid(
     )
     done = launch_teams(
         generate_grid_kernel,
-        lambda *launch: (*pointers, P, num_tokens, V, top_k or 0, sharpness, *launch),
+        lambda *launch: (*pointers, P, N, V, top_k or 0, call.sharpness, *launch),
         B,
-        (P + num_tokens - 1) * L + 1,
+        (P + N - 1) * L + 1,
         steps_per_launch,
         counters,
         form,
@@ -140,7 +107,4 @@ def generate_grid(
         "the decoder",
         one_by_one,
     )
-    if not done:
-        return None
-    last = states[:, (P + num_tokens - 1) % 2, :, :H]
-    return ids, last.transpose(0, 1).to(dtype, memory_format=torch.contiguous_format)
+    return (ids, call.last_state(states)) if done else None

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 
 import triton.language as tl
 
+from .elman_forms import sum_of, tile_units
 from .elman_grid_forms import (
     COUNTER_STRIDE,
     GridForm,
     announce,
     load_weight,
-    own_units,
     part_counters,
     product,
     state_places,
@@ -38,7 +38,7 @@ from .numerics import activation
 RANKED = tl.constexpr(16)  # logits that all are compared with at a time
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class GenerateForm(GridForm):
     """A mapping by FMA with one row, and what is chosen how."""
 
@@ -46,9 +46,6 @@ class GenerateForm(GridForm):
     sample: bool = False
     top_k: bool = False
     layers: int = 1  # L
-
-    def __repr__(self) -> str:
-        return f"Generate{super().__repr__()}[{self.block_v}, {self.sample}, {self.top_k}, {self.layers}]"
 
     @property
     def width(self) -> int:
@@ -106,22 +103,9 @@ class GenerateForm(GridForm):
         return gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
 
 
-def grid_form(tile, hidden_size: int, vocab: int, dtype: tl.dtype, sample: bool, top_k: bool, **options):
+def grid_form(tile, hidden_size: int, vocab: int, dtype: tl.dtype, **options) -> GenerateForm:
     """The kernel's compile-time argument for a tile of generate_grid_tiles.py; dtype: of the weights."""
-    return GenerateForm(
-        hidden=hidden_size,
-        units=tile.units,
-        rows=1,
-        warps=tile.warps,
-        dtype=dtype,
-        mma=False,
-        lanes_k=tile.lanes_k,
-        by_part=tile.by_part,
-        block_v=max(32, 1 << (vocab - 1).bit_length()),
-        sample=sample,
-        top_k=top_k,
-        **options,
-    )
+    return GenerateForm.of(tile, hidden_size, dtype, block_v=max(32, 1 << (vocab - 1).bit_length()), **options)
 
 
 @device_function
@@ -159,10 +143,7 @@ def _load_parts(partials_ptr, wanted, F: tl.constexpr):
         offs = program * F.block_v + ids
         values = gl.load(partials_ptr + offs, mask=(program < limit) & (ids >= 0), other=0.0, cache_modifier=".cg")
         loaded = loaded + (values,)
-    total = loaded[0]
-    for j in gl.static_range(1, EACH):
-        total += loaded[j]
-    return total
+    return sum_of(loaded)
 
 
 @device_function
@@ -197,7 +178,7 @@ def _load_layers(weight_ptr, first_unit, F: tl.constexpr, LAYERS: tl.constexpr):
 def _load_biases(bias_ptr, first_unit, F: tl.constexpr):
     """Of the layers above the first, (L-1, H): a tuple of this program's units of each."""
     ABOVE: tl.constexpr = F.layers - 1
-    units = first_unit + own_units(F)
+    units = first_unit + tile_units(F)
     found = ()
     for layer in gl.static_range(ABOVE):
         found = found + (gl.load(bias_ptr + layer * F.hidden + units, mask=units < F.hidden, other=0.0).to(F.acc),)
@@ -277,7 +258,7 @@ def generate_grid_kernel(
     if head_bias_ptr is not None:
         head_bias += gl.load(head_bias_ptr + ids, mask=ids < V, other=0.0).to(F.acc)
     state_k, state_rows = state_places(F)
-    offs_own = first_unit + own_units(F)
+    offs_own = first_unit + tile_units(F)
     offs_partial = program * F.block_v + gl.arange(0, F.block_v, layout=gl.SliceLayout(1, F.head))
     buffer = gl.allocate_shared_memory(F.acc, F.sums_shape, F.shared)
     parts_buffer = gl.allocate_shared_memory(F.acc, [F.warps, F.block_v], F.plain_rows)

@@ -11,16 +11,17 @@ taken where it is predicted to be faster than what then remains, by the recurren
 from dataclasses import dataclass
 
 from .elman_grid_tiles import ELSEWHERE, MARGIN
-from .targets import NVIDIA, launch_options
+from .targets import NVIDIA, TileOfWarps
 
 MAX_GRID_VOCAB = 128  # each warp has all logits, a lane four of them
 CHOICE_US = 1.0
 
 
 @dataclass(frozen=True)
-class GenerateGridTile:
-    """How the programs of a team are laid out; elman_grid_forms.py has the words."""
+class GenerateGridTile(TileOfWarps):
+    """How the programs of a team are laid out, by FMA and with a row each; elman_grid_forms.py has the words."""
 
+    form, rows = "fma", 1
     units: int
     warps: int
     us: float  # a step of the recurrence
@@ -30,9 +31,6 @@ class GenerateGridTile:
 
     def programs(self, hidden_size: int) -> int:
         return -(-hidden_size // self.units)
-
-    def launch_options(self, target: str) -> dict[str, object]:
-        return launch_options(self.warps, target)
 
 
 # The most registers of a thread for weights, by warps. Four warps where they do, as each reads all partial logits.

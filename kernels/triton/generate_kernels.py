@@ -29,78 +29,66 @@ from .numerics import activation, device_function
 
 
 @triton.jit
-def _rows(K: tl.constexpr, LANES_K: tl.constexpr):
-    """(LANES_K, 1, K / LANES_K, 1), or (K, 1): the rows of a tile's elements."""
-    if LANES_K == 1:
-        return tl.arange(0, K)[:, None]
+def _rows(BLOCK: tl.constexpr):
+    """(LANES_K, K / LANES_K), or (K,): the rows of a tile's elements."""
+    if BLOCK.lanes_k == 1:
+        return tl.arange(0, BLOCK.k)
     else:
-        offs = tl.arange(0, LANES_K)[:, None] + tl.arange(0, K // LANES_K)[None, :] * LANES_K
-        return offs[:, None, :, None]
+        return tl.arange(0, BLOCK.lanes_k)[:, None] + tl.arange(0, BLOCK.k // BLOCK.lanes_k)[None, :] * BLOCK.lanes_k
 
 
 @triton.jit
-def _columns(N: tl.constexpr, LANES_K: tl.constexpr, LANES_N: tl.constexpr):
+def _columns(BLOCK: tl.constexpr):
     """(N / LANES_N, LANES_N), or (N,): the columns of its sums."""
-    if LANES_K == 1:
-        return tl.arange(0, N)
+    if BLOCK.lanes_k == 1:
+        return tl.arange(0, BLOCK.n)
     else:
-        return tl.arange(0, N // LANES_N)[:, None] * LANES_N + tl.arange(0, LANES_N)[None, :]
+        return tl.arange(0, BLOCK.n // BLOCK.lanes_n)[:, None] * BLOCK.lanes_n + tl.arange(0, BLOCK.lanes_n)[None, :]
 
 
 @triton.jit
-def _load_tile(
-    ptr, stride: tl.constexpr, K: tl.constexpr, N: tl.constexpr, LANES_K: tl.constexpr, LANES_N: tl.constexpr
-):
+def _along_rows(values, BLOCK: tl.constexpr):
+    """What there is of each row, shaped to broadcast over a tile's columns."""
+    return values[:, None] if BLOCK.lanes_k == 1 else values[:, None, :, None]
+
+
+@triton.jit
+def _load_tile(ptr, stride: tl.constexpr, BLOCK: tl.constexpr):
     """Rows 0 to K-1 and columns 0 to N-1 of a matrix."""
-    columns = _columns(N, LANES_K, LANES_N)
-    if LANES_K == 1:
-        return tl.load(ptr + _rows(K, LANES_K) * stride + columns[None, :])
-    else:
-        return tl.load(ptr + _rows(K, LANES_K) * stride + columns[None, :, None, :])
+    columns = _columns(BLOCK)
+    columns = columns[None, :] if BLOCK.lanes_k == 1 else columns[None, :, None, :]
+    return tl.load(ptr + _along_rows(_rows(BLOCK), BLOCK) * stride + columns)
 
 
 @triton.jit
-def _load_vector(ptr, K: tl.constexpr, LANES_K: tl.constexpr):
+def _load_vector(ptr, BLOCK: tl.constexpr):
     """What the rows of a tile are multiplied by."""
-    if LANES_K == 1:
-        return tl.load(ptr + tl.arange(0, K))[:, None]
-    else:
-        offs = tl.arange(0, LANES_K)[:, None] + tl.arange(0, K // LANES_K)[None, :] * LANES_K
-        return tl.load(ptr + offs)[:, None, :, None]
+    return _along_rows(tl.load(ptr + _rows(BLOCK)), BLOCK)
 
 
 @triton.jit
-def _zeros(K: tl.constexpr, N: tl.constexpr, LANES_K: tl.constexpr, LANES_N: tl.constexpr, dtype: tl.constexpr):
+def _zeros(BLOCK: tl.constexpr, dtype: tl.constexpr):
     """A tile of zeros."""
-    if LANES_K == 1:
-        return tl.zeros((K, N), dtype)
+    if BLOCK.lanes_k == 1:
+        return tl.full((BLOCK.k, BLOCK.n), 0, dtype)
     else:
-        return tl.zeros((LANES_K, N // LANES_N, K // LANES_K, LANES_N), dtype)
+        shape: tl.constexpr = (BLOCK.lanes_k, BLOCK.n // BLOCK.lanes_n, BLOCK.k // BLOCK.lanes_k, BLOCK.lanes_n)
+        return tl.full(shape, 0, dtype)
 
 
 @triton.jit
-def _add_product(
-    acc,
-    weight_ptr,
-    vector_ptr,
-    DEPTH,
-    WIDTH: tl.constexpr,
-    K: tl.constexpr,
-    N: tl.constexpr,
-    LANES_K: tl.constexpr,
-    LANES_N: tl.constexpr,
-):
+def _add_product(acc, weight_ptr, vector_ptr, DEPTH, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
     """acc + the products of weight (DEPTH, N) and vector (DEPTH), a tile of K rows at a time; `_total` ends the sum."""
-    for k in tl.range(0, DEPTH, K, loop_unroll_factor=2):
-        w = _load_tile(weight_ptr + k * WIDTH, WIDTH, K, N, LANES_K, LANES_N)
-        acc += w.to(acc.dtype) * _load_vector(vector_ptr + k, K, LANES_K)
+    for k in tl.range(0, DEPTH, BLOCK.k, loop_unroll_factor=2):
+        w = _load_tile(weight_ptr + k * WIDTH, WIDTH, BLOCK)
+        acc += w.to(acc.dtype) * _load_vector(vector_ptr + k, BLOCK)
     return acc
 
 
 @triton.jit
-def _total(products, LANES_K: tl.constexpr):
+def _total(products, BLOCK: tl.constexpr):
     """The sums over the rows of a tile, in the shape of its columns."""
-    if LANES_K == 1:
+    if BLOCK.lanes_k == 1:
         return tl.sum(products, 0)
     else:
         return tl.sum(tl.sum(products, 2), 0)
@@ -164,27 +152,19 @@ def generate_kernel(
     top_k,
     sharpness_bits: tl.int64,  # alpha / tau, the 64 bits of a double: a float would arrive as fp32
     # meta-parameters
-    WIDTH: tl.constexpr,  # H in whole tiles of a layer
-    DEPTH: tl.constexpr,  # and in whole tiles of the head
-    BLOCK_K: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    LANES_K: tl.constexpr,  # what a warp has of a layer's tile
-    LANES_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,  # power of two, at least V
-    HEAD_K: tl.constexpr,  # rows of the head's tile (HEAD_K, BLOCK_V)
-    HEAD_LANES_K: tl.constexpr,
-    HEAD_LANES_N: tl.constexpr,
-    BLOCK_J: tl.constexpr,  # logits compared with all at a time
     TANH: tl.constexpr,
     STACKED: tl.constexpr,  # L > 1
-    RESIDENT: tl.constexpr,
     SAMPLE: tl.constexpr,
     TOP_K: tl.constexpr,
+    F: tl.constexpr,  # generate_tiles.GenerateTile
 ):
+    WIDTH: tl.constexpr = F.width
+    DEPTH: tl.constexpr = F.depth
+    LAYER: tl.constexpr = F.layer
+    HEAD: tl.constexpr = F.head
     pid_b = tl.program_id(0).to(tl.int64)
     acc_type: tl.constexpr = states_ptr.dtype.element_ty
-    offs_n = _columns(BLOCK_N, LANES_K, LANES_N)
-    offs_v = _columns(BLOCK_V, HEAD_LANES_K, HEAD_LANES_N)
+    offs_n, offs_v = _columns(LAYER), _columns(HEAD)
     prompt_ptr += pid_b * P
     ids_ptr += pid_b * N
     states_ptr += pid_b * 2 * L * DEPTH
@@ -193,10 +173,10 @@ def generate_kernel(
     if SAMPLE:
         uniforms_ptr += pid_b * N
     if TOP_K:
-        logits_ptr += pid_b * BLOCK_V
-    if RESIDENT:
-        w = _load_tile(weight_hh_ptr, WIDTH, BLOCK_K, BLOCK_N, LANES_K, LANES_N).to(acc_type)
-        head = _load_tile(head_ptr, BLOCK_V, HEAD_K, BLOCK_V, HEAD_LANES_K, HEAD_LANES_N).to(acc_type)
+        logits_ptr += pid_b * HEAD.n
+    if F.resident:
+        w = _load_tile(weight_hh_ptr, WIDTH, LAYER).to(acc_type)
+        head = _load_tile(head_ptr, HEAD.n, HEAD).to(acc_type)
 
     token = tl.full((), 0, tl.int64)
     for step in range(P + N - 1):
@@ -207,61 +187,39 @@ def generate_kernel(
         next_ptr = states_ptr + (1 - step % 2) * L * DEPTH
         for layer in range(L):
             row = tl.where(layer == 0, token, V + layer - 1)
-            for n in range(0, WIDTH, BLOCK_N):
+            for n in range(0, WIDTH, LAYER.n):
                 x = tl.load(rows_ptr + row * WIDTH + n + offs_n).to(acc_type)
-                if RESIDENT:
-                    products = w * _load_vector(now_ptr, BLOCK_K, LANES_K)
+                if F.resident:
+                    products = w * _load_vector(now_ptr, LAYER)
                 else:
-                    products = _zeros(BLOCK_K, BLOCK_N, LANES_K, LANES_N, acc_type)
+                    products = _zeros(LAYER, acc_type)
                     at = tl.cast(layer, tl.int64) * WIDTH * WIDTH + n
-                    products = _add_product(
-                        products,
-                        weight_hh_ptr + at,
-                        now_ptr + layer * DEPTH,
-                        WIDTH,
-                        WIDTH,
-                        BLOCK_K,
-                        BLOCK_N,
-                        LANES_K,
-                        LANES_N,
-                    )
+                    old_ptr = now_ptr + layer * DEPTH
+                    products = _add_product(products, weight_hh_ptr + at, old_ptr, WIDTH, WIDTH, LAYER)
                     if STACKED:
                         # No products in the first layer: an empty loop instead of a branch around the accumulator.
-                        below = tl.maximum(layer - 1, 0)
+                        below_ptr = next_ptr + tl.maximum(layer - 1, 0) * DEPTH
                         depth = tl.where(layer > 0, WIDTH, 0)
-                        products = _add_product(
-                            products,
-                            weight_ih_ptr + at,
-                            next_ptr + below * DEPTH,
-                            depth,
-                            WIDTH,
-                            BLOCK_K,
-                            BLOCK_N,
-                            LANES_K,
-                            LANES_N,
-                        )
-                tl.store(next_ptr + layer * DEPTH + n + offs_n, activation(x + _total(products, LANES_K), TANH))
+                        products = _add_product(products, weight_ih_ptr + at, below_ptr, depth, WIDTH, LAYER)
+                tl.store(next_ptr + layer * DEPTH + n + offs_n, activation(x + _total(products, LAYER), TANH))
             tl.debug_barrier()
         if step >= P - 1:
             top_ptr = next_ptr + (L - 1) * DEPTH
-            if RESIDENT:
-                products = head * _load_vector(top_ptr, HEAD_K, HEAD_LANES_K)
+            if F.resident:
+                products = head * _load_vector(top_ptr, HEAD)
             else:
-                products = _zeros(HEAD_K, BLOCK_V, HEAD_LANES_K, HEAD_LANES_N, acc_type)
-                products = _add_product(
-                    products, head_ptr, top_ptr, DEPTH, BLOCK_V, HEAD_K, BLOCK_V, HEAD_LANES_K, HEAD_LANES_N
-                )
-            logits = head_bias + _total(products, HEAD_LANES_K)
-            if HEAD_LANES_K != 1:
-                logits = tl.reshape(logits, (BLOCK_V,))
+                products = _add_product(_zeros(HEAD, acc_type), head_ptr, top_ptr, DEPTH, HEAD.n, HEAD)
+            logits = head_bias + _total(products, HEAD)
+            if HEAD.lanes_k != 1:
+                logits = tl.reshape(logits, (HEAD.n,))
             place = step - (P - 1)
             if SAMPLE:
                 uniform = tl.load(uniforms_ptr + place)
                 q = probabilities(logits, tl.max(logits, 0), sharpness)
                 if TOP_K:
-                    q = tl.where(_rank(logits, logits_ptr, BLOCK_V, BLOCK_J) < top_k, q, 0.0)
-                chosen = draw(q, tl.arange(0, BLOCK_V), uniform)
+                    q = tl.where(_rank(logits, logits_ptr, HEAD.n, F.block_j) < top_k, q, 0.0)
+                chosen = draw(q, tl.arange(0, HEAD.n), uniform)
             else:
-                chosen = argmax(logits, tl.arange(0, BLOCK_V), V)
+                chosen = argmax(logits, tl.arange(0, HEAD.n), V)
             token = chosen.to(tl.int64)
             tl.store(ids_ptr + place, token)

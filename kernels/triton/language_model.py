@@ -20,7 +20,7 @@ from .language_model_forms import SUM_ELEMENTS, SUM_PROGRAMS, SUM_WARPS, UPDATE_
 from .language_model_kernels import language_model_kernel
 from .language_model_types import Adam, Batch, Sums, Weights
 from .language_model_update_kernels import language_model_sums_kernel, language_model_update_kernel
-from .launch import INTERPRETED, processors_of, start, target_of
+from .launch import INTERPRETED, device_limits, processors_of, start, target_of
 from .targets import launch_options
 
 # In the interpreter few, so that small batches have programs of several rows, and large, for each takes its time.
@@ -36,13 +36,9 @@ def language_model_limits(
     device = torch.device(device)
     if dtype != torch.float32:
         return f"no kernel for {dtype}"
-    if device.type not in ("cpu", "cuda"):
-        return f"no kernel for device type {device.type}"
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return "no CUDA or ROCm device"
+    if (why := device_limits(dtype, device)) is not None:
+        return why
     target, shared_kb = target_of(device)
-    if not target:
-        return f"no tile sizes for {torch.cuda.get_device_name(device)}"
     tile = find_tile(hidden_size, vocab, target)
     if tile is None:
         return f"hidden size {hidden_size} and vocabulary {vocab} are more than one program can hold"
@@ -143,7 +139,7 @@ class _Sizes:
     def total(self, sums: Sums) -> Tensor:
         """The mean loss."""
         loss = self.empty()
-        self._sums(1, Sums(None, sums.losses), None, loss, None, (None,) * 6, (None,) * 6, 0)
+        self.gradients(Sums(None, sums.losses), None, loss)
         return loss
 
     def gradients(
@@ -154,28 +150,15 @@ class _Sizes:
         trained: Sequence[bool] = (False,) * 6,
         steps: Sequence[Tensor | None] = (None,) * 6,
     ) -> tuple[Tensor | None, Weights]:
-        """Gradients, and before them, with anything trained, the sums of squares that make the norm. steps: become one
-        more. loss: where the mean loss goes.
+        """Gradients, if there are sums for them, and before them, with anything trained, the sums of squares that make
+        the norm. steps: become one more. loss: where the mean loss goes.
         """
-        H, V = self.H, self.V
-        grads = _like(self.weights)
-        blocks = sum(-(-numel // BLOCK) for numel in (V * H, H * H, V * H, H, V))
-        squares = self.empty(blocks) if any(trained) else None
-        bits = sum(bool(t) << i for i, t in enumerate(trained))
-        self._sums(blocks, sums, upstream, loss, squares, grads, steps, bits)
-        return squares, grads
-
-    def _sums(
-        self,
-        blocks: int,
-        sums: Sums,
-        upstream: Tensor | None,
-        loss: Tensor | None,
-        squares: Tensor | None,
-        grads: Sequence[Tensor | None],
-        steps: Sequence[Tensor | None],
-        trained: int,
-    ) -> None:
+        H, V, partial = self.H, self.V, sums.partial
+        grads: list[Any] = [None if w is None or partial is None else torch.empty_like(w) for w in self.weights]
+        blocks = 1 if partial is None else sum(-(-numel // BLOCK) for numel in (V * H, H * H, V * H, H, V))
+        squares, bits = None, 0
+        if any(trained):
+            squares, bits = self.empty(blocks), sum(bool(t) << i for i, t in enumerate(trained))
         start(
             language_model_sums_kernel,
             (blocks, 1, 1),
@@ -187,13 +170,14 @@ class _Sizes:
             *grads,
             *steps,
             sums.losses.shape[1],
-            H=self.H,
-            V=self.V,
-            TRAINED=trained,
+            H=H,
+            V=V,
+            TRAINED=bits,
             BLOCK_P=BLOCK_P,
             BLOCK=BLOCK,
             **launch_options(SUM_WARPS, self.target),
         )
+        return squares, Weights(*grads)
 
     def update(
         self,
@@ -277,12 +261,6 @@ class _Call(_Sizes):
             **_constants(H, V, self.target, self.tanh, grads),
         )
         return Sums(partial, losses), h_n
-
-
-def _like(weights: Weights) -> Weights:
-    """Tensors for what belongs to each of them."""
-    found: list[Any] = [None if w is None else torch.empty_like(w) for w in weights]
-    return Weights(*found)
 
 
 @functools.cache

@@ -4,23 +4,22 @@ A row of the batch is walked in the FMA form of elman_forms.py with one row. The
 steps of time as its rows and the classes as its units.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import triton.language as tl
 
 from .elman_forms import Form
 from .gluon_interpreter import gl
-from .targets import AMD, NVIDIA, launch_options
+from .targets import AMD, NVIDIA, TileOfWarps
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class HeadForm(Form):
     """The head's: `hidden` are its V classes, `inputs` the H units."""
 
     apart: bool = False  # the gradient of W_hh is summed when the walk back is over
 
-    def __repr__(self) -> str:
-        return f"HeadForm({super().__repr__()}, {self.whole_rows}, {self.whole_states}, {self.apart})"
+    LAYOUTS = (*Form.LAYOUTS, "whole_rows", "whole_states")
 
     @property
     def state_width(self) -> int:
@@ -58,7 +57,7 @@ class HeadForm(Form):
 
 
 @dataclass(frozen=True)
-class Tile:
+class Tile(TileOfWarps):
     """One program: a row of the batch at a time."""
 
     width: int  # the most hidden units and classes that it is for
@@ -72,22 +71,14 @@ class Tile:
     apart: bool = False  # see HeadForm
     head_rows: int = 8  # steps that the head takes at a time; a multiple of the warps
 
-    def launch_options(self, target: str) -> dict[str, object]:
-        return launch_options(self.warps, target)
-
-    @property
-    def programs_per_core(self) -> int:
-        """How many of them one multiprocessor holds, going by registers."""
-        return max(1, 8 // self.warps)
-
     def form(self, hidden: int, classes: int, tanh: bool, one_piece: bool = False) -> Form:
         """The walk's. one_piece: for the interpreter, which handles one operation on a tile in a time of its own."""
-        return self._form(Form, hidden, classes, 1, tanh, one_piece)
+        return self._form(Form, hidden, classes, one_piece, rows=1, tanh=tanh)
 
     def head_form(self, hidden: int, classes: int, one_piece: bool = False) -> HeadForm:
-        return replace(self._form(HeadForm, classes, hidden, self.head_rows, True, one_piece), apart=self.apart)
+        return self._form(HeadForm, classes, hidden, one_piece, rows=self.head_rows, apart=self.apart)
 
-    def _form(self, kind, units: int, inputs: int, rows: int, tanh: bool, one_piece: bool):
+    def _form(self, kind, units: int, inputs: int, one_piece: bool, **options):
         width = padded(units)
         lanes_n = max(1, min(self.lanes, width // self.warps))
         lanes_k = self.lanes // lanes_n
@@ -95,14 +86,13 @@ class Tile:
             lanes_n, lanes_k = width, min(width, padded(inputs)) // 4
         return kind(
             hidden=units,
-            rows=rows,
             lanes_n=lanes_n,
             lanes_k=lanes_k,
             warps=1 if one_piece else self.warps,
             dtype=tl.float32,
             inputs=inputs,
             ahead=self.ahead,
-            tanh=tanh,
+            **options,
         )
 
 

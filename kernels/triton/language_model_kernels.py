@@ -17,20 +17,39 @@ The gradient of W_ih is a table in shared memory to which each step adds a row; 
 between a step that reads a row and the next one that may read the same there is always the recurrence's own barrier.
 """
 
+from typing import NamedTuple
+
 import triton.language as tl
 
 from .elman_forms import (
     fma_product,
     load_input_weight,
+    load_piece,
     load_weight,
     product,
     product_and_outer,
+    state_buffers,
+    store_outer,
+    store_sum,
     tile_units,
     zero_outer,
     zero_tile,
 )
 from .gluon_interpreter import HAS_REINTERPRET, barrier, device_function, gl, jit
 from .numerics import activation, activation_backward
+
+
+class Own(NamedTuple):
+    """A program's own memory; but for the first, None without GRADS."""
+
+    states_ptr: tl.tensor  # (T, H)
+    grads_ptr: tl.tensor  # (T, H)
+    # sums over its rows of the batch
+    table_ptr: tl.tensor  # (V, H), of W_ih
+    weight_ptr: tl.tensor  # (H, H)
+    head_ptr: tl.tensor  # (V, H)
+    bias_ptr: tl.tensor  # (H,)
+    head_bias_ptr: tl.tensor  # (V,)
 
 
 @device_function
@@ -43,21 +62,12 @@ def _row_by_row(buffer):
 
 
 @device_function
-def _load_units(ptr, units, F: tl.constexpr):
-    """(H,) shaped like a state tile; zero without it."""
+def _load_units(ptr, offs, units, F: tl.constexpr):
+    """H numbers shaped like a state tile; zero without a tensor."""
     if ptr is None:
         return zero_tile(F)
     else:
-        return gl.load(ptr + units, mask=units < F.hidden, other=0.0)
-
-
-@device_function
-def _load_first(h0_ptr, offs_h, units, F: tl.constexpr):
-    """State that a row begins with."""
-    if h0_ptr is None:
-        return zero_tile(F)
-    else:
-        return gl.load(h0_ptr + offs_h, mask=units < F.hidden, other=0.0)
+        return gl.load(ptr + offs, mask=units < F.hidden, other=0.0)
 
 
 @device_function
@@ -85,47 +95,14 @@ def _load_state(ptr, i, T, units, F: tl.constexpr):
 
 
 @device_function
-def _head_products(buffer, w, outer, h, F: tl.constexpr):
-    """g W_q for the one row g (1, V) in `buffer`, and `outer` plus h x g; both take g from one reading."""
-    PIECES: tl.constexpr = F.input_pieces
-    g = buffer.slice(0, F.piece, dim=1).load(gl.SliceLayout(1, F.products)).expand_dims(1)
-    products = w[0].expand_dims(0) * g
-    added = (outer[0] + h.expand_dims(2) * g,)
-    for a in gl.static_range(1, PIECES):
-        g = buffer.slice(a * F.piece, F.piece, dim=1).load(gl.SliceLayout(1, F.products)).expand_dims(1)
-        products += w[a].expand_dims(0) * g
-        added = added + (outer[a] + h.expand_dims(2) * g,)
-    return gl.sum(products, axis=2), added
-
-
-@device_function
-def _add(ptr, value, mask, again):
-    """Store a sum; if `again`, on top of what this program left there for the row before."""
-    if again:  # a branch: as a mask it would have all of a matrix loaded before any of it is added
-        value += gl.load(ptr, mask=mask, other=0.0)
-    gl.store(ptr, value, mask=mask)
-
-
-@device_function
-def _add_outer(ptr, outer, again, ROWS: tl.constexpr, PIECES: tl.constexpr, F: tl.constexpr):
-    """`_add` of the transpose of the pieces to a matrix (ROWS, H)."""
-    n = gl.arange(0, F.width, layout=gl.SliceLayout(0, gl.SliceLayout(2, F.products))).expand_dims(0).expand_dims(2)
-    k = gl.arange(0, F.piece, layout=gl.SliceLayout(0, gl.SliceLayout(1, F.products))).expand_dims(0).expand_dims(1)
-    for a in gl.static_range(PIECES):
-        row = k + a * F.piece
-        _add(ptr + row * F.hidden + n, outer[a], (n < F.hidden) & (row < ROWS), again)
-
-
-@device_function
 def _walk(tokens_ptr, stride_t, weight_ih_ptr, weight_hh_ptr, bias, h, states_ptr, T, F: tl.constexpr):
     """All steps of one row from state h; states (T, H) are stored."""
     AHEAD: tl.constexpr = F.ahead
     units = tile_units(F)
     weight_ih_ptr += units * F.inputs
     w = load_weight(weight_hh_ptr, False, F)
-    even = gl.allocate_shared_memory(F.acc, F.shape, F.shared)
-    odd = gl.allocate_shared_memory(F.acc, F.shape, F.shared)
-    even.store(h)
+    states = state_buffers(F)
+    states[0].store(h)
     ids = _load_ids(tokens_ptr, T * 0, 1, 0, T, stride_t, F)
     x = ()
     for k in gl.static_range(AHEAD):
@@ -136,18 +113,19 @@ def _walk(tokens_ptr, stride_t, weight_ih_ptr, weight_hh_ptr, bias, h, states_pt
         x_next = ()
         for k in gl.static_range(AHEAD):
             x_next = x_next + (_load_input(weight_ih_ptr, ids[k], units, F),)
-            if k % 2 == 0:
-                pre = product(even, w, x[k] + bias, F)
-            else:
-                pre = product(odd, w, x[k] + bias, F)
+            pre = product(states[k % 2], w, x[k] + bias, F)
             mask = units < gl.where(i + k < T, F.hidden, 0)
             h = gl.where(mask, activation(pre, F.tanh), h)
-            if k % 2 == 0:
-                odd.store(h)
-            else:
-                even.store(h)
+            states[1 - k % 2].store(h)
             gl.store(states_ptr + (i + k) * F.hidden + units, h, mask=mask)
         x, ids = x_next, ids_next
+
+
+@device_function
+def _whole_states(ROWS: tl.constexpr, F: tl.constexpr, HEAD: tl.constexpr):
+    """Rows and units of a tile of states as it is loaded, each shaped to broadcast over the other."""
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, HEAD.whole_states))
+    return rows.expand_dims(1), gl.arange(0, F.width, layout=gl.SliceLayout(0, HEAD.whole_states)).expand_dims(0)
 
 
 @device_function
@@ -159,14 +137,10 @@ def _load_rows(ptr, first, T, rows, units, F: tl.constexpr):
 
 @device_function
 def _head(
-    states_ptr,  # (T, H)
-    grads_ptr,  # (T, H), written with GRADS: g_t W_q
+    own,
     targets_ptr,
     stride_t,
-    weight_ptr,
-    bias_ptr,
-    partial_weight_ptr,  # (V, H)
-    partial_bias_ptr,  # (V,)
+    weights,  # W_q (V, H), b_q (V,) or None
     again,
     T,
     ignore_index,
@@ -174,23 +148,22 @@ def _head(
     F: tl.constexpr,
     HEAD: tl.constexpr,
 ):
-    """Loss and number of targets that count of one row's states, and the head's gradients."""
+    """Loss and number of targets that count of one row's states, and with GRADS g_t W_q and the head's gradients."""
     V: tl.constexpr = HEAD.hidden
     ROWS: tl.constexpr = HEAD.rows
-    PIECES: tl.constexpr = HEAD.input_pieces
+    weight_ptr, bias_ptr = weights
     w = load_input_weight(weight_ptr, False, HEAD)
     units = tile_units(F)
     bias = 0.0
     if bias_ptr is not None:
-        own = tile_units(HEAD)
-        bias = gl.load(bias_ptr + own, mask=own < V, other=0.0)
+        offs = tile_units(HEAD)
+        bias = gl.load(bias_ptr + offs, mask=offs < V, other=0.0)
     hidden = gl.allocate_shared_memory(F.acc, HEAD.states_shape, F.shared)
     hidden_rows = _row_by_row(hidden)
     logits = gl.allocate_shared_memory(F.acc, HEAD.shape, HEAD.shared)
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, HEAD.whole_rows))
     classes = gl.arange(0, HEAD.width, layout=gl.SliceLayout(0, HEAD.whole_rows)).expand_dims(0)
-    rows_h = gl.arange(0, ROWS, layout=gl.SliceLayout(1, HEAD.whole_states)).expand_dims(1)
-    units_h = gl.arange(0, F.width, layout=gl.SliceLayout(0, HEAD.whole_states)).expand_dims(0)
+    rows_h, units_h = _whole_states(ROWS, F, HEAD)
     log_sums = gl.full([ROWS], 0.0, F.acc, layout=gl.SliceLayout(1, HEAD.whole_rows))
     counts = gl.full([ROWS], 0.0, F.acc, layout=gl.SliceLayout(1, HEAD.whole_rows))
     chosen = gl.full(HEAD.shape, 0.0, F.acc, layout=HEAD.whole_rows)
@@ -200,12 +173,12 @@ def _head(
         grad_logits = gl.allocate_shared_memory(F.acc, HEAD.shape, HEAD.shared)
         grad_rows = _row_by_row(grad_logits)
         grad_bias = gl.full(HEAD.shape, 0.0, F.acc, layout=HEAD.whole_rows)
-    h = _load_rows(states_ptr, 0, T, rows_h, units_h, F)
+    h = _load_rows(own.states_ptr, 0, T, rows_h, units_h, F)
     for i in range(0, T, ROWS):
         hidden.store(h)
-        h = _load_rows(states_ptr, i + ROWS, T, rows_h, units_h, F)
+        h = _load_rows(own.states_ptr, i + ROWS, T, rows_h, units_h, F)
         target = gl.load(targets_ptr + (i + rows).to(gl.int64) * stride_t, mask=i + rows < T, other=0)
-        logits.store(fma_product(hidden, w, PIECES, HEAD) + bias)
+        logits.store(fma_product(hidden, w, HEAD) + bias)
         o = gl.where(classes < V, logits.load(HEAD.whole_rows), float("-inf"))
         o -= gl.max(o, axis=1).expand_dims(1)
         exponentials = gl.exp(o)
@@ -224,32 +197,18 @@ def _head(
             barrier()  # or the compiler puts one into each turn of the loop
             for m in range(ROWS):  # as straight code it would take more registers than there are
                 state = hidden_rows.index(m).load(F.tile)
-                grad, outer = _head_products(grad_rows.index(m), w_back, outer, state, F)
+                grad, outer = product_and_outer(grad_rows.index(m), w_back, outer, state, F)
                 mask = units < gl.where(i + m < T, F.hidden, 0)
-                gl.store(grads_ptr + (i + m) * F.hidden + units, grad, mask=mask)
+                gl.store(own.grads_ptr + (i + m) * F.hidden + units, grad, mask=mask)
     if GRADS:
-        _add_outer(partial_weight_ptr, outer, again, V, F.input_pieces, F)
-        own = gl.arange(0, HEAD.width, layout=gl.SliceLayout(0, HEAD.whole_rows))
-        _add(partial_bias_ptr + own, gl.sum(grad_bias, axis=0), own < V, again)
+        store_outer(own.head_ptr, outer, again, V, F)
+        offs = gl.arange(0, HEAD.width, layout=gl.SliceLayout(0, HEAD.whole_rows))
+        store_sum(own.head_bias_ptr + offs, gl.sum(grad_bias, axis=0), offs < V, again)
     return gl.sum(log_sums, axis=0) - gl.sum(gl.sum(chosen, axis=1), axis=0), gl.sum(counts, axis=0)
 
 
 @device_function
-def _walk_back(
-    tokens_ptr,
-    stride_t,
-    weight_hh_ptr,
-    h0,
-    states_ptr,  # (T, H)
-    grads_ptr,  # (T, H)
-    partial_table_ptr,  # (V, H)
-    partial_weight_ptr,  # (H, H)
-    partial_bias_ptr,  # (H,)
-    again,
-    T,
-    F: tl.constexpr,
-    HEAD: tl.constexpr,
-):
+def _walk_back(own, tokens_ptr, stride_t, weight_hh_ptr, h0, again, T, F: tl.constexpr, HEAD: tl.constexpr):
     """Back over the steps of one row: gradients of the recurrence's weights."""
     AHEAD: tl.constexpr = F.ahead
     V: tl.constexpr = F.inputs
@@ -258,37 +217,31 @@ def _walk_back(
     if not HEAD.apart:
         outer = zero_outer(F.pieces, F)
     grad_bias = zero_tile(F)
-    even = gl.allocate_shared_memory(F.acc, F.shape, F.shared)
-    odd = gl.allocate_shared_memory(F.acc, F.shape, F.shared)
+    buffers = state_buffers(F)
     even_table = gl.allocate_shared_memory(F.acc, HEAD.table_shape, F.shared)
     odd_table = gl.allocate_shared_memory(F.acc, HEAD.table_shape, F.shared)
     even_table.store(gl.full(HEAD.table_shape, 0.0, F.acc, layout=HEAD.whole_states))
     odd_table.store(gl.full(HEAD.table_shape, 0.0, F.acc, layout=HEAD.whole_states))
-    even_rows, odd_rows = _row_by_row(even_table), _row_by_row(odd_table)
+    table_rows = (_row_by_row(even_table), _row_by_row(odd_table))
     carry = zero_tile(F)
     ids = _load_ids(tokens_ptr, T - 1, -1, 0, T, stride_t, F)
     h = ()
     grad = ()
     for k in gl.static_range(AHEAD):
-        h = h + (_load_state(states_ptr, k, T, units, F),)
-        grad = grad + (_load_state(grads_ptr, k, T, units, F),)
+        h = h + (_load_state(own.states_ptr, k, T, units, F),)
+        grad = grad + (_load_state(own.grads_ptr, k, T, units, F),)
     for i in range(0, T, AHEAD):
         ids_next = _load_ids(tokens_ptr, T - 1, -1, i + AHEAD, T, stride_t, F)
         h_next = ()
         grad_next = ()
         for k in gl.static_range(AHEAD):
             d = activation_backward(grad[k] + carry, h[k], F.tanh)
-            h_next = h_next + (_load_state(states_ptr, i + AHEAD + k, T, units, F),)
-            grad_next = grad_next + (_load_state(grads_ptr, i + AHEAD + k, T, units, F),)
+            h_next = h_next + (_load_state(own.states_ptr, i + AHEAD + k, T, units, F),)
+            grad_next = grad_next + (_load_state(own.grads_ptr, i + AHEAD + k, T, units, F),)
             d = gl.where(units < gl.where(i + k < T, F.hidden, 0), d, 0.0)
             known = (ids[k] >= 0) & (ids[k] < V)
-            row = gl.where(known, ids[k], 0)
-            if k % 2 == 0:
-                place = even_rows.index(row)
-                buffer = even
-            else:
-                place = odd_rows.index(row)
-                buffer = odd
+            place = table_rows[k % 2].index(gl.where(known, ids[k], 0))
+            buffer = buffers[k % 2]
             so_far = place.load(F.tile)
             buffer.store(d)
             if k + 1 < AHEAD:
@@ -299,59 +252,55 @@ def _walk_back(
             if HEAD.apart:
                 new = product(buffer, w, None, F)
                 mask = units < gl.where(i + k < T, F.hidden, 0)
-                gl.store(grads_ptr + (T - 1 - i - k) * F.hidden + units, d, mask=mask)
+                gl.store(own.grads_ptr + (T - 1 - i - k) * F.hidden + units, d, mask=mask)
             else:
-                new, outer = product_and_outer(buffer, w, outer, h_prev, F)
+                new, outer = product_and_outer(buffer, w[0], outer, h_prev, F)
             place.store(so_far + gl.where(known, d, 0.0))
             grad_bias += d
             carry = gl.where(i + k < T, new, carry)
         h, grad, ids = h_next, grad_next, ids_next
-    ids_v = gl.arange(0, HEAD.width, layout=gl.SliceLayout(1, HEAD.whole_states)).expand_dims(1)
-    units_v = gl.arange(0, F.width, layout=gl.SliceLayout(0, HEAD.whole_states)).expand_dims(0)
+    ids_v, units_v = _whole_states(HEAD.width, F, HEAD)
     total = even_table.load(HEAD.whole_states) + odd_table.load(HEAD.whole_states)
     mask = (ids_v < V) & (units_v < F.hidden)
-    _add(partial_table_ptr + ids_v * F.hidden + units_v, total, mask, again)
+    store_sum(own.table_ptr + ids_v * F.hidden + units_v, total, mask, again)
     if not HEAD.apart:
-        _add_outer(partial_weight_ptr, outer, again, F.hidden, F.pieces, F)
-    _add(partial_bias_ptr + units, grad_bias, units < F.hidden, again)
+        store_outer(own.weight_ptr, outer, again, F.hidden, F)
+    store_sum(own.bias_ptr + units, grad_bias, units < F.hidden, again)
 
 
 @device_function
 def _add_outer_products(buffer, outer, h_prev, F: tl.constexpr):
     """`outer` plus h_prev x d for the one row d in `buffer`."""
-    PIECES: tl.constexpr = F.pieces
     added = ()
-    for a in gl.static_range(PIECES):
-        d = buffer.slice(a * F.piece, F.piece, dim=1).load(gl.SliceLayout(1, F.products)).expand_dims(1)
-        added = added + (outer[a] + h_prev.expand_dims(2) * d,)
+    for a in gl.static_range(len(outer)):
+        added = added + (outer[a] + h_prev.expand_dims(2) * load_piece(buffer, a, F).expand_dims(1),)
     return added
 
 
 @device_function
-def _outer_products(states_ptr, grads_ptr, h0, partial_weight_ptr, again, T, F: tl.constexpr, HEAD: tl.constexpr):
+def _outer_products(own, h0, again, T, F: tl.constexpr, HEAD: tl.constexpr):
     """The gradient of W_hh where the walk back has left d_t (T, H) in memory: no registers for W_hh beside it."""
     ROWS: tl.constexpr = HEAD.rows
     units = tile_units(F)
     outer = zero_outer(F.pieces, F)
     first = gl.allocate_shared_memory(F.acc, F.shape, F.shared)
-    first.store(gl.load(grads_ptr + units, mask=units < F.hidden, other=0.0))
+    first.store(gl.load(own.grads_ptr + units, mask=units < F.hidden, other=0.0))
     outer = _add_outer_products(first, outer, h0, F)
     later = gl.allocate_shared_memory(F.acc, HEAD.states_shape, F.shared)
     before = gl.allocate_shared_memory(F.acc, HEAD.states_shape, F.shared)
     later_rows, before_rows = _row_by_row(later), _row_by_row(before)
-    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, HEAD.whole_states)).expand_dims(1)
-    units_h = gl.arange(0, F.width, layout=gl.SliceLayout(0, HEAD.whole_states)).expand_dims(0)
-    d = _load_rows(grads_ptr, 1, T, rows, units_h, F)
-    h = _load_rows(states_ptr, 0, T - 1, rows, units_h, F)
+    rows, units_h = _whole_states(ROWS, F, HEAD)
+    d = _load_rows(own.grads_ptr, 1, T, rows, units_h, F)
+    h = _load_rows(own.states_ptr, 0, T - 1, rows, units_h, F)
     for i in range(1, T, ROWS):
         later.store(d)
         before.store(h)
-        d = _load_rows(grads_ptr, i + ROWS, T, rows, units_h, F)
-        h = _load_rows(states_ptr, i + ROWS - 1, T - 1, rows, units_h, F)
+        d = _load_rows(own.grads_ptr, i + ROWS, T, rows, units_h, F)
+        h = _load_rows(own.states_ptr, i + ROWS - 1, T - 1, rows, units_h, F)
         barrier()
         for m in range(ROWS):
             outer = _add_outer_products(later_rows.index(m), outer, before_rows.index(m).load(F.tile), F)
-    _add_outer(partial_weight_ptr, outer, again, F.hidden, F.pieces, F)
+    store_outer(own.weight_ptr, outer, again, F.hidden, F)
 
 
 @jit(do_not_specialize=["T", "B", "ignore_index"])
@@ -390,18 +339,18 @@ def language_model_kernel(
     pid = gl.program_id(0)
     programs = gl.num_programs(0)
     units = tile_units(F)
-    bias = _load_units(bias_ih_ptr, units, F) + _load_units(bias_hh_ptr, units, F)
+    bias = _load_units(bias_ih_ptr, units, units, F) + _load_units(bias_hh_ptr, units, units, F)
     if GRADS:
         states_ptr += pid.to(gl.int64) * 2 * T * H
         grads_ptr = states_ptr + T * H
         table_ptr = partial_ptr + pid.to(gl.int64) * (2 * V * H + H * H + H + V)
-        partial_weight_ptr = table_ptr + V * H
-        partial_head_ptr = partial_weight_ptr + H * H
-        partial_bias_ptr = partial_head_ptr + V * H
-        partial_head_bias_ptr = partial_bias_ptr + H
+        weight_ptr = table_ptr + V * H
+        head_ptr = weight_ptr + H * H
+        bias_ptr = head_ptr + V * H
+        own = Own(states_ptr, grads_ptr, table_ptr, weight_ptr, head_ptr, bias_ptr, bias_ptr + H)
     else:
         states_ptr += pid.to(gl.int64) * T * H
-        grads_ptr, partial_head_ptr, partial_head_bias_ptr = None, None, None
+        own = Own(states_ptr, None, None, None, None, None, None)
     loss = 0.0
     count = 0.0
     for row in range(pid, B, programs):
@@ -414,48 +363,23 @@ def language_model_kernel(
             own_tokens_ptr = tokens_ptr + start * stride_tokens_t
             own_targets_ptr = targets_ptr + start * stride_targets_t
         offs_h = gl.cast(row, gl.int64) * H + units
-        h = _load_first(h0_ptr, offs_h, units, F)
+        h = _load_units(h0_ptr, offs_h, units, F)
         _walk(own_tokens_ptr, stride_tokens_t, weight_ih_ptr, weight_hh_ptr, bias, h, states_ptr, T, F)
         barrier()  # the states are read in other layouts than they were written in
+        head = (head_weight_ptr, head_bias_ptr)
         row_loss, row_count = _head(
-            states_ptr,
-            grads_ptr,
-            own_targets_ptr,
-            stride_targets_t,
-            head_weight_ptr,
-            head_bias_ptr,
-            partial_head_ptr,
-            partial_head_bias_ptr,
-            again,
-            T,
-            ignore_index,
-            GRADS,
-            F,
-            HEAD,
+            own, own_targets_ptr, stride_targets_t, head, again, T, ignore_index, GRADS, F, HEAD
         )
         loss += row_loss
         count += row_count
         barrier()
         if GRADS:
-            _walk_back(
-                own_tokens_ptr,
-                stride_tokens_t,
-                weight_hh_ptr,
-                _load_first(h0_ptr, offs_h, units, F),
-                states_ptr,
-                grads_ptr,
-                table_ptr,
-                partial_weight_ptr,
-                partial_bias_ptr,
-                again,
-                T,
-                F,
-                HEAD,
-            )
+            h = _load_units(h0_ptr, offs_h, units, F)
+            _walk_back(own, own_tokens_ptr, stride_tokens_t, weight_hh_ptr, h, again, T, F, HEAD)
             if HEAD.apart:
                 barrier()
-                h = _load_first(h0_ptr, offs_h, units, F)
-                _outer_products(states_ptr, grads_ptr, h, partial_weight_ptr, again, T, F, HEAD)
+                h = _load_units(h0_ptr, offs_h, units, F)
+                _outer_products(own, h, again, T, F, HEAD)
         # Only now: it may be where the first states are.
         gl.store(h_n_ptr + offs_h, _load_state(states_ptr, 0, T, units, F), mask=units < H)
         barrier()

@@ -156,21 +156,10 @@ def _update(
     tl.store(param_ptr + offs, param, mask=mask)
 
 
-@triton.jit(
-    do_not_specialize=[
-        "squares",
-        "max_norm_high",
-        "max_norm_low",
-        "lr_high",
-        "lr_low",
-        "beta1_high",
-        "beta1_low",
-        "beta2_high",
-        "beta2_low",
-        "eps_high",
-        "eps_low",
-    ]
-)
+_HALVES = [f"{name}_{half}" for name in ("max_norm", "lr", "beta1", "beta2", "eps") for half in ("high", "low")]
+
+
+@triton.jit(do_not_specialize=["squares", *_HALVES])
 def language_model_update_kernel(
     # pointers
     squares_ptr,  # (squares,) what language_model_sums_kernel has left

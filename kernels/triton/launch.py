@@ -52,6 +52,19 @@ def processors_of(device: torch.device) -> int:
     return 132 if device.type == "cpu" else torch.cuda.get_device_properties(device).multi_processor_count
 
 
+def device_limits(dtype: torch.dtype, device: torch.device) -> str | None:
+    """None if a device has tiles for floats of this dtype and can run them, else one clause that says why not."""
+    if dtype not in TYPES:
+        return f"no kernel for {dtype}"
+    if device.type not in ("cpu", "cuda"):
+        return f"no kernel for device type {device.type}"
+    if device.type == "cuda" and not torch.cuda.is_available():
+        return "no CUDA or ROCm device"
+    if not target_of(device)[0]:
+        return f"no tile sizes for {torch.cuda.get_device_name(device)}"
+    return None
+
+
 def precision_of(dtype: torch.dtype, precision: str, device: torch.device) -> str:
     """The dot's: what was asked for matters for float32 alone, and AMD's matrix instructions multiply that as it is."""
     return precision if dtype == torch.float32 and target_of(device)[0] not in AMD else "ieee"

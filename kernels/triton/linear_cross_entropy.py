@@ -15,14 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .launch import KINDS, Launch, precision_of, target_of
+from .launch import KINDS, Launch, device_limits, precision_of, target_of
 from .linear_cross_entropy_grad_kernels import (
     grad_by_classes_kernel,
     grad_by_rows_kernel,
     grad_logits_kernel,
     sum_partials_kernel,
 )
-from .linear_cross_entropy_kernels import loss_kernel, loss_of_splits_kernel, total_kernel
+from .linear_cross_entropy_kernels import Form, loss_kernel, loss_of_splits_kernel, total_kernel
 from .linear_cross_entropy_tiles import SUM_COLUMNS, SUM_PROGRAMS, SUM_WARPS, Tile, find_tile
 from .targets import AMD, launch_options
 
@@ -38,16 +38,7 @@ ASSERTIONS = {"debug": True, "sanitize_overflow": False}
 
 def linear_cross_entropy_limits(dtype: torch.dtype, device: torch.device | str = "cpu") -> str | None:
     """None if the kernels run on this device with inputs of this dtype, else one clause that says why not."""
-    device = torch.device(device)
-    if dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
-        return f"no kernel for {dtype}"
-    if device.type not in ("cpu", "cuda"):
-        return f"no kernel for device type {device.type}"
-    if device.type == "cuda" and not torch.cuda.is_available():
-        return "no CUDA or ROCm device"
-    if not target_of(device)[0]:
-        return f"no tile sizes for {torch.cuda.get_device_name(device)}"
-    return None
+    return device_limits(dtype, torch.device(device))
 
 
 def linear_cross_entropy(
@@ -161,11 +152,6 @@ def linear_cross_entropy_backward(
 class _Plan:
     """What is known before a call, of its sizes without the number of rows: the tiles, and constants of the kernels."""
 
-    __slots__ = (
-        *("H", "V", "accumulator", "classes", "constants", "cores", "device", "dtype", "has_bias", "logits", "loss"),
-        *("mean", "rows", "target"),
-    )
-
     def __init__(
         self, dtype: torch.dtype, device: torch.device, precision: str, H: int, V: int, has_bias: bool, mean: bool
     ):
@@ -182,16 +168,8 @@ class _Plan:
         if loss is None or logits is None:
             raise RuntimeError(f"linear_cross_entropy: no tile for {dtype}, {precision}")
         self.loss, self.logits = loss, logits
-        shared = {"H": H, "V": V}, {"HAS_BIAS": has_bias, "PRECISION": precision}
         self.constants: dict[str, dict[str, object]] = {
-            step: {
-                **shared[0],
-                "BLOCK_N": tile.block_n,
-                "BLOCK_V": tile.block_v,
-                "BLOCK_H": tile.block_h,
-                **shared[1],
-                **tile.launch_options(self.target),
-            }
+            step: {"F": Form.of(tile, H, V, has_bias, precision), **tile.launch_options(self.target)}
             for step, tile in tiles.items()
             if tile is not None
         }
@@ -241,7 +219,7 @@ def _classes_launches(
 ) -> tuple[Launch, Launch | None]:
     """Over the tiles of classes, and over the partial sums, if there are any."""
     assert plan.classes is not None
-    flags = {"MEAN": plan.mean, "GRAD_HIDDEN": has_hidden, "PARTIAL": partial, "HALVES": plan.classes.halves}
+    flags = {"MEAN": plan.mean, "GRAD_HIDDEN": has_hidden, "PARTIAL": partial}
     of_tiles = Launch(grad_by_classes_kernel, **flags, **plan.constants["classes"])
     if not partial:
         return of_tiles, None

@@ -13,28 +13,49 @@ A row whose target is ignore_index, or that is beyond N, counts nowhere. One who
 Where a program's rows and classes begin is computed in int64; inside a tile int32 is enough.
 """
 
+from dataclasses import dataclass
+
 import triton
 import triton.language as tl
 
 from .numerics import cast, dot
 
 
+@dataclass(frozen=True)
+class Form:
+    """Sizes, tile and arithmetic of the kernels that make logits; a compile-time argument."""
+
+    H: int
+    V: int
+    block_n: int  # rows of a tile
+    block_v: int  # its classes
+    block_h: int  # of H at a time
+    has_bias: bool
+    precision: str  # of the dots: "ieee", "tf32x3" or "tf32"
+    halves: bool = False  # three products of halves for "tf32x3": a row that is not finite makes its products NaN
+
+    @classmethod
+    def of(cls, tile, H: int, V: int, has_bias: bool, precision: str) -> "Form":
+        """That of a tile of linear_cross_entropy_tiles.py."""
+        return cls(H, V, tile.block_n, tile.block_v, tile.block_h, has_bias, precision, tile.halves)
+
+
 @triton.jit
-def load_tile(ptr, rows_left, stride, first_col, H: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr):
-    """(ROWS, BLOCK_H) from column `first_col` on of a matrix with H columns and `rows_left` rows, zero outside."""
+def load_tile(ptr, rows_left, stride, first_col, ROWS: tl.constexpr, F: tl.constexpr):
+    """(ROWS, F.block_h) from column `first_col` on of a matrix with H columns and `rows_left` rows, zero outside."""
     offs_r = tl.arange(0, ROWS)[:, None]
-    offs_h = first_col + tl.arange(0, BLOCK_H)[None, :]
+    offs_h = first_col + tl.arange(0, F.block_h)[None, :]
     mask = offs_r < rows_left
-    if H % BLOCK_H != 0:
-        mask = mask & (offs_h < H)
+    if F.H % F.block_h != 0:
+        mask = mask & (offs_h < F.H)
     return tl.load(ptr + offs_r * stride + offs_h, mask=mask, other=0.0)
 
 
 @triton.jit
-def add_bias(products, bias_ptr, classes_left, BLOCK_V: tl.constexpr, HAS_BIAS: tl.constexpr):
+def add_bias(products, bias_ptr, classes_left, F: tl.constexpr):
     """Logits from h W^T: the bias added, and -inf for classes that there are not."""
-    offs_v = tl.arange(0, BLOCK_V)
-    if HAS_BIAS:
+    offs_v = tl.arange(0, F.block_v)
+    if F.has_bias:
         products += tl.load(bias_ptr + offs_v, mask=offs_v < classes_left, other=0.0).to(products.dtype)[None, :]
     return tl.where((offs_v < classes_left)[None, :], products, float("-inf"))
 
@@ -48,21 +69,17 @@ def logits_of(
     classes_left,
     stride_hidden_n,
     stride_weight_v,
-    H: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    F: tl.constexpr,
 ):
-    """Logits (BLOCK_N, BLOCK_V) of the rows and classes that the pointers stand at, BLOCK_H of H at a time."""
+    """Logits (rows, classes) of those that the pointers stand at, a part of H at a time."""
+    PRECISION: tl.constexpr = F.precision
     acc_type = tl.float64 if hidden_ptr.dtype.element_ty == tl.float64 else tl.float32
-    products = tl.zeros((BLOCK_N, BLOCK_V), acc_type)
-    for first_col in range(0, H, BLOCK_H):
-        h = load_tile(hidden_ptr, rows_left, stride_hidden_n, first_col, H, BLOCK_N, BLOCK_H)
-        w = load_tile(weight_ptr, classes_left, stride_weight_v, first_col, H, BLOCK_V, BLOCK_H)
+    products = tl.full((F.block_n, F.block_v), 0, acc_type)
+    for first_col in range(0, F.H, F.block_h):
+        h = load_tile(hidden_ptr, rows_left, stride_hidden_n, first_col, F.block_n, F)
+        w = load_tile(weight_ptr, classes_left, stride_weight_v, first_col, F.block_v, F)
         products = dot(h, tl.trans(w), products, PRECISION)
-    return add_bias(products, bias_ptr, classes_left, BLOCK_V, HAS_BIAS)
+    return add_bias(products, bias_ptr, classes_left, F)
 
 
 @triton.jit
@@ -87,16 +104,19 @@ def _store_losses(
     lse_ptr,  # (N,)
     loss_ptr,  # (N,) any float; written with LOSS_ROWS
     totals_ptr,  # (3, programs): sum of the losses, rows that count, and those of them whose target is no class
+    first_row,
+    rows_left,
     lse,
     chosen,
     target,
     counted,
-    rows_left,
     V,
-    BLOCK_N: tl.constexpr,
     LOSS_ROWS: tl.constexpr,
 ):
-    offs_n = tl.arange(0, BLOCK_N)
+    lse_ptr += first_row
+    if LOSS_ROWS:
+        loss_ptr += first_row
+    offs_n = tl.arange(0, lse.shape[0])
     outside = counted & ((target < 0) | (target >= V))
     loss = tl.where(counted, tl.where(outside, float("nan"), lse - chosen), 0.0)
     tl.store(lse_ptr + offs_n, lse, mask=offs_n < rows_left)
@@ -114,7 +134,7 @@ def loss_kernel(
     # pointers
     hidden_ptr,  # (N, H)
     weight_ptr,  # (V, H)
-    bias_ptr,  # (V,) contiguous; read with HAS_BIAS
+    bias_ptr,  # (V,) contiguous; read with F.has_bias
     target_ptr,  # (N,) int64
     lse_ptr,  # (N,) fp32 or fp64; with SPLIT (programs along 1, N), over the program's classes
     chosen_ptr,  # like lse_ptr: the target's logit, or 0 if it is none of those classes; written with SPLIT
@@ -129,59 +149,45 @@ def loss_kernel(
     stride_weight_v,
     stride_target,
     # meta-parameters
-    H: tl.constexpr,
-    V: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_V: tl.constexpr,
-    BLOCK_H: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     SPLIT: tl.constexpr,
     LOSS_ROWS: tl.constexpr,
-    PRECISION: tl.constexpr,  # of the dot: "ieee", "tf32x3" or "tf32"
+    F: tl.constexpr,  # Form
 ):
-    first_row = tl.program_id(0).to(tl.int64) * BLOCK_N
+    first_row = tl.program_id(0).to(tl.int64) * F.block_n
     rows_left = N - first_row
     hidden_ptr += first_row * stride_hidden_n
     target, counted = load_targets(
-        target_ptr + first_row * stride_target, rows_left, stride_target, ignore_index, BLOCK_N
+        target_ptr + first_row * stride_target, rows_left, stride_target, ignore_index, F.block_n
     )
     first_tile = tl.program_id(1) * tiles_per_split if SPLIT else 0
-    end_tile = tl.minimum(first_tile + tiles_per_split, tl.cdiv(V, BLOCK_V)) if SPLIT else tl.cdiv(V, BLOCK_V)
+    end_tile = tl.minimum(first_tile + tiles_per_split, tl.cdiv(F.V, F.block_v)) if SPLIT else tl.cdiv(F.V, F.block_v)
     acc_type = lse_ptr.dtype.element_ty
-    highest = tl.full((BLOCK_N,), float("-inf"), acc_type)
-    total = tl.zeros((BLOCK_N,), acc_type)
-    chosen = tl.zeros((BLOCK_N,), acc_type)
+    highest = tl.full((F.block_n,), float("-inf"), acc_type)
+    total = tl.full((F.block_n,), 0, acc_type)
+    chosen = tl.full((F.block_n,), 0, acc_type)
     for tile in range(first_tile, end_tile):
-        first_class = tl.cast(tile, tl.int64) * BLOCK_V
+        first_class = tl.cast(tile, tl.int64) * F.block_v
         logits = logits_of(
             hidden_ptr,
             weight_ptr + first_class * stride_weight_v,
-            bias_ptr + first_class if HAS_BIAS else bias_ptr,
+            bias_ptr + first_class if F.has_bias else bias_ptr,
             rows_left,
-            V - first_class,
+            F.V - first_class,
             stride_hidden_n,
             stride_weight_v,
-            H,
-            BLOCK_N,
-            BLOCK_V,
-            BLOCK_H,
-            HAS_BIAS,
-            PRECISION,
+            F,
         )
         highest, total = _add_exponentials(highest, total, logits)
-        is_target = (target - first_class)[:, None] == tl.arange(0, BLOCK_V)[None, :]
+        is_target = (target - first_class)[:, None] == tl.arange(0, F.block_v)[None, :]
         chosen += tl.sum(tl.where(is_target, logits, 0.0), 1)
     lse = highest + tl.log(total)
     if SPLIT:
-        offs_n = tl.program_id(1).to(tl.int64) * N + first_row + tl.arange(0, BLOCK_N)
-        mask = tl.arange(0, BLOCK_N) < rows_left
+        offs_n = tl.program_id(1).to(tl.int64) * N + first_row + tl.arange(0, F.block_n)
+        mask = tl.arange(0, F.block_n) < rows_left
         tl.store(lse_ptr + offs_n, lse, mask=mask)
         tl.store(chosen_ptr + offs_n, chosen, mask=mask)
     else:
-        lse_ptr += first_row
-        if LOSS_ROWS:
-            loss_ptr += first_row
-        _store_losses(lse_ptr, loss_ptr, totals_ptr, lse, chosen, target, counted, rows_left, V, BLOCK_N, LOSS_ROWS)
+        _store_losses(lse_ptr, loss_ptr, totals_ptr, first_row, rows_left, lse, chosen, target, counted, F.V, LOSS_ROWS)
 
 
 @triton.jit(do_not_specialize=["N", "ignore_index", "splits"])
@@ -219,11 +225,8 @@ def loss_of_splits_kernel(
         partial = tl.load(partial_lse_ptr + offs_n, mask=mask, other=0.0)
         highest, total = _add_exponentials(highest, total, partial[:, None])
         chosen += tl.load(chosen_ptr + offs_n, mask=mask, other=0.0)
-    lse_ptr += first_row
-    if LOSS_ROWS:
-        loss_ptr += first_row
     lse = highest + tl.log(total)
-    _store_losses(lse_ptr, loss_ptr, totals_ptr, lse, chosen, target, counted, rows_left, V, BLOCK_N, LOSS_ROWS)
+    _store_losses(lse_ptr, loss_ptr, totals_ptr, first_row, rows_left, lse, chosen, target, counted, V, LOSS_ROWS)
 
 
 @triton.jit(do_not_specialize=["programs"])

@@ -6,7 +6,7 @@ compiles without spills and which instructions it has; none of it has been timed
 
 from dataclasses import dataclass
 
-from .targets import AMD, AMPERE_HOPPER, NVIDIA, launch_options
+from .targets import AMD, AMPERE_HOPPER, NVIDIA, TileOfWarps, launch_options
 
 AMPERE = ("sm_80",)
 HOPPER_BLACKWELL = ("sm_90", "sm_100")
@@ -18,7 +18,7 @@ SUM_PROGRAMS, SUM_COLUMNS, SUM_WARPS = 1024, 8, 8
 
 
 @dataclass(frozen=True)
-class Tile:
+class Tile(TileOfWarps):
     """How one program is laid out, and the largest H and V that it is for."""
 
     max_h: int
@@ -37,11 +37,6 @@ class Tile:
 
     def launch_options(self, target: str) -> dict[str, object]:
         return launch_options(self.warps, target, self.stages)
-
-    @property
-    def programs_per_core(self) -> int:
-        """How many of them one multiprocessor holds, going by registers."""
-        return max(1, 8 // self.warps)
 
 
 # (step, kind): the first entry for H, V and the target is used. Kind is the dot's, as in elman_tiles.py. Steps:

@@ -15,3 +15,17 @@ def launch_options(warps: int, target: str, stages: int = 1, all_registers: bool
     """
     options: dict[str, object] = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     return options | {"maxnreg": 255} if all_registers and target in NVIDIA else options
+
+
+class TileOfWarps:
+    """A tile that is launched with its number of warps."""
+
+    warps: int
+
+    def launch_options(self, target: str) -> dict[str, object]:
+        return launch_options(self.warps, target)
+
+    @property
+    def programs_per_core(self) -> int:
+        """How many programs one multiprocessor holds, going by registers."""
+        return max(1, 8 // self.warps)

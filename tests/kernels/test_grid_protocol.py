@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import triton.language as tl
 from children import serving
 
 from charrnn_fast.kernels.triton import elman_grid, elman_grid_forms, gluon_interpreter
@@ -189,7 +190,7 @@ def test_every_program_counts_itself_in_once_where_it_is_waited_for():
     """The parts' counters of whole forms: as many additions a step as the warps wait for, none for a part beyond H."""
     for hidden in (16, 100, 192, 1000, 2048):
         for tile in (GridTile("mma", 16, 8, 8, 1.0, ""), GridTile("mma", 32, 16, 4, 1.0, "")):
-            form = elman_grid._form(tile, hidden, torch.float32, True, False)
+            form = elman_grid_forms.GridForm.of(tile, hidden, tl.float32)
             programs = [0] * form.warps
             for first_unit in range(0, hidden, form.units):
                 programs[first_unit // form.part] += 1
@@ -234,7 +235,7 @@ def test_no_chosen_tile_has_a_team_that_does_not_fit():
                         assert programs_at_once(255, 48 * 1024, tile.warps, chip) >= tile.programs(hidden)
 
 
-FORM = elman_grid._form(GridTile("mma", 16, 8, 8, 1.0, ""), 256, torch.float32, True, False)  # 16 programs a team
+FORM = elman_grid_forms.GridForm.of(GridTile("mma", 16, 8, 8, 1.0, ""), 256, tl.float32)  # 16 programs a team
 
 
 class Refusing:

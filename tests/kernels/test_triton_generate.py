@@ -22,7 +22,7 @@ def test_tiles_of_a_larger_matrix(H):
     """Whole tiles of 64 and of 128 outputs, in two layers, and a vocabulary of several tiles of the head."""
     decoder = Decoder(H, 90, L=2, P=2)
     tile = generate_tile(H, 90, 2, 8)
-    assert not tile.resident and tile.width > tile.block_n and tile.depth > tile.head_k
+    assert not tile.resident and tile.width > tile.layer.n and tile.depth > tile.head.k
     ids, state = decoder.run(generate, 3, True, top_k=20)
     wanted, last = decoder.reference(3, True, top_k=20)
     assert torch.equal(ids, wanted)
@@ -111,13 +111,13 @@ def test_every_tile_divides_what_it_has_to():
     sizes = [*range(1, 300, 3), 256, 257, 384, 500, 512, 513, 768, 1000, 1024]
     for H, V, L, number in itertools.product(sizes, (1, 2, 28, 90, 128, 300, 1024), (1, 2), (4, 8)):
         tile = generate_tile(H, V, L, number)
-        assert tile.width >= H and tile.depth >= tile.width and tile.block_v >= V
-        assert tile.width % tile.block_n == tile.width % tile.block_k == tile.depth % tile.head_k == 0
-        assert tile.block_v % tile.block_j == 0
-        for rows, columns in ((tile.block_k, tile.block_n), (tile.head_k, tile.block_v)):
+        assert tile.width >= H and tile.depth >= tile.width and tile.head.n >= V
+        assert tile.width % tile.layer.n == tile.width % tile.layer.k == tile.depth % tile.head.k == 0
+        assert tile.head.n % tile.block_j == 0
+        for rows, columns in ((tile.layer.k, tile.layer.n), (tile.head.k, tile.head.n)):
             assert rows & (rows - 1) == columns & (columns - 1) == 0
             assert rows * columns * number // 4 <= 32 * tile.warps * (64 if tile.resident else 32)
-        assert not tile.resident or tile.width == tile.depth == tile.block_k == tile.block_n == tile.head_k
+        assert not tile.resident or tile.width == tile.depth == tile.layer.k == tile.layer.n == tile.head.k
 
 
 @pytest.mark.gpu

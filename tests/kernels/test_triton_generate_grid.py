@@ -89,20 +89,15 @@ def test_where_no_team_runs_at_once_one_program_decodes(monkeypatch):
     assert asked == [None]
     assert torch.equal(ids, decoder.reference(2, True, top_k=4)[0])
     monkeypatch.setattr(module, "generate_grid", lambda *arguments, **options: (arguments, options))
-    (prompt, num_tokens, _, _, weight_hh, *_), options = generate(
+    (call,), options = generate(
         *(decoder.prompt, 2, torch.zeros(20, 256), [None], [torch.zeros(256, 256)], [None], torch.zeros(20, 256)),
         uniforms=torch.zeros(1, 2),
         top_k=20,
         temperature=0.5,
     )
-    assert num_tokens == 2 and weight_hh[0].shape == (256, 256) and prompt is decoder.prompt
-    assert options == {
-        "uniforms": options["uniforms"],
-        "sharpness": struct.unpack("q", struct.pack("d", 2.0))[0],
-        "top_k": None,
-        "tanh": True,
-        "one_by_one": False,
-    }
+    assert call.num_tokens == 2 and call.weight_hh[0].shape == (256, 256) and call.prompt is decoder.prompt
+    assert call.sharpness == struct.unpack("q", struct.pack("d", 2.0))[0]
+    assert call.top_k is None and call.tanh and call.uniforms is not None and options == {"one_by_one": False}
 
 
 def test_no_tile():

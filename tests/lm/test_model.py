@@ -1,5 +1,7 @@
 """CharRNN against the reference model, and the decoder's string interface."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ from charrnn_fast.lm.forms import FORMS, make, of
 from charrnn_fast.lm.generation import generate
 from charrnn_fast.lm.language_model import LanguageModel
 from charrnn_fast.lm.model import CharRNN
+from charrnn_fast.lm.recipes import RECIPES, build_model
 from charrnn_fast.lm.training import Trainer
 from charrnn_fast.reference.generate import generate as reference_generate
 from charrnn_fast.reference.language_model import RNNLM
@@ -52,6 +55,17 @@ def test_matches_the_reference(options):
     for (name, p), q in zip(model.named_parameters(), gradients.parameters(), strict=True):
         if p.requires_grad:
             torch.testing.assert_close(p.grad, q, rtol=1e-10, atol=1e-12, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("init", ["normal", "uniform", "orthogonal"])
+@pytest.mark.parametrize("second_bias", [False, True])
+def test_all_forms_of_a_recipe_begin_alike(init, second_bias):
+    """Those drawn by the specification have no second bias: it begins as zeros."""
+    recipe = replace(RECIPES["scratch"], hidden_size=5, init=init, second_bias=second_bias)
+    ids = torch.randint(7, (3, 9), generator=torch.Generator().manual_seed(1))
+    first, *others = (build_model(recipe, 7, 0, kind=form, dtype=torch.float64)(ids)[0] for form in FORMS)
+    for other in others:
+        torch.testing.assert_close(other, first, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
