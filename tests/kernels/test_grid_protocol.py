@@ -16,7 +16,6 @@ import numpy as np
 import pytest
 import torch
 import triton.language as tl
-from children import serving
 
 from charrnn_fast.kernels.triton import elman_grid, elman_grid_forms, gluon_interpreter
 from charrnn_fast.kernels.triton.elman_grid_tiles import (
@@ -206,9 +205,8 @@ def test_counters_may_go_round():
 
 
 @pytest.mark.parametrize("kernels", ["elman", "decoders"])
-def test_the_kernels_in_a_process_for_each_program(kernels):
-    with serving() as server:
-        server.call("grid_programs", kernels, seconds=300)
+def test_the_kernels_in_a_process_for_each_program(server, kernels):
+    server.call("grid_programs", kernels, seconds=300)
 
 
 # How many programs run at once.
