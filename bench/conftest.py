@@ -9,8 +9,7 @@ import torch
 from charrnn_fast.bench import measure, report
 from charrnn_fast.bench.grid import DTYPES
 from charrnn_fast.bench.measure import CPU
-from charrnn_fast.bench.suite import PEERS, Case, Run
-from charrnn_fast.bench.suite import measure as measure_case
+from charrnn_fast.bench.suite import PEERS, Case, Run, row_of
 
 ROWS: list[dict] = []
 RATES: dict[str, dict[str, dict[str, float]]] = {}  # by device and dtype
@@ -19,13 +18,6 @@ RATES: dict[str, dict[str, dict[str, float]]] = {}  # by device and dtype
 def pytest_addoption(parser):
     parser.addoption("--record", type=Path, metavar="FILE", help="write the results to this JSON file")
     parser.addoption("--seconds", type=float, default=2.0, help="time budget per configuration, all sides together")
-
-
-def pytest_collection_modifyitems(items):
-    if not torch.cuda.is_available():
-        for item in items:
-            if "gpu" in item.keywords:
-                item.add_marker(pytest.mark.skip(reason="no CUDA or ROCm device"))
 
 
 @pytest.fixture
@@ -42,7 +34,7 @@ def row(benchmark, pytestconfig):
 
         peers = PEERS[:1] if case.sweep else PEERS  # a sweep shows how our own cost grows
         run = Run(known, device, peers, pytestconfig.getoption("--seconds"), drive=drive)
-        ROWS.append(measure_case(case, run))
+        ROWS.append(row_of(case, run))
         return ROWS[-1]
 
     return take

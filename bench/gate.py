@@ -50,6 +50,13 @@ STAGES = (
 )
 
 
+def save(content: dict[str, Any], path: Path) -> None:
+    """Whoever reads the file meanwhile finds what was there before, or all of this."""
+    partial = path.with_suffix(".part")
+    partial.write_text(json.dumps(content, indent=1) + "\n")
+    partial.replace(path)
+
+
 class Gate:
     """One run: its log, its JSON and its clock."""
 
@@ -65,9 +72,7 @@ class Gate:
         self.log.write(line + "\n")
 
     def save(self) -> None:
-        partial = self.path.with_suffix(".part")
-        partial.write_text(json.dumps(self.content, indent=1) + "\n")
-        partial.replace(self.path)
+        save(self.content, self.path)
 
     def has_gpu(self) -> bool:
         probe = "import sys, torch; sys.exit(not torch.cuda.is_available())"

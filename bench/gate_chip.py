@@ -5,14 +5,15 @@ Without a CUDA device one tiny size is interpreted, a step a launch.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
+from functools import partial
 from typing import Any
 
 import torch
 
-from charrnn_fast.bench.gate_tiles import KINDS, target_of
-from charrnn_fast.bench.measure import Spread, alternate
-from charrnn_fast.kernels.triton.elman import elman_backward, elman_forward
+from charrnn_fast.bench.gate_tiles import KINDS, by_turns, difference, microseconds, recurrence_jobs, target_of
+from charrnn_fast.bench.measure import failure, ratios
+from charrnn_fast.bench.peers import without_grad
 from charrnn_fast.kernels.triton.elman_grid import choose_grid_tile, grid_pass
 from charrnn_fast.kernels.triton.elman_grid_tiles import GRID_TILES, GridTile, grid_width
 from charrnn_fast.kernels.triton.generate import one_program
@@ -45,36 +46,15 @@ def _label(tile: GridTile) -> str:
     return f"{tile.form} units{tile.units} rows{tile.rows} warps{tile.warps} ahead{tile.ahead} {counters}"
 
 
-def _jobs(kind: str, H: int, T: int, B: int, tile: GridTile, device: torch.device) -> Jobs:
+def _jobs(kind: str, H: int, T: int, B: int, device: torch.device, tile: GridTile) -> Jobs:
     """Forward and the backward recurrence by one tile."""
-    dtype, _ = KINDS[kind]
-    generator = torch.Generator(device).manual_seed(0)
-    x, grad = (torch.randn(T, B, H, generator=generator, device=device).to(dtype) for _ in range(2))
-    weights = [(torch.randn(H, H, generator=generator, device=device) / H**0.5).to(dtype)]
-    forth, back = (grid_pass(forward, tile, H, dtype, device, True) for forward in (True, False))
-    out, _ = elman_forward(x, weights, how=forth)
-
-    def backward() -> torch.Tensor:
-        return elman_backward(grad, None, out, weights, need_weight_grad=False, need_bias_grad=False, how=back)[0]
-
-    return {"forward": lambda: elman_forward(x, weights, how=forth)[0], "backward": backward}
-
-
-def _torch_rnn(kind: str, H: int, T: int, B: int, device: torch.device) -> Callable[[], Any]:
-    rnn = torch.nn.RNN(H, H).to(device, KINDS[kind][0])
-    x = torch.randn(T, B, H, device=device).to(KINDS[kind][0])
-
-    def forward() -> torch.Tensor:
-        with torch.no_grad():
-            return rnn(x)[0]
-
-    return forward
+    forth, back = (grid_pass(forward, tile, H, KINDS[kind][0], device, True) for forward in (True, False))
+    return recurrence_jobs(kind, T, B, H, device, {"how": forth}, {"how": back, "need_bias_grad": False})
 
 
 def rows(device: torch.device) -> Iterator[dict[str, Any]]:
     """For every size: microseconds a step of the shipped tile, of torch.nn.RNN forward, and each candidate's ratio."""
     on_gpu, target = device.type == "cuda", target_of(device)
-    least, seconds = (5, 0.1) if on_gpu else (1, 0.0)
     for kind, H, T, B in SIZES if on_gpu else TINY:
         row: dict[str, Any] = {"name": f"{kind} H{H} T={T} B={B}", "wrong": ""}
         dtype, precision = KINDS[kind]
@@ -83,15 +63,17 @@ def rows(device: torch.device) -> Iterator[dict[str, Any]]:
         if shipped is None:
             continue
         row |= {"shipped": _label(shipped), "taken": chosen is not None, "candidates": []}
-        jobs = _jobs(kind, H, T, B, shipped, device)
+        jobs_of = partial(_jobs, kind, H, T, B, device)
+        jobs = jobs_of(shipped)
         wanted = {step: job().double() for step, job in jobs.items()}
-        torch_rnn = _torch_rnn(kind, H, T, B, device)
-        torch_rnn()
-        times = alternate({"ours": jobs["forward"], "theirs": torch_rnn}, seconds, device, least=least)
-        row |= {f"{side}_us_a_step": 1e6 * Spread.of(found).median / T for side, found in times.items()}
+        rnn, x = torch.nn.RNN(H, H).to(device, dtype), torch.randn(T, B, H, device=device).to(dtype)
+        theirs = without_grad(partial(rnn, x))
+        theirs()
+        times = by_turns({"ours": jobs["forward"], "theirs": theirs}, device)
+        row |= {f"{side}_us_a_step": microseconds(found) / T for side, found in times.items()}
         for tile in candidates(kind, H, shipped, target):
             if tile.programs(H) <= processors_of(device):
-                row["candidates"].append(_against(jobs, wanted, kind, H, T, B, tile, device, seconds, least))
+                row["candidates"].append(_against(jobs, wanted, T, jobs_of, tile, device))
         row["wrong"] = "; ".join(each["wrong"] for each in row["candidates"] if each["wrong"])
         yield row
 
@@ -99,30 +81,24 @@ def rows(device: torch.device) -> Iterator[dict[str, Any]]:
 def _against(
     jobs: Jobs,
     wanted: dict[str, torch.Tensor],
-    kind: str,
-    H: int,
     T: int,
-    B: int,
+    jobs_of: Callable[[GridTile], Jobs],
     tile: GridTile,
     device: torch.device,
-    seconds: float,
-    least: int,
 ) -> dict[str, Any]:
     """A candidate's times over the shipped tile's, by turns; it says so if it does not compile or has other results."""
     row: dict[str, Any] = {"tile": _label(tile), "wrong": ""}
     try:
-        others = _jobs(kind, H, T, B, tile, device)
+        others = jobs_of(tile)
         found = {step: job().double() for step, job in others.items()}
     except Exception as error:  # whatever the compiler or the driver raises: this candidate is none
-        return row | {"error": f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"}
+        return row | {"error": failure(error)}
     for step, job in jobs.items():
-        difference = float((found[step] - wanted[step]).abs().max() / wanted[step].abs().max())
-        if not difference <= 0.05:
-            row["wrong"] = f"{_label(tile)}: its {step} differs from the shipped tile's by {difference:.2g}"
-        times = alternate({"shipped": job, "other": others[step]}, seconds, device, least=least)
-        spread = Spread.of([o / s for o, s in zip(times["other"], times["shipped"], strict=True)])
-        row[f"{step}_us_a_step"] = 1e6 * Spread.of(times["other"]).median / T
-        row[f"{step}_ratio"] = {"low": spread.low, "median": spread.median, "high": spread.high}
+        if differs := difference(found[step], wanted[step]):
+            row["wrong"] = f"{_label(tile)}: its {step} {differs}"
+        times = by_turns({"shipped": job, "other": others[step]}, device)
+        row[f"{step}_us_a_step"] = microseconds(times["other"]) / T
+        row[f"{step}_ratio"] = asdict(ratios(times["shipped"], times)["other"])
     return row
 
 
@@ -142,20 +118,16 @@ def _decoder_tiles(shipped: GenerateGridTile) -> dict[str, GenerateGridTile]:
 
 def decoders(device: torch.device) -> Iterator[dict[str, Any]]:
     """For every size, greedy and drawing: microseconds an id of one program a sequence and of each tile of a grid."""
-    on_gpu = device.type == "cuda"
-    for kind, H, N, B in DECODED if on_gpu else DECODED_TINY:
+    for kind, H, N, B in DECODED if device.type == "cuda" else DECODED_TINY:
         for sampled in (False, True):
-            row: dict[str, Any] = {
-                "name": f"decoder {kind} H{H} B={B} {'drawing' if sampled else 'greedy'}",
-                "wrong": "",
-            }
+            name = f"decoder {kind} H{H} B={B} {'drawing' if sampled else 'greedy'}"
             jobs, rejected = _decoders(KINDS[kind][0], H, N, B, sampled, device)  # compiling takes most of the time
-            row |= rejected
             names = [name for name in jobs if name != "one program"]
             texts = [jobs[name]() for name in names]
-            row["wrong"] = "; ".join(n for n, ids in zip(names, texts, strict=True) if not torch.equal(ids, texts[0]))
-            times = alternate(jobs, 0.2 if on_gpu else 0.0, device, least=5 if on_gpu else 1)
-            yield row | {f"{name}: us an id": 1e6 * Spread.of(found).median / N for name, found in times.items()}
+            wrong = "; ".join(n for n, ids in zip(names, texts, strict=True) if not torch.equal(ids, texts[0]))
+            times = by_turns(jobs, device, 0.2)
+            us = {f"{name}: us an id": microseconds(found) / N for name, found in times.items()}
+            yield {"name": name, "wrong": wrong, **rejected, **us}
 
 
 def _decoders(
@@ -191,7 +163,7 @@ def _decoders(
         try:
             across(tile)()
         except Exception as error:  # whatever the compiler or the driver raises: this candidate is none
-            rejected[f"{name}: error"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            rejected[f"{name}: error"] = failure(error)
         else:
             jobs[name] = across(tile)
     return jobs, rejected

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from charrnn_fast import CharRNN, FusedRNN, clip_grad_norm_
-from charrnn_fast.bench.grid import CLIP
+from charrnn_fast.bench import grid
 from charrnn_fast.bench.problems import ClipProblem
 from charrnn_fast.reference import generate as reference_generate
 from charrnn_fast.reference.clip_grad_norm import clip_grad_norm
@@ -23,7 +23,7 @@ from charrnn_fast.reference.language_model import RNNLM
 ROUNDINGS = 8  # of the dtype's own: what counts as exact
 NEAR_TIE = 1e-4  # of two logits
 EXACT = 1e-12  # what is asked of fp64, whose own roundings the exact results have too
-DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+DTYPES = grid.DTYPES | {"fp64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -82,11 +82,7 @@ def elman_row(size: Size, device: torch.device, backend: str = "auto") -> dict[s
     """Our error and torch.nn.RNN's, in the size's dtype, against torch.nn.RNN in fp64 on the same rounded numbers."""
     dtype = DTYPES[size.dtype]
     torch.manual_seed(0)
-    shape: dict[str, Any] = {
-        "bidirectional": size.bidirectional,
-        "num_layers": size.num_layers,
-        "nonlinearity": size.nonlinearity,
-    }
+    shape: dict[str, Any] = {name: getattr(size, name) for name in ("bidirectional", "num_layers", "nonlinearity")}
     theirs = nn.RNN(size.I, size.H, **shape).to(device, dtype)
     ours = FusedRNN(size.I, size.H, **shape, backend=backend).to(device, dtype)
     exact = nn.RNN(size.I, size.H, **shape).to(device, torch.float64)
@@ -134,7 +130,7 @@ def _greedy_row(model: CharRNN, net: RNNLM, prompt: Tensor, chars: int) -> dict[
 
 
 def _clip_row(device: torch.device) -> dict[str, Any]:
-    ours, theirs = (ClipProblem(CLIP[-1], device).parameters() for _ in range(2))
+    ours, theirs = (ClipProblem(grid.CLIP[-1], device).parameters() for _ in range(2))
     norms = [clip_grad_norm_(ours, 1.0), clip_grad_norm(theirs, 1.0)]
     grads = [[p.grad for p in parameters if p.grad is not None] for parameters in (ours, theirs)]
     error = _error([norms[0], *grads[0]], [norms[1].double(), *(g.double() for g in grads[1])])

@@ -4,7 +4,6 @@ A stage writes RESULT, a JSON file, again and again as it goes, and stops by its
 "findings" are lines about what is wrong. Without a CUDA device everything is tiny, and the Triton kernels interpreted.
 """
 
-import json
 import os
 import re
 import shutil
@@ -15,14 +14,15 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from importlib.util import find_spec
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from charrnn_fast import CharRNN, Trainer
-from charrnn_fast.bench import gate_chip, gate_kernels, gate_parity, gate_tiles, grid, measure, suite
-from charrnn_fast.bench.grid import Config, Gradients
+from charrnn_fast.bench import gate, gate_chip, gate_kernels, gate_parity, gate_tiles, measure, suite
+from charrnn_fast.bench.grid import DTYPES, Config, Gradients
 from charrnn_fast.bench.peers import Ours
 from charrnn_fast.bench.suite import Case, Run
 from charrnn_fast.lm import corpora
@@ -32,7 +32,6 @@ from charrnn_fast.lm.recipes import RECIPES, build_model, build_sampler, prepare
 from charrnn_fast.lm.torch_model import TorchCharRNN
 from charrnn_fast.ops import backends
 
-ROOT = Path(__file__).resolve().parent.parent
 SIZES = (16, 32, 64, 128, 256, 384, 512, 768, 1024, 2048)
 OUTCOMES = "PASSED|FAILED|SKIPPED|ERROR|XFAIL|XPASS"
 OUTCOME = re.compile(rf"^(?P<test>\S+::.*?) (?P<outcome>{OUTCOMES})\b")
@@ -46,9 +45,7 @@ class Context:
 
     path: Path
     until: float  # of time.monotonic()
-    device: torch.device = field(
-        default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-    )
+    device: torch.device = field(default_factory=lambda: torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     result: dict[str, Any] = field(default_factory=lambda: {"findings": []})
 
     @property
@@ -64,16 +61,14 @@ class Context:
         self.result["findings"].append(line)
 
     def save(self) -> None:
-        partial = self.path.with_suffix(".part")
-        partial.write_text(json.dumps(self.result))
-        partial.replace(self.path)
+        gate.save(self.result, self.path)
 
 
 def _rates(context: Context, dtypes: Sequence[str]) -> dict[str, dict[str, float]]:
     if context.tiny:
         rate = {"gemm_flops": measure.gemm_rate(size=256), "copy_bytes": measure.copy_rate(numbers=1 << 20)}
         return dict.fromkeys(dtypes, rate)
-    return {name: measure.rates(context.device, grid.DTYPES[name]) for name in dtypes}
+    return {name: measure.rates(context.device, DTYPES[name]) for name in dtypes}
 
 
 def environment(context: Context) -> None:
@@ -84,13 +79,13 @@ def environment(context: Context) -> None:
         context.result["nvidia_smi"] = subprocess.run(query, capture_output=True, text=True).stdout.splitlines()
     context.result["pytest"] = find_spec("pytest") is not None
     paths = {}
-    for name, dtype in grid.DTYPES.items():
+    for name, dtype in DTYPES.items():
         for size in SIZES:
             explanation = backends.explain(size, dtype, context.device)
             paths[f"{name} H={size}"] = {"path": explanation.backend, "why_not": explanation.why_not}
     context.result["paths"] = paths
     context.save()
-    context.result["rates"] = _rates(context, list(grid.DTYPES))
+    context.result["rates"] = _rates(context, list(DTYPES))
     for line in (context.result["machine"], context.result["rates"], *paths.items()):
         print(line, flush=True)
 
@@ -108,7 +103,7 @@ def tests(context: Context) -> None:
         context.result["workers"] = 2 if context.tiny else min(MOST_WORKERS, os.cpu_count() or 1)
         options += ["-n", str(context.result["workers"])]
     command = [sys.executable, "-m", "pytest", *options, chosen]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(command, cwd=gate.ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     timer = threading.Timer(max(1.0, context.until - time.monotonic()), process.kill)
     timer.start()
     counts: dict[str, int] = {}
@@ -130,24 +125,30 @@ def tests(context: Context) -> None:
         context.find(f"pytest ended with exit code {code}; the log says why")
 
 
-def parity(context: Context) -> None:
-    """Errors against fp64, and the language model against the reference."""
-    context.result["rows"], context.result["parity"] = [], []
-    for row in gate_parity.rows(context.device):
+def _keep(context: Context, name: str, rows: Iterable[dict[str, Any]], fault: Callable[[dict[str, Any]], str]) -> None:
+    """Keep row after row until the time is up; what `fault` says of a row is a finding."""
+    context.result[name] = []
+    for row in rows:
         print(row, flush=True)
-        context.result["parity"].append(row)
-        if not row["ok"]:
-            context.find(f"parity {row['name']}: {row}")
+        context.result[name].append(row)
+        if found := fault(row):
+            context.find(f"{name} {row['name']}: {found}")
         context.save()
         if context.is_over:
-            context.find("parity: the time was up before the last size")
             break
+
+
+def parity(context: Context) -> None:
+    """Errors against fp64, and the language model against the reference."""
+    _keep(context, "parity", gate_parity.rows(context.device), lambda row: "" if row["ok"] else str(row))
+    if context.is_over:
+        context.find("parity: the time was up before the last size")
 
 
 def _run_cases(context: Context, cases: Sequence[Case], run: Run) -> None:
     """Rows into the result as they come; a row that could not be measured for another reason than time is a finding."""
     rows, sweeps = context.result.setdefault("rows", []), context.result.setdefault("sweeps", [])
-    for row in suite.measure_all(cases, run, context.until):
+    for row in suite.rows(cases, run, context.until):
         (sweeps if "sweep" in row else rows).append(row)
         ratios = {name: ratio["text"] for name, ratio in row.get("ratios", {}).items()}
         print(
@@ -170,13 +171,9 @@ def _tiny(case: Case) -> Case:
     """The same kind of case at a size for the interpreter."""
     config = case.config
     if isinstance(config, Gradients):
-        return suite.clip_case(Gradients(config.name, config.shapes[:6]))
-    small = replace(config, B=min(config.B, 2), T=min(config.T, 4), I=min(config.I, 8), H=min(config.H, 8))
-    if case.task == "lm_step":
-        return suite.lm_case(small)
-    if case.task == "generation":
-        return suite.generation_case(small)
-    return suite.elman_case(small, case.task, case.dtype, case.sweep)
+        return replace(case, config=replace(config, shapes=config.shapes[:6]))
+    small = {name: min(getattr(config, name), most) for name, most in (("B", 2), ("T", 4), ("I", 8), ("H", 8))}
+    return replace(case, config=replace(config, **small))
 
 
 def _run(context: Context, dtypes: Sequence[str], seconds: float) -> Run:
@@ -188,11 +185,11 @@ def _run(context: Context, dtypes: Sequence[str], seconds: float) -> Run:
     return Run(rates, context.device, peers, seconds=seconds, least=5, replays=True)
 
 
-def grid_stage(context: Context) -> None:
+def grid(context: Context) -> None:
     """The grid against torch.nn.RNN, what matters most first. A row's `path` is the backend that ran it."""
     # A loop in Python takes too long.
     peers = [peer for peer in suite.PEERS if peer.key in ("torch.nn.RNN", "flaggems", "xma")]
-    run = replace(_run(context, list(grid.DTYPES), 0.15), peers=peers)
+    run = replace(_run(context, list(DTYPES), 0.15), peers=peers)
     cases = [*suite.ELMAN, *suite.sweep_cases(quick=False), *suite.GPU_ELMAN]
     if context.tiny:
         cases = [_tiny(case) for case in (*suite.ELMAN[:2], suite.ELMAN[-1], suite.sweep_cases(True)[0], *cases[-2:])]
@@ -253,62 +250,42 @@ def _scratch_recipe(context: Context) -> None:
 def language_model(context: Context) -> None:
     """Training steps by hand and by Trainer, the whole recipe, clip and generation."""
     run = replace(_run(context, ["fp32"], 0.4), ours=Ours())
-    prepare: Callable[[Case], Case] = _tiny if context.tiny else (lambda case: case)
-    _run_cases(context, [prepare(case) for case in suite.LM[: 1 if context.tiny else None]], run)
-    for case in suite.LM[: 1 if context.tiny else None]:
-        config = prepare(case).config
-        if isinstance(config, Config) and not context.is_over:
-            _trainer(context, config)
+    steps, clips, decoders = suite.LM, suite.CLIPS, suite.GENERATION
+    if context.tiny:
+        steps, clips, decoders = ([_tiny(cases[0])] for cases in (steps, clips, decoders))
+    _run_cases(context, steps, run)
+    for case in steps:
+        if isinstance(case.config, Config) and not context.is_over:
+            _trainer(context, case.config)
     if not context.is_over:
         _scratch_recipe(context)
-    rest = [*suite.CLIPS[: 1 if context.tiny else None], *suite.GENERATION[: 1 if context.tiny else None]]
-    _run_cases(context, [prepare(case) for case in rest], run)
-
-
-def _keep(context: Context, name: str, rows: Iterable[dict[str, Any]], fault: str) -> None:
-    """Keep row after row until the time is up; what a row has under `fault` is a finding."""
-    context.result[name] = []
-    for row in rows:
-        print(row, flush=True)
-        context.result[name].append(row)
-        if row[fault]:
-            context.find(f"{name} {row['name']}: {row[fault]}")
-        context.save()
-        if context.is_over:
-            break
+    _run_cases(context, [*clips, *decoders], run)
 
 
 def kernels(context: Context) -> None:
     """The kernels of the recurrence beside cuDNN's, by the profiler."""
-    _keep(context, "kernels", gate_kernels.rows(context.device), "finding")
+    _keep(context, "kernels", gate_kernels.rows(context.device), itemgetter("finding"))
 
 
 def registers(context: Context) -> None:
     """What the driver says of the kernels that the launchers compile, beside the recorded figures."""
-    _keep(context, "registers", gate_tiles.registers(context.device), "finding")
+    _keep(context, "registers", gate_tiles.registers(context.device), itemgetter("finding"))
 
 
 def tiles(context: Context) -> None:
     """The shipped tiles and their neighbours, timed by turns."""
-    _keep(context, "tiles", gate_tiles.neighbours(context.device), "wrong")
+    _keep(context, "tiles", gate_tiles.neighbours(context.device), itemgetter("wrong"))
 
 
 def chip(context: Context) -> None:
     """The recurrence across the chip, its tiles and torch.nn.RNN timed by turns; before it the decoder, both ways."""
-    _keep(context, "decoders", gate_chip.decoders(context.device), "wrong")
-    _keep(context, "chip", gate_chip.rows(context.device), "wrong")
+    _keep(context, "decoders", gate_chip.decoders(context.device), itemgetter("wrong"))
+    _keep(context, "chip", gate_chip.rows(context.device), itemgetter("wrong"))
 
 
-STAGES: dict[str, Callable[[Context], None]] = {
-    "environment": environment,
-    "tests": tests,
-    "parity": parity,
-    "grid": grid_stage,
-    "language_model": language_model,
-    "kernels": kernels,
-    "registers": registers,
-    "tiles": tiles,
-    "chip": chip,
+STAGES = {
+    stage.__name__: stage
+    for stage in (environment, tests, parity, grid, language_model, kernels, registers, tiles, chip)
 }
 
 

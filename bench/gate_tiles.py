@@ -4,15 +4,23 @@ Both go through the launchers that users' calls go through. Without a CUDA devic
 compiled for sm_90, by a driver that claims to be one, and the neighbours are interpreted.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
+from unittest.mock import patch
 
 import torch
+import triton
+from triton.runtime.jit import JITFunction
 
-from charrnn_fast.bench.measure import Spread, alternate
+from charrnn_fast.bench import static
+from charrnn_fast.bench.measure import Job, Spread, alternate, failure, ratios
+from charrnn_fast.bench.static_builds import TARGETS, elman_name
+from charrnn_fast.bench.static_figures import nvidia_figures
+from charrnn_fast.kernels.triton import launch
 from charrnn_fast.kernels.triton.elman import choose_tile, elman_backward, elman_forward, forget_tiles
+from charrnn_fast.kernels.triton.elman_kernels import elman_backward_kernel, elman_forward_kernel
 from charrnn_fast.kernels.triton.elman_tiles import ALL, MAX_SUM_STEPS, TILES, Tile
 
 ABSENT = "sm_90"  # the GPU that is compiled for where there is none
@@ -25,23 +33,36 @@ KINDS = {
 V = 28
 TINY_TILES = (("fp32", 16), ("tf32", 128))
 MOST_WARPS = 16
+APART = 0.05  # of the largest value: results of two tiles that differ by more are not the same
 NOTABLE = 0.95  # of the shipped tile's time: a neighbour below is worth a look
 
 
 def target_of(device: torch.device) -> str:
     """The column of the tables that a device has."""
-    from charrnn_fast.kernels.triton import launch
-
     return launch.target_of(device)[0] if device.type == "cuda" else ABSENT
+
+
+def by_turns(jobs: Mapping[str, Job], device: torch.device, seconds: float = 0.1) -> dict[str, list[float]]:
+    """Seconds by job, round by round; without a device one round."""
+    on_gpu = device.type == "cuda"
+    return alternate(jobs, seconds if on_gpu else 0.0, device, least=5 if on_gpu else 1)
+
+
+def microseconds(times: Sequence[float]) -> float:
+    return 1e6 * Spread.of(times).median
+
+
+def difference(found: torch.Tensor, wanted: torch.Tensor) -> str:
+    """How a tile's result differs from the shipped one's, if it does."""
+    apart = float((found - wanted).abs().max() / wanted.abs().max())
+    return "" if apart <= APART else f"differs from the shipped tile's by {apart:.2g}"
 
 
 class _AbsentDriver:
     """What Triton asks of a driver in order to compile."""
 
     def get_current_target(self) -> Any:
-        from triton.backends.compiler import GPUTarget
-
-        return GPUTarget("cuda", int(ABSENT.removeprefix("sm_")), 32)
+        return TARGETS[ABSENT].gpu
 
     def get_current_device(self) -> int:
         return 0
@@ -51,26 +72,22 @@ class _AbsentDriver:
 
 
 @contextmanager
-def _compiling_for_absent(device: torch.device):
+def compiling_for_absent(device: torch.device):
     """Without a device, launches compile for ABSENT and stop there."""
     if device.type == "cuda":
         yield
         return
-    import triton
-    from triton.runtime.jit import JITFunction
+    run = JITFunction.run
 
-    launch = JITFunction.run
-    triton.runtime.driver.set_active(_AbsentDriver())
-    JITFunction.run = lambda self, *args, grid, warmup, **options: launch(
-        self, *args, grid=grid, warmup=True, **options
-    )
-    try:
+    def compiled(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        return run(self, *args, grid=grid, warmup=True, **options)
+
+    triton.runtime.driver.set_active(_AbsentDriver())  # it stays: without a device there is none to go back to
+    with patch.object(JITFunction, "run", compiled):
         yield
-    finally:
-        JITFunction.run = launch  # the driver stays: without a device there is none to go back to
 
 
-def _launches(kind: str, width: int, tile: Tile, device: torch.device) -> dict[str, Callable[[], Any]]:
+def _launches(kind: str, width: int, tile: Tile, device: torch.device) -> dict[str, Job]:
     """By the step that bench/static.py names: a launch with what it calls the plain options."""
     dtype, precision = KINDS[kind]
     B = 32
@@ -111,9 +128,7 @@ def _figures(kernel: Any, device: torch.device) -> dict[str, int]:
     """Registers a thread and bytes of stack: as the driver has them, or read from the code."""
     if device.type == "cuda":
         return {"registers": kernel.n_regs, "stack": 4 * kernel.n_spills}  # spills are counted in words of 32 bits
-    from charrnn_fast.bench import static
-
-    found = static.nvidia_figures(kernel.asm["cubin"], kernel.metadata.shared)
+    found = nvidia_figures(kernel.asm["cubin"], kernel.metadata.shared)
     return {"registers": found["registers"], "stack": found["stack"]}
 
 
@@ -122,11 +137,6 @@ def registers(device: torch.device) -> Iterator[dict[str, Any]]:
 
     Without a device TINY_TILES only: compiling takes seconds.
     """
-    import triton
-
-    from charrnn_fast.bench import static
-    from charrnn_fast.kernels.triton.elman_kernels import elman_backward_kernel, elman_forward_kernel
-
     target = target_of(device)
     recorded = static.recorded(triton.__version__, target)
     kernels = (elman_forward_kernel, elman_backward_kernel)
@@ -137,27 +147,24 @@ def registers(device: torch.device) -> Iterator[dict[str, Any]]:
             if target not in tile.targets:
                 continue
             with in_place_of_shipped(kind, width, tile):
-                for step, launch in _launches(kind, width, tile, device).items():
+                for step, job in _launches(kind, width, tile, device).items():
                     before = _compiled(kernels)
-                    with _compiling_for_absent(device):
-                        launch()
+                    with compiling_for_absent(device):
+                        job()
                     new = [kernel for key, kernel in _compiled(kernels).items() if key not in before]
                     if not new:
                         continue  # another kind has this tile as well
-                    name = static.case_name(step, kind, width, tile, full=False)
+                    name = elman_name(step, kind, width, tile, full=False)
                     here, there = _figures(new[0], device), recorded.get(name)
                     yield {"name": name, "target": target, **here, "recorded": there, "finding": _wrong(here, there)}
 
 
 def _wrong(here: dict[str, int], recorded: dict[str, Any] | None) -> str:
-    from charrnn_fast.bench.static import TOLERANCE
-
     if here["stack"]:
         return f"it spills: {here['stack']} bytes of stack"
     if recorded is None:
         return ""
-    ratio, slack = TOLERANCE["registers"]
-    if here["registers"] > max(recorded["registers"] * ratio, recorded["registers"] + slack):
+    if static.is_worse("registers", here, recorded):
         return f"{here['registers']} registers, recorded {recorded['registers']}"
     return ""
 
@@ -165,13 +172,11 @@ def _wrong(here: dict[str, int], recorded: dict[str, Any] | None) -> str:
 @contextmanager
 def in_place_of_shipped(kind: str, width: int, tile: Tile):
     """The launchers take this tile, whatever the number of rows."""
-    shipped = TILES[kind, width]
-    TILES[kind, width] = (replace(tile, most=ALL),)
-    forget_tiles()
     try:
-        yield
+        with patch.dict(TILES, {(kind, width): (replace(tile, most=ALL),)}):
+            forget_tiles()
+            yield
     finally:
-        TILES[kind, width] = shipped
         forget_tiles()
 
 
@@ -216,7 +221,8 @@ def neighbours(device: torch.device) -> Iterator[dict[str, Any]]:
         shipped = choose_tile(width, *KINDS[kind], device, B)
         if shipped is None:
             continue
-        jobs = _timed_jobs(kind, width, T, B, device)
+        options = {"precision": KINDS[kind][1]}
+        jobs = recurrence_jobs(kind, T, B, width, device, options, options)
         for tile in candidates(kind, width, shipped, target):
             name = f"{kind} H{width} T={T} B={B} {_label(tile)}"
             yield {"name": name, "shipped": _label(shipped), **_against(shipped, tile, kind, width, jobs, device)}
@@ -227,41 +233,42 @@ def _label(tile: Tile) -> str:
     return f"{tile.form} rows{tile.rows}{lanes} warps{tile.warps} ahead{tile.ahead}"
 
 
-def _timed_jobs(kind: str, width: int, T: int, B: int, device: torch.device) -> dict[str, Callable[[], Any]]:
-    dtype, precision = KINDS[kind]
-    x, grad = (torch.randn(T, B, width, device=device).to(dtype) for _ in range(2))
-    weights = [(torch.randn(width, width, device=device) / width**0.5).to(dtype)]
-    out, _ = elman_forward(x, weights, precision=precision)
-    backward: dict[str, Any] = {"precision": precision, "need_weight_grad": False}
+def recurrence_jobs(
+    kind: str, T: int, B: int, H: int, device: torch.device, forth: dict[str, Any], back: dict[str, Any]
+) -> dict[str, Job]:
+    """Forward and the backward recurrence alone, with the launchers' options of each."""
+    dtype, _ = KINDS[kind]
+    generator = torch.Generator(device).manual_seed(0)
+    x, grad = (torch.randn(T, B, H, generator=generator, device=device).to(dtype) for _ in range(2))
+    weights = [(torch.randn(H, H, generator=generator, device=device) / H**0.5).to(dtype)]
+    out, _ = elman_forward(x, weights, **forth)
     return {
-        "forward": lambda: elman_forward(x, weights, precision=precision)[0],
-        "backward": lambda: elman_backward(grad, None, out, weights, **backward)[0],
+        "forward": lambda: elman_forward(x, weights, **forth)[0],
+        "backward": lambda: elman_backward(grad, None, out, weights, need_weight_grad=False, **back)[0],
     }
 
 
 def _against(
-    shipped: Tile, tile: Tile, kind: str, width: int, jobs: dict[str, Callable[[], Any]], device: torch.device
+    shipped: Tile, tile: Tile, kind: str, width: int, jobs: dict[str, Job], device: torch.device
 ) -> dict[str, Any]:
     """Times of both by turns. A neighbour that does not compile or fit says so; a different result is wrong."""
     row: dict[str, Any] = {"wrong": ""}
     for step, job in jobs.items():
 
-        def other(job: Callable[[], Any] = job) -> Any:
+        def other(job: Job = job) -> Any:
             with in_place_of_shipped(kind, width, tile):
                 return job()
 
         try:
             found, wanted = other().double(), job().double()
         except Exception as error:  # whatever the compiler or the driver raises: this neighbour is none
-            row[f"{step}_error"] = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+            row[f"{step}_error"] = failure(error)
             continue
-        difference = float((found - wanted).abs().max() / wanted.abs().max())
-        if not difference <= 0.05:
-            row["wrong"] = f"its {step} differs from the shipped tile's by {difference:.2g}"
-        least, seconds = (5, 0.1) if device.type == "cuda" else (1, 0.0)
-        times = alternate({"shipped": job, "other": other}, seconds, device, least=least)
-        spread = Spread.of([o / s for o, s in zip(times["other"], times["shipped"], strict=True)])
-        row[f"{step}_us"] = 1e6 * Spread.of(times["shipped"]).median
-        row[f"{step}_ratio"] = {"low": spread.low, "median": spread.median, "high": spread.high}
+        if differs := difference(found, wanted):
+            row["wrong"] = f"its {step} {differs}"
+        times = by_turns({"shipped": job, "other": other}, device)
+        spread = ratios(times["shipped"], times)["other"]
+        row[f"{step}_us"] = microseconds(times["shipped"])
+        row[f"{step}_ratio"] = asdict(spread)
         row["notable"] = row.get("notable", False) or spread.median < NOTABLE
     return row

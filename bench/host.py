@@ -12,12 +12,13 @@ import os
 import statistics
 import sys
 import threading
-import time
+import timeit
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
@@ -103,32 +104,32 @@ class _Extension:
 
 
 @contextlib.contextmanager
-def stubbed(backend: str, kernel: Callable[..., Any]) -> Iterator[None]:
-    """Launches of a backend become ``kernel``; the triton backend takes CPU tensors."""
+def stubbed(backend: str | None, kernel: Callable[..., Any]) -> Iterator[None]:
+    """Launches of a backend become ``kernel``; the triton backend takes CPU tensors. None: nothing is replaced."""
     with contextlib.ExitStack() as undo:
-        undo.callback(_set_default, os.environ.get("CHARRNN_BACKEND"))
-        _set_default(backend)  # of the operations that are not told theirs
+        if backend is not None:  # also that of the operations that are not told theirs
+            undo.enter_context(patch.dict(os.environ, CHARRNN_BACKEND=backend))
         if backend == "native":
-            undo.callback(setattr, library, "extension", library.extension)
-            library.extension = _Extension(library.extension, kernel)
-        else:
+            undo.enter_context(patch.object(library, "extension", _Extension(library.extension, kernel)))
+        elif backend == "triton":
             from charrnn_fast.kernels.triton.launch import Launch
 
-            undo.callback(setattr, Launch, "__call__", Launch.__call__)
-            setattr(Launch, "__call__", lambda self, *arguments: kernel())  # noqa: B010 - no method's type to a checker
-            undo.callback(setattr, backends, "triton_cannot_run_on", backends.triton_cannot_run_on)
-            backends.triton_cannot_run_on = lambda device: None
+            undo.enter_context(patch.object(Launch, "__call__", lambda self, *arguments: kernel()))
+            undo.enter_context(patch.object(backends, "triton_cannot_run_on", lambda device: None))
             for forget in (backends.forget, elman_layer.forget):
                 forget()
                 undo.callback(forget)
         yield
 
 
-def _set_default(backend: str | None) -> None:
-    if backend is None:
-        os.environ.pop("CHARRNN_BACKEND", None)
-    else:
-        os.environ["CHARRNN_BACKEND"] = backend
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def frames_of(call: Callable[[], object]) -> int:
@@ -158,40 +159,25 @@ def operations_of(call: Callable[[], object]) -> int:
 
 def _within(event: Any) -> bool:
     parent = event.cpu_parent
-    while parent is not None:
-        if parent.name.startswith("aten::"):
-            return True
-        parent = parent.cpu_parent
-    return False
+    return parent is not None and (parent.name.startswith("aten::") or _within(parent))
 
 
 def adds_of(call: Callable[[], object]) -> float:
     """Its time over that of torch.add on a few numbers, by turns; the median of the rounds."""
     a = torch.randn(4)
-    sides = [(call, _repeats(call)), (lambda: torch.add(a, a), _repeats(lambda: torch.add(a, a)))]
-    ratios = []
+    timers = [timeit.Timer(side) for side in (call, lambda: torch.add(a, a))]
+    repeats = [_repeats(timer) for timer in timers]
     gc.collect()
-    gc.disable()
-    try:
-        for _ in range(ROUNDS):
-            took = []
-            for side, repeats in sides:
-                begin = time.perf_counter()
-                for _ in range(repeats):
-                    side()
-                took.append((time.perf_counter() - begin) / repeats)
-            ratios.append(took[0] / took[1])
-    finally:
-        gc.enable()
+    ratios = []
+    for _ in range(ROUNDS):
+        own, add = (timer.timeit(n) / n for timer, n in zip(timers, repeats, strict=True))
+        ratios.append(own / add)
     return statistics.median(ratios)
 
 
-def _repeats(call: Callable[[], object]) -> int:
-    for _ in range(5):
-        call()
-    begin = time.perf_counter()
-    call()
-    return max(1, int(SECONDS / (time.perf_counter() - begin)))
+def _repeats(timer: timeit.Timer) -> int:
+    timer.timeit(5)
+    return max(1, int(SECONDS / timer.timeit(1)))
 
 
 def rows_of(backend: str | None, *, timed: bool = True) -> list[Row]:
@@ -200,21 +186,17 @@ def rows_of(backend: str | None, *, timed: bool = True) -> list[Row]:
     with torch.random.fork_rng(devices=[]):
         for name, call in calls(backend).items():
             launches = _Launches()
-            with stubbed(backend, launches) if backend else contextlib.nullcontext():
+            with stubbed(backend, launches):
                 call()  # resolves what is resolved once
                 launches.count = 0
                 call()
                 counted = launches.count
                 frames, operations = frames_of(call), operations_of(call)
-            with stubbed(backend, _nothing) if backend else contextlib.nullcontext():
+            with stubbed(backend, lambda *_: None):
                 call()
                 adds = adds_of(call) if timed else float("nan")
             rows.append(Row(name, adds, frames, operations, counted, launches.files))
     return rows
-
-
-def _nothing(*_: Any) -> None:
-    """A launch that returns at once."""
 
 
 def table(rows: dict[str, list[Row]]) -> str:
@@ -230,14 +212,7 @@ def table(rows: dict[str, list[Row]]) -> str:
 
 def sides(*, timed: bool = True) -> dict[str, list[Row]]:
     """torch.nn.RNN and every backend of ours that is here, on one thread."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
+    present = {"native": library.missing is None, "triton": backends._HAS_TRITON}
+    with one_thread():
         found = {"torch.nn.RNN": rows_of(None, timed=timed)}
-        if library.missing is None:
-            found["native"] = rows_of("native", timed=timed)
-        if backends._HAS_TRITON:
-            found["triton"] = rows_of("triton", timed=timed)
-        return found
-    finally:
-        torch.set_num_threads(threads)
+        return found | {name: rows_of(name, timed=timed) for name, is_here in present.items() if is_here}

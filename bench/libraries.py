@@ -17,8 +17,8 @@ from torch.nn import functional as F
 
 from charrnn_fast.bench.grid import DTYPES
 from charrnn_fast.bench.measure import Job
-from charrnn_fast.bench.peers import CLIP, LEARNING_RATE, Peer, data_of
-from charrnn_fast.bench.problems import Problem
+from charrnn_fast.bench.peers import LEARNING_RATE, MAX_NORM, Peer, without_grad
+from charrnn_fast.bench.problems import Problem, data_of
 
 
 class _CpuLibrary(Peer):
@@ -37,15 +37,8 @@ class Jax(_CpuLibrary):
 
     name, key, package = "JAX scan", "jax", "jax"
 
-    def _arrays(self, problem: Problem) -> tuple[Any, tuple]:
-        import jax.numpy as jnp
-
-        weight_ih, weight_hh, bias_ih, bias_hh = problem.rnn.parameters()
-        weights = (weight_ih.T, weight_hh.T, bias_ih + bias_hh)
-        x = problem.tokens if problem.config.tokens else data_of(problem.input)
-        return jnp.asarray(x.detach().numpy()), tuple(jnp.asarray(w.detach().contiguous().numpy()) for w in weights)
-
-    def _scan(self, problem: Problem) -> Callable:
+    def _scan(self, problem: Problem) -> tuple[Callable, Any, tuple]:
+        """The states (T, B, H) as a function of input and weights; these two."""
         import jax
         import jax.numpy as jnp
 
@@ -59,21 +52,21 @@ class Jax(_CpuLibrary):
 
             return jax.lax.scan(step, jnp.zeros((problem.config.B, problem.config.H)), projected)[1]
 
-        return run
+        return run, jnp.asarray(problem.given.numpy()), tuple(jnp.asarray(w.numpy()) for w in problem.weights)
 
     def forward(self, problem: Problem) -> Job:
         import jax
 
-        x, weights = self._arrays(problem)
-        run = jax.jit(self._scan(problem))
-        return lambda: run(x, weights).block_until_ready()
+        run, x, weights = self._scan(problem)
+        compiled = jax.jit(run)
+        return lambda: compiled(x, weights).block_until_ready()
 
     def forward_backward(self, problem: Problem) -> Job:
         import jax
         import jax.numpy as jnp
 
-        x, weights = self._arrays(problem)
-        run, grad = self._scan(problem), jnp.asarray(problem.grad_output.numpy())
+        run, x, weights = self._scan(problem)
+        grad = jnp.asarray(problem.grad_output.numpy())
         wanted = (1,) if problem.config.tokens else (0, 1)
         both = jax.jit(jax.grad(lambda x, w: (run(x, w) * grad).sum(), argnums=wanted))
         return lambda: jax.block_until_ready(both(x, weights))
@@ -82,9 +75,8 @@ class Jax(_CpuLibrary):
         import jax
         import jax.numpy as jnp
 
-        x, weights = self._arrays(problem)
+        run, x, weights = self._scan(problem)
         y = jnp.roll(x, -1, 0)
-        run = self._scan(problem)
         head = nn.Linear(problem.config.H, problem.config.I)
         parameters = [*weights, jnp.asarray(head.weight.detach().numpy().T), jnp.asarray(head.bias.detach().numpy())]
 
@@ -97,7 +89,7 @@ class Jax(_CpuLibrary):
         def step(parameters: list) -> list:
             gradients = jax.grad(loss)(parameters)
             norm = jnp.sqrt(sum((g * g).sum() for g in gradients))
-            scale = jnp.minimum(1.0, CLIP / (norm + 1e-6))
+            scale = jnp.minimum(1.0, MAX_NORM / (norm + 1e-6))
             return [p - LEARNING_RATE * scale * g for p, g in zip(parameters, gradients, strict=True)]
 
         return lambda: jax.block_until_ready(step(parameters))
@@ -179,9 +171,7 @@ class TensorFlow(_CpuLibrary):
 
         with contextlib.suppress(RuntimeError):  # it may have begun to work, for the row before
             tf.config.threading.set_intra_op_parallelism_threads(torch.get_num_threads())
-        weight_ih, weight_hh, bias_ih, bias_hh = problem.rnn.parameters()
-        weights = [tf.constant(w.detach().contiguous().numpy()) for w in (weight_ih.T, weight_hh.T, bias_ih + bias_hh)]
-        x = tf.constant((problem.tokens if problem.config.tokens else data_of(problem.input)).detach().numpy())
+        x, weights = tf.constant(problem.given.numpy()), [tf.constant(w.numpy()) for w in problem.weights]
 
         def run(x: Any, weights: list[Any]) -> Any:
             W_xh, W_hh, b_h = weights
@@ -232,29 +222,20 @@ class _GpuLibrary(Peer, ABC):
         return "it takes no packed input" if problem.config.packed else None
 
     @abstractmethod
-    def _run(self, problem: Problem) -> tuple[Callable[[], Tensor], list[Tensor]]:
-        """The outputs (T, B, H) as a function of nothing, and the leaves that they depend on. Each library's own."""
-
-    def _leaves(self, problem: Problem) -> tuple[Tensor, list[Tensor], list[Tensor]]:
-        """The input (T, B, I), the layer's four parameters, and those of these that gradients are asked of."""
-        weights = [p.detach().clone().requires_grad_() for p in problem.rnn.parameters()]
-        x = data_of(problem.input).detach()
-        return x, weights, weights if problem.config.tokens else [x.requires_grad_(), *weights]
+    def _run(self, problem: Problem, x: Tensor, weights: list[Tensor]) -> Callable[[], Tensor]:
+        """The outputs (T, B, H) as a function of nothing, from x (T, B, I) and the layer's four parameters."""
 
     def _checked(self, problem: Problem) -> tuple[Callable[[], Tensor], list[Tensor]]:
-        run, leaves = self._run(problem)
+        """That function, and what gradients are asked of."""
+        x, weights = data_of(problem.input).detach(), [p.detach().clone() for p in problem.rnn.parameters()]
+        leaves = [leaf.requires_grad_() for leaf in (weights if problem.config.tokens else [x, *weights])]
+        run = self._run(problem, x, weights)
         with torch.no_grad():
             torch.testing.assert_close(run().float(), problem.rnn(problem.input)[0].float(), rtol=0.05, atol=0.05)
         return run, leaves
 
     def forward(self, problem: Problem) -> Job:
-        run, _ = self._checked(problem)
-
-        def job() -> Tensor:
-            with torch.no_grad():
-                return run()
-
-        return job
+        return without_grad(self._checked(problem)[0])
 
     def forward_backward(self, problem: Problem) -> Job:
         run, leaves = self._checked(problem)
@@ -279,12 +260,11 @@ class FlashRNN(_GpuLibrary):
             return "it compiles its kernels with nvcc, which is not installed"
         return found
 
-    def _run(self, problem: Problem) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    def _run(self, problem: Problem, x: Tensor, weights: list[Tensor]) -> Callable[[], Tensor]:
         from flashrnn import flashrnn
 
         name = str(problem.dtype).removeprefix("torch.")
         tokens = problem.config.tokens
-        x, weights, leaves = self._leaves(problem)
 
         def run() -> Tensor:
             weight_ih, weight_hh, bias_ih, bias_hh = weights
@@ -299,7 +279,7 @@ class FlashRNN(_GpuLibrary):
             )
             return states[0, :, :, 0].transpose(0, 1)
 
-        return run, leaves
+        return run
 
 
 class FlagGems(_GpuLibrary):
@@ -307,17 +287,16 @@ class FlagGems(_GpuLibrary):
 
     name, key, package = "FlagGems", "flaggems", "flag_gems"
 
-    def _run(self, problem: Problem) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    def _run(self, problem: Problem, x: Tensor, weights: list[Tensor]) -> Callable[[], Tensor]:
         from flag_gems import rnn_tanh
 
-        x, weights, leaves = self._leaves(problem)
         state = x.new_zeros(1, problem.config.B, problem.config.H)
 
         def run() -> Tensor:
             # has_biases, num_layers, dropout, train, bidirectional, batch_first
             return rnn_tanh(x, state, weights, True, 1, 0.0, torch.is_grad_enabled(), False, False)[0]
 
-        return run, leaves
+        return run
 
 
 class XMA(_GpuLibrary):
@@ -328,11 +307,10 @@ class XMA(_GpuLibrary):
 
     name, key, package = "XMA", "xma", "xma"
 
-    def _run(self, problem: Problem) -> tuple[Callable[[], Tensor], list[Tensor]]:
+    def _run(self, problem: Problem, x: Tensor, weights: list[Tensor]) -> Callable[[], Tensor]:
         from xma.functional import rnn
 
         tokens = problem.config.tokens
-        x, weights, leaves = self._leaves(problem)
 
         def run() -> Tensor:
             weight_ih, weight_hh, bias_ih, bias_hh = weights
@@ -341,4 +319,4 @@ class XMA(_GpuLibrary):
             states, _ = rnn(projected.transpose(0, 1)[:, :, None].contiguous(), weight_hh.T[None].contiguous())
             return states[:, :, 0].transpose(0, 1)
 
-        return run, leaves
+        return run

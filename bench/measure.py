@@ -7,7 +7,7 @@ import platform
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -157,8 +157,13 @@ def replay(job: Job, device: torch.device) -> Job | str:
         torch.cuda.synchronize(device)
     except RuntimeError as error:  # it waits for the device, or a library allocates
         torch.cuda.synchronize(device)
-        return f"capturing it raised {type(error).__name__}: {(str(error).splitlines() or [''])[0][:120]}"
+        return f"capturing it raised {failure(error, 120)}"
     return graph.replay
+
+
+def failure(error: BaseException, most: int = 200) -> str:
+    """Its type, and of its first line so many letters."""
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:most]}"
 
 
 def ratios(ours: Sequence[float], others: Mapping[str, Sequence[float]]) -> dict[str, Spread]:
@@ -287,10 +292,8 @@ def machine(device: torch.device = CPU) -> dict[str, Any]:
         "torch": torch.__version__,  # with the build, which the package's metadata leaves out
     }
     for package in PACKAGES:
-        try:
+        with suppress(PackageNotFoundError):
             found[package] = version(package)
-        except PackageNotFoundError:
-            continue
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         found |= {

@@ -9,47 +9,46 @@ device).
 """
 
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils.checkpoint import checkpoint
 
 from charrnn_fast import CharRNN, FusedRNN, clip_grad_norm_
+from charrnn_fast.bench.grid import BEYOND
 from charrnn_fast.bench.measure import Job
-from charrnn_fast.bench.problems import ClipProblem, Problem
+from charrnn_fast.bench.problems import ClipProblem, Problem, data_of
 from charrnn_fast.lm.torch_model import TorchCharRNN
 from charrnn_fast.reference import generate as reference_generate
 from charrnn_fast.reference.clip_grad_norm import clip_grad_norm
 from charrnn_fast.reference.elman import elman
-from charrnn_fast.reference.language_model import RNNLM
 from charrnn_fast.reference.training import SGD, train_batches
 
 TASKS = ("forward", "forward_backward", "lm_step", "generation", "clip")
-BEYOND = ("resets", "checkpoint_steps", "lengths")
 CHECKPOINT_STEPS = 64
 MAX_COMPILED_STEPS = 40  # torch.compile unrolls the time loop: minutes of compilation beyond this
 PROMPT = 16  # characters that a decoder warms up on
-LEARNING_RATE, CLIP = 0.1, 1.0
-
-
-def data_of(x: Any) -> Tensor:
-    return x.data if isinstance(x, PackedSequence) else x
-
-
-def _batch(problem: Problem) -> tuple[Tensor, Tensor]:
-    """X and Y (B, T): each character's successor is the next one."""
-    X = problem.tokens.T.contiguous()
-    return X, X.roll(-1, 1)
+LEARNING_RATE, MAX_NORM = 0.1, 1.0
 
 
 def prompts(problem: Problem) -> Tensor:
     """(B, PROMPT) int64."""
     generator = torch.Generator().manual_seed(problem.seed)
     return torch.randint(problem.config.I, (problem.config.B, PROMPT), generator=generator).to(problem.device)
+
+
+def without_grad(run: Callable[[], Any]) -> Job:
+    def job() -> Any:
+        with torch.no_grad():
+            return run()
+
+    return job
 
 
 class Peer:
@@ -60,6 +59,7 @@ class Peer:
     tasks: tuple[str, ...] = ("forward", "forward_backward", "lm_step")
     package: str | None = None
     takes_minutes = False  # to build: not among the sides unless it is asked for
+    clip_grad_norm: Callable[..., Tensor]
 
     def why_not(self, problem: Problem | ClipProblem, task: str) -> str | None:
         if self.package is not None and find_spec(self.package) is None:
@@ -74,28 +74,31 @@ class Peer:
     def job(self, problem: Problem | ClipProblem, task: str) -> Job:
         return getattr(self, task)(problem)
 
+    def clip(self, problem: ClipProblem) -> Job:
+        parameters, bounds, clip = problem.parameters(), problem.bounds(), self.clip_grad_norm
+        return lambda: clip(parameters, next(bounds))
+
+    def language_model(self, problem: Problem) -> Any:
+        raise NotImplementedError
+
+    def generation(self, problem: Problem) -> Job:
+        model, prompt = self.language_model(problem), prompts(problem)
+        return lambda: reference_generate.generate(model, prompt, problem.config.T)[0]
+
 
 class _Module(Peer):
     """A torch.nn.RNN-like module."""
 
     tasks = (*TASKS, *BEYOND)
 
-    def module(self, problem: Problem) -> nn.Module:
+    def module(self, problem: Problem) -> Any:
         return problem.rnn
 
     def call(self, module: Any, problem: Problem) -> Any:
         return module(problem.input)[0]
 
     def forward(self, problem: Problem) -> Job:
-        module = self.module(problem)
-        call = self.call
-        assert problem.input is not None and problem.tokens is not None  # made here, not in the timed call
-
-        def job() -> Any:
-            with torch.no_grad():
-                return call(module, problem)
-
-        return job
+        return without_grad(partial(self.call, self.module(problem), problem))
 
     def forward_backward(self, problem: Problem) -> Job:
         module = self.module(problem)
@@ -111,9 +114,22 @@ class _Module(Peer):
 
         return job
 
-    def beyond(self, module: Any, x: Tensor, call: Callable[[Tensor], Tensor], grad: Tensor) -> Job:
-        """Forward and backward of what ``call`` makes of x."""
-        x = x.detach().requires_grad_()
+    def training_step(self, parameters: list[nn.Parameter], forward: Callable[[], tuple[Tensor, ...]]) -> Job:
+        """forward: gives the loss, and what a training loop holds until its step is over."""
+        optimizer, clip = torch.optim.SGD(parameters, LEARNING_RATE), self.clip_grad_norm
+
+        def job() -> None:
+            loss, *_ = forward()
+            loss.backward()
+            clip(parameters, MAX_NORM)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+
+        return job
+
+    def beyond(self, module: Any, problem: Problem, call: Callable[[Tensor], Tensor], grad: Tensor) -> Job:
+        """Forward and backward of what ``call`` makes of the padded input."""
+        x = problem.padded.detach().requires_grad_()
 
         def job() -> None:
             for leaf in (x, *module.parameters()):
@@ -127,11 +143,12 @@ class Ours(_Module):
     """This library, by its public names. `backend`: FusedRNN's."""
 
     name = "charrnn_fast"
+    clip_grad_norm = staticmethod(clip_grad_norm_)
 
     def __init__(self, backend: str = "auto"):
         self.backend = backend
 
-    def module(self, problem: Problem) -> nn.Module:
+    def module(self, problem: Problem) -> Any:
         size = (problem.config.I, problem.config.H)
         fused = FusedRNN(*size, device=problem.device, dtype=problem.dtype, backend=self.backend)
         fused.load_state_dict(problem.rnn.state_dict())
@@ -148,79 +165,48 @@ class Ours(_Module):
         return model.to(problem.device, problem.dtype)
 
     def lm_step(self, problem: Problem) -> Job:
-        model = self.language_model(problem)
-        parameters = list(model.parameters())
-        optimizer = torch.optim.SGD(parameters, LEARNING_RATE)
-        X, Y = _batch(problem)
-
-        def job() -> None:
-            loss, _ = model.loss(X, Y)
-            loss.backward()
-            clip_grad_norm_(parameters, CLIP)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-
-        return job
+        model, batch = self.language_model(problem), problem.batch
+        return self.training_step(list(model.parameters()), lambda: model.loss(*batch))
 
     def generation(self, problem: Problem) -> Job:
         model, prompt = self.language_model(problem), prompts(problem)
         return lambda: model.generate_ids(prompt, problem.config.T)[0]
 
-    def clip(self, problem: ClipProblem) -> Job:
-        parameters, bounds = problem.parameters(), problem.bounds()
-        return lambda: clip_grad_norm_(parameters, next(bounds))
-
     def resets(self, problem: Problem) -> Job:
-        module: Any = self.module(problem)
-        mask = problem.resets
-        return self.beyond(
-            module, problem.padded, lambda x: module.forward_with_resets(x, mask)[0], problem.grad_padded
-        )
+        module, mask = self.module(problem), problem.resets
+        return self.beyond(module, problem, lambda x: module.forward_with_resets(x, mask)[0], problem.grad_padded)
 
     def checkpoint_steps(self, problem: Problem) -> Job:
-        module: Any = self.module(problem)
+        module = self.module(problem)
         module.checkpoint_steps = CHECKPOINT_STEPS
-        return self.beyond(module, problem.padded, lambda x: module(x)[1], problem.grad_h_n)
+        return self.beyond(module, problem, lambda x: module(x)[1], problem.grad_h_n)
 
     def lengths(self, problem: Problem) -> Job:
-        module: Any = self.module(problem)
-        lengths = problem.lengths
-        return self.beyond(
-            module, problem.padded, lambda x: module.forward_with_lengths(x, lengths)[0], problem.grad_padded
-        )
+        module, lengths = self.module(problem), problem.lengths
+        return self.beyond(module, problem, lambda x: module.forward_with_lengths(x, lengths)[0], problem.grad_padded)
 
 
 class TorchRNN(_Module):
     """PyTorch alone, as one writes it: nn.RNN on one-hot rows, nn.Linear, cross_entropy, its clip and its SGD."""
 
     name = key = "torch.nn.RNN"
+    clip_grad_norm = staticmethod(nn.utils.clip_grad_norm_)
+
+    def language_model(self, problem: Problem) -> TorchCharRNN:
+        torch.manual_seed(0)
+        return TorchCharRNN(problem.config.I, problem.config.H).to(problem.device, problem.dtype)
 
     def lm_step(self, problem: Problem) -> Job:
         rnn, V = problem.rnn, problem.config.I
         torch.manual_seed(0)
         head = nn.Linear(problem.config.H, V, device=problem.device, dtype=problem.dtype)
-        parameters = [*rnn.parameters(), *head.parameters()]
-        optimizer = torch.optim.SGD(parameters, LEARNING_RATE)
         tokens, targets = problem.tokens, problem.tokens.roll(-1, 0).flatten()
 
-        def job() -> None:
-            outputs, _ = rnn(F.one_hot(tokens, V).to(problem.dtype))
-            F.cross_entropy(head(outputs).flatten(0, 1), targets).backward()
-            nn.utils.clip_grad_norm_(parameters, CLIP)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+        def forward() -> tuple[Tensor, ...]:
+            outputs, h_n = rnn(F.one_hot(tokens, V).to(problem.dtype))
+            return F.cross_entropy(head(outputs).flatten(0, 1), targets), outputs, h_n
 
-        return job
-
-    def generation(self, problem: Problem) -> Job:
-        torch.manual_seed(0)
-        model = TorchCharRNN(problem.config.I, problem.config.H).to(problem.device, problem.dtype)
-        prompt = prompts(problem)
-        return lambda: reference_generate.generate(model, prompt, problem.config.T)[0]
-
-    def clip(self, problem: ClipProblem) -> Job:
-        parameters, bounds = problem.parameters(), problem.bounds()
-        return lambda: nn.utils.clip_grad_norm_(parameters, next(bounds))
+        return self.training_step([*rnn.parameters(), *head.parameters()], forward)
 
     def resets(self, problem: Problem) -> Job:
         """A step at a time, the state masked between."""
@@ -233,7 +219,7 @@ class TorchRNN(_Module):
                 outputs.append(output)
             return torch.cat(outputs)
 
-        return self.beyond(rnn, problem.padded, call, problem.grad_padded)
+        return self.beyond(rnn, problem, call, problem.grad_padded)
 
     def checkpoint_steps(self, problem: Problem) -> Job:
         """Pieces under torch.utils.checkpoint."""
@@ -245,7 +231,7 @@ class TorchRNN(_Module):
                 _, state = checkpoint(rnn, piece, state, use_reentrant=False)
             return state
 
-        return self.beyond(rnn, problem.padded, call, problem.grad_h_n)
+        return self.beyond(rnn, problem, call, problem.grad_h_n)
 
     def lengths(self, problem: Problem) -> Job:
         """Packed and padded again, the lengths copied to the host."""
@@ -255,7 +241,7 @@ class TorchRNN(_Module):
             packed = pack_padded_sequence(x, lengths.cpu(), enforce_sorted=False)
             return pad_packed_sequence(rnn(packed)[0], total_length=problem.config.T)[0]
 
-        return self.beyond(rnn, problem.padded, call, problem.grad_padded)
+        return self.beyond(rnn, problem, call, problem.grad_padded)
 
 
 class Reference(Peer):
@@ -263,6 +249,7 @@ class Reference(Peer):
 
     name = key = "reference"
     tasks: tuple[str, ...] = TASKS
+    clip_grad_norm = staticmethod(clip_grad_norm)
 
     def limits(self, problem: Any, task: str) -> str | None:
         return "it takes no packed input" if task != "clip" and problem.config.packed else None
@@ -271,54 +258,27 @@ class Reference(Peer):
         return elman
 
     def operands(self, problem: Problem) -> list[Tensor]:
-        weight_ih, weight_hh, bias_ih, bias_hh = (p.detach() for p in problem.rnn.parameters())
         state = torch.zeros(problem.config.B, problem.config.H, device=problem.device, dtype=problem.dtype)
-        weights = [weight_ih.T.contiguous(), weight_hh.T.contiguous(), bias_ih + bias_hh]
-        return [data_of(problem.input).detach(), state, *weights]
+        return [data_of(problem.input).detach(), state, *problem.weights]
 
     def forward(self, problem: Problem) -> Job:
         run, operands = self.function(), self.operands(problem)
-
-        def job() -> Any:
-            with torch.no_grad():
-                return run(*operands)[0]
-
-        return job
+        return without_grad(lambda: run(*operands)[0])
 
     def forward_backward(self, problem: Problem) -> Job:
         run, operands = self.function(), self.operands(problem)
         leaves = [p.requires_grad_() for p in (operands[2:] if problem.config.tokens else [operands[0], *operands[2:]])]
         grad = problem.grad_output
+        return lambda: torch.autograd.grad(run(*operands)[0], leaves, grad)
 
-        def job() -> Any:
-            return torch.autograd.grad(run(*operands)[0], leaves, grad)
-
-        return job
-
-    def language_model(self, problem: Problem) -> RNNLM:
+    def language_model(self, problem: Problem) -> Any:
         torch.manual_seed(0)
         return CharRNN(problem.config.I, problem.config.H).to(problem.device, problem.dtype).to_reference()
 
     def lm_step(self, problem: Problem) -> Job:
-        net = self.language_model(problem)
+        net, batches = self.language_model(problem), [problem.batch]
         updater = SGD(net.parameters(), LEARNING_RATE)
-        batch = _batch(problem)
-        return lambda: list(train_batches(net, [batch], updater, CLIP))
-
-    def generation(self, problem: Problem) -> Job:
-        net, prompt = self.language_model(problem), prompts(problem)
-        return lambda: reference_generate.generate(net, prompt, problem.config.T)[0]
-
-    def clip(self, problem: ClipProblem) -> Job:
-        parameters, bounds = problem.parameters(), problem.bounds()
-        return lambda: clip_grad_norm(parameters, next(bounds))
-
-
-class _CompiledLoss:
-    """A reference model whose loss is compiled; what the training loop asks of a model."""
-
-    def __init__(self, net: RNNLM):
-        self.loss = torch.compile(net.loss, dynamic=False)
+        return lambda: list(train_batches(net, batches, updater, MAX_NORM))
 
 
 class CompiledReference(Reference):
@@ -336,8 +296,7 @@ class CompiledReference(Reference):
     def function(self) -> Callable:
         return torch.compile(elman, dynamic=False)
 
-    def lm_step(self, problem: Problem) -> Job:
-        net = self.language_model(problem)
-        updater = SGD(net.parameters(), LEARNING_RATE)
-        compiled, batch = _CompiledLoss(net), _batch(problem)
-        return lambda: list(train_batches(compiled, [batch], updater, CLIP))
+    def language_model(self, problem: Problem) -> Any:
+        """What the training loop asks of a model, with a loss that is compiled."""
+        net = super().language_model(problem)
+        return SimpleNamespace(parameters=net.parameters, loss=torch.compile(net.loss, dynamic=False))

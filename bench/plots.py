@@ -7,7 +7,7 @@ roofline.png: the rate of arithmetic against its intensity; on a GPU grid.png: s
 from pathlib import Path
 
 from charrnn_fast.bench.peers import Ours, TorchRNN
-from charrnn_fast.bench.report import TASKS, measured, sides
+from charrnn_fast.bench.report import TITLES, measured, sides
 
 OURS, BASELINE = Ours.name, TorchRNN.name
 OUR_COLOR, FLOOR_COLOR = "#1f5fa8", "#555555"
@@ -71,7 +71,7 @@ def _ratio_scale(axis, low: float, high: float) -> None:
 
 def _speedup(rows: list[dict], content: dict):
     """One line a row, one mark a side: median and quartiles of its time over ours."""
-    rows = sorted(rows, key=lambda row: list(TASKS).index(row["task"]))
+    rows = sorted(rows, key=lambda row: list(TITLES).index(row["task"]))
     style = _style(sides(rows))
     figure = _figure(8.0, 1.6 + 0.27 * len(rows))
     axes = figure.subplots()
@@ -88,7 +88,7 @@ def _speedup(rows: list[dict], content: dict):
     _ratio_scale(axes.xaxis, low, high)
     axes.set_xlim(low, high)
     axes.axvspan(low, 1, color="#f3e3e3", zorder=0)
-    axes.set_yticks(range(len(rows)), [f"{TASKS[row['task']]}: {row['name']}" for row in rows], fontsize=8)
+    axes.set_yticks(range(len(rows)), [f"{TITLES[row['task']]}: {row['name']}" for row in rows], fontsize=8)
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
     axes.set_xlabel(f"times faster is {OURS} than this side (shaded: slower); bars are quartiles")
@@ -133,7 +133,7 @@ def _roofline(rows: list[dict], content: dict):
     rates = content["rates"]["fp32"]
     figure = _figure(8.0, 5.0)
     axes = figure.subplots()
-    marks = {"forward": "o", "forward_backward": "s"}
+    marks = dict(zip(ELMAN, "os", strict=True))
     for row in rows:
         intensity, marker = row["flops"] / row["bytes"], marks[row["task"]]
         reached = row["flops"] / row["ms"] / 1e6
@@ -148,20 +148,18 @@ def _roofline(rows: list[dict], content: dict):
                 row["name"], (intensity, lower), (0, -13), textcoords="offset points", fontsize=8, ha="center"
             )
     low, high = (edge(row["flops"] / row["bytes"] for row in rows) for edge in (min, max))
-    span = [low / 2, *([rates["gemm_flops"] / rates["copy_bytes"]]), high * 3]
-    roof = [min(rates["gemm_flops"], x * rates["copy_bytes"]) / 1e9 for x in sorted(span)]
-    axes.plot(sorted(span), roof, color=FLOOR_COLOR, linewidth=1.5)
+    span = sorted([low / 2, rates["gemm_flops"] / rates["copy_bytes"], high * 3])
+    roof = [min(rates["gemm_flops"], x * rates["copy_bytes"]) / 1e9 for x in span]
+    axes.plot(span, roof, color=FLOOR_COLOR, linewidth=1.5)
     axes.set(xscale="log", yscale="log", xlabel="FLOPs a byte", ylabel="GFLOP/s")
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(_plain)
     axes.grid(alpha=0.3)
-    labels = [
-        ("o", OUR_COLOR, "full", f"{OURS}, forward"),
-        ("s", OUR_COLOR, "full", f"{OURS}, forward and backward"),
-        ("o", COLORS[0], "none", f"{BASELINE}, forward"),
-        ("s", COLORS[0], "none", f"{BASELINE}, forward and backward"),
+    handles = [
+        axes.plot([], [], marks[task], color=c, fillstyle=fill, label=f"{name}, {TITLES[task]}")[0]
+        for name, c, fill in ((OURS, OUR_COLOR, "full"), (BASELINE, COLORS[0], "none"))
+        for task in ELMAN
     ]
-    handles = [axes.plot([], [], m, color=c, fillstyle=f, label=label)[0] for m, c, f, label in labels]
     roof_label = f"roof: {rates['gemm_flops'] / 1e9:.0f} GFLOP/s GEMM, {rates['copy_bytes'] / 1e9:.0f} GB/s copy"
     handles.append(axes.plot([], [], color=FLOOR_COLOR, label=roof_label)[0])
     axes.legend(handles=handles, frameon=False, fontsize=8, loc="lower right")

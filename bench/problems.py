@@ -3,6 +3,7 @@
 import itertools
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,10 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 from charrnn_fast.bench.grid import Config, Gradients
 
 RESET_EVERY = 50  # steps of an episode
+
+
+def data_of(x: Any) -> Tensor:
+    return x.data if isinstance(x, PackedSequence) else x
 
 
 @dataclass
@@ -28,6 +33,18 @@ class Problem:
         torch.manual_seed(0)
         return nn.RNN(self.config.I, self.config.H, device=self.device, dtype=self.dtype)
 
+    @property
+    def weights(self) -> tuple[Tensor, Tensor, Tensor]:
+        """W_xh (I, H), W_hh (H, H) and b_h (H,) of h_t = tanh(x_t W_xh + h_{t-1} W_hh + b_h), the same numbers."""
+        weight_ih, weight_hh, bias_ih, bias_hh = (p.detach() for p in self.rnn.parameters())
+        return weight_ih.T.contiguous(), weight_hh.T.contiguous(), bias_ih + bias_hh
+
+    @property
+    def batch(self) -> tuple[Tensor, Tensor]:
+        """X and Y (B, T) int64: each character's successor is the next one."""
+        X = self.tokens.T.contiguous()
+        return X, X.roll(-1, 1)
+
     @cached_property
     def tokens(self) -> Tensor:
         """(T, B) int64."""
@@ -41,6 +58,11 @@ class Problem:
             return F.one_hot(self.tokens, self.config.I).to(self.dtype)
         x = self._normal(self.config.T, self.config.B, self.config.I)
         return pack_padded_sequence(x, self.config.lengths) if self.config.packed else x
+
+    @property
+    def given(self) -> Tensor:
+        """The tokens (T, B) or the dense input (T, B, I), for a side that looks tokens up in a table."""
+        return self.tokens if self.config.tokens else data_of(self.input).detach()
 
     @cached_property
     def padded(self) -> Tensor:

@@ -114,9 +114,11 @@ class Kernel:
             names = tuple(name.replace("::", "_").split("."))
             self.code.append(Instruction(len(self.code), guard, bool(negated), names, split(operands)))
 
-    def place(self, branch: Instruction, label: str) -> int:
-        """Where a branch to a label goes: the nearest, as blocks of inline assembly have labels of their own."""
-        return min(self.labels[label], key=lambda place: abs(place - branch.index))
+    def targets(self, branch: Instruction) -> list[int]:
+        """Where a branch goes: of a label the nearest place, as blocks of inline assembly have labels of their own."""
+        name, operands = branch.name[0], branch.operands
+        labels = operands[-1:] if name == "bra" else self.tables[operands[1]] if name == "brx" else ()
+        return [min(self.labels[label], key=lambda place: abs(place - branch.index)) for label in labels]
 
 
 @dataclass(frozen=True)
@@ -153,14 +155,8 @@ def _successors(kernel: Kernel) -> dict[int, tuple[int, list[int]]]:
     """By the first instruction of each block of straight code: the block's end, and the blocks after it."""
     code, targets = kernel.code, {}
     for instruction in code:
-        if instruction.name[0] == "bra":
-            targets[instruction.index] = [kernel.place(instruction, instruction.operands[-1])]
-        elif instruction.name[0] == "brx":
-            targets[instruction.index] = [
-                kernel.place(instruction, label) for label in kernel.tables[instruction.operands[1]]
-            ]
-        elif instruction.name[0] in MOVES:
-            targets[instruction.index] = []
+        if instruction.name[0] in MOVES:
+            targets[instruction.index] = kernel.targets(instruction)
     firsts = {0, *(index + 1 for index in targets), *(place for places in targets.values() for place in places)}
     order = sorted(firsts - {len(code)})
     blocks = {}
@@ -197,7 +193,7 @@ class Event:
     turn: int | None  # of the loop that is followed, from 0; None outside of it
 
 
-class Run:
+class Program:
     """One program's run. `events` goes through it; operands can be asked for at each event.
 
     asked: the instructions that are asked for; only what they and the branches depend on is computed. loop: the one
@@ -328,11 +324,10 @@ class Run:
     def _guard(self, instruction: Instruction) -> Value:
         if instruction.guard is None:
             return self.always
-        found = self.value(instruction.guard)
-        return Value(found.bits ^ np.uint64(1), found.known) if instruction.negated else found
+        return self._operand(f"!{instruction.guard}" if instruction.negated else instruction.guard)
 
     def _branch(self, branch: Instruction, here: np.ndarray, active: np.ndarray, sure: bool, at: np.ndarray) -> None:
-        target = self.kernel.place(branch, branch.operands[-1])
+        (target,) = self.kernel.targets(branch)
         stays = [self.loop is not None and place in self.loop.body for place in (branch.index + 1, target)]
         if self.loop is not None and branch.index in self.loop.body and branch.guard is not None and sum(stays) == 1:
             if self.turn + 1 >= self.turns or not sure:
@@ -348,12 +343,11 @@ class Run:
 
     def _jump(self, branch: Instruction, active: np.ndarray, sure: bool, at: np.ndarray) -> None:
         """A branch to one of a table's labels."""
-        choice, table = self.value(branch.operands[0]), self.kernel.tables[branch.operands[1]]
-        targets = np.array([self.kernel.place(branch, label) for label in table])
+        choice, targets = self.value(branch.operands[0]), np.array(self.kernel.targets(branch))
         if sure and choice.known[active].all():
-            at[active] = targets[np.minimum(choice.bits[active], np.uint64(len(table) - 1)).astype(np.int64)]
+            at[active] = targets[np.minimum(choice.bits[active], np.uint64(len(targets) - 1)).astype(np.int64)]
         else:
-            at[active] = targets[self._decide(branch.index, len(table))]
+            at[active] = targets[self._decide(branch.index, len(targets))]
 
     def _execute(self, instruction: Instruction, here: np.ndarray, guard: Value) -> None:
         names = instruction.results
@@ -395,10 +389,7 @@ class Run:
         return [Value(bits, np.logical_and.reduce([value.known for value in values]))]
 
     def _operand(self, text: str) -> Value:
-        if text.startswith("!"):
-            value = self.value(text[1:])
-            return Value(value.bits ^ np.uint64(1), value.known)
-        return self.value(text)
+        return _not(self.value(text[1:])) if text.startswith("!") else self.value(text)
 
     def _argument(self, address: Value, kind: str) -> Value:
         """What an argument holds: pointers lie far apart, integers are ARGUMENT, others unknown."""
@@ -428,7 +419,12 @@ class Run:
         found = Value(COMPARE[name[1]](a, b).astype(np.uint64), values[0].known & values[1].known)
         if len(name) == 4:
             return [_logic(name[2], [found, values[2]])]
-        return [found, Value(found.bits ^ np.uint64(1), found.known)]
+        return [found, _not(found)]
+
+
+def _not(a: Value) -> Value:
+    """Of a predicate."""
+    return Value(a.bits ^ np.uint64(1), a.known)
 
 
 def _select(a: Value, b: Value, condition: Value) -> Value:
@@ -443,7 +439,7 @@ def _logic(operation: str, values: list[Value]) -> Value:
     if operation == "mov":
         return a
     if operation == "not":
-        return Value(a.bits ^ np.uint64(1), a.known)
+        return _not(a)
     (b,) = others
     known = a.known & b.known
     if operation in ("and", "or"):

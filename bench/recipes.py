@@ -23,7 +23,7 @@ RESULTS = Path(__file__).parent / "results" / "recipes.json"
 
 
 @dataclass(frozen=True)
-class Run:
+class Training:
     """One row: what to train, how many epochs, and the range that the recipe's headline figure has to be in."""
 
     name: str
@@ -36,23 +36,23 @@ class Run:
 
 RUNS = [
     *(
-        Run(f"scratch-reference-{s}", f"--recipe scratch --model reference --seed {s}", 100, 7.0, 7.6, "val_ppl")
+        Training(f"scratch-reference-{s}", f"--recipe scratch --model reference --seed {s}", 100, 7.0, 7.6, "val_ppl")
         for s in range(3)
     ),
-    Run("scratch-fused-0", "--recipe scratch", 100, 7.0, 7.6, "val_ppl"),
+    Training("scratch-fused-0", "--recipe scratch", 100, 7.0, 7.6, "val_ppl"),
     *(
-        Run(f"concise-torch-{s}", f"--recipe concise --model torch --seed {s}", 100, 6.9, 7.5, "val_ppl")
+        Training(f"concise-torch-{s}", f"--recipe concise --model torch --seed {s}", 100, 6.9, 7.5, "val_ppl")
         for s in range(3)
     ),
-    Run("concise-fused-0", "--recipe concise", 100, 6.9, 7.5, "val_ppl"),
-    Run("ch8-sequential-0", "--recipe ch8 --sampler sequential", 500, 1.0, 1.1, "train_ppl"),
-    Run("ch8-random-0", "--recipe ch8 --sampler random", 500, 1.0, 1.65, "train_ppl"),
-    Run("santa-0", "--recipe santa --epochs 251", 251, 0.0, 1.75, "mean_loss_240_250"),
-    Run("shakespeare-0", "--recipe shakespeare", 8, 0.0, 1.60, "val_nats"),
+    Training("concise-fused-0", "--recipe concise", 100, 6.9, 7.5, "val_ppl"),
+    Training("ch8-sequential-0", "--recipe ch8 --sampler sequential", 500, 1.0, 1.1, "train_ppl"),
+    Training("ch8-random-0", "--recipe ch8 --sampler random", 500, 1.0, 1.65, "train_ppl"),
+    Training("santa-0", "--recipe santa --epochs 251", 251, 0.0, 1.75, "mean_loss_240_250"),
+    Training("shakespeare-0", "--recipe shakespeare", 8, 0.0, 1.60, "val_nats"),
 ]
 
 
-def train(run: Run, folder: Path) -> dict:
+def train(run: Training, folder: Path) -> dict:
     """Train unless the folder holds the finished run; its figures, curve and decoded text."""
     history_file = folder / "history.json"
     if not history_file.exists() or len(json.loads(history_file.read_text())) < run.epochs:

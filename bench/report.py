@@ -7,7 +7,7 @@
 
 A block begins with a line `<!-- results: bench/results/NAME.json -->` (the path is the text's) and ends with
 `<!-- end of results -->`. A content is a dict with "command", "machine", "rates" by dtype, "rows" and "sweeps"; a row
-is what charrnn_fast.bench.suite.measure returns.
+is what charrnn_fast.bench.suite.row_of returns.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from typing import Any
 from charrnn_fast.bench.grid import WORK_EXPONENT
 from charrnn_fast.bench.measure import exponents
 
-TASKS = {
+TITLES = {
     "forward": "forward",
     "forward_backward": "forward and backward",
     "lm_step": "training step",
@@ -65,7 +65,7 @@ def cells(content: dict, mark: str = "") -> list[list[str]]:
     alone = ["ms on the device", *(f"{name} there" for name in replayed)] if replayed else []
     table = [["what", "configuration", "ms", *names, *alone, "over the floor", "MB", "of torch.nn.RNN's"]]
     for row in rows:
-        head = [TASKS[row["task"]], row["name"]]
+        head = [TITLES[row["task"]], row["name"]]
         if "not_measured" in row:
             table.append([*head, f"not measured: {row['not_measured']}", *[""] * (len(table[0]) - 3)])
             continue
@@ -135,7 +135,7 @@ def sentence(content: dict) -> str:
     won = sum(ratio > 1 for ratio, _ in best)
     ratio, name = min(best)
     worst = rows[best.index((ratio, name))]
-    where = f"{TASKS[worst['task']]} {worst['name']}"
+    where = f"{TITLES[worst['task']]} {worst['name']}"
     middle = statistics.median(ratio for ratio, _ in best)
     end = f"at the least {ratio:.1f} times" if ratio > 1 else f"but {name} is {1 / ratio:.1f} times as fast as it"
     return (

@@ -43,62 +43,52 @@ TOLERANCE = {
 if str(ROOT) not in sys.path:  # this checkout's, also where charrnn_fast and so torch are missing
     sys.path.insert(0, str(ROOT))
 if TYPE_CHECKING:
-    from charrnn_fast.bench import static_cases, static_figures, static_sample
-    from charrnn_fast.bench.static_cases import TARGETS, Case, all_cases, load
+    from charrnn_fast.bench import static_builds, static_conflicts, static_figures, static_sample
+    from charrnn_fast.bench.static_builds import TARGETS, Build, Types
 else:
-    from bench import static_cases, static_figures, static_sample
-    from bench.static_cases import TARGETS, Case, all_cases, load
-elman_cases, elman_grid_cases, case_name, clip_cases, generate_cases = (
-    static_cases.elman_cases,
-    static_cases.elman_grid_cases,
-    static_cases.case_name,
-    static_cases.clip_cases,
-    static_cases.generate_cases,
-)
-longest_loop, nvidia_figures, of_compiled = (
-    static_figures.longest_loop,
-    static_figures.nvidia_figures,
-    static_figures.of_compiled,
-)
+    from bench import static_builds, static_conflicts, static_figures, static_sample
+    from bench.static_builds import TARGETS, Build, Types
+
+
+def records() -> dict[str, dict[str, dict[str, dict]]]:
+    """Everything that is recorded: figures by version of Triton, target and build."""
+    return json.loads(RECORD.read_text()) if RECORD.exists() else {}
 
 
 def recorded(version: str, target: str) -> dict[str, dict]:
-    """The recorded figures of a target under a version of Triton, by case; empty if there are none."""
-    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
-    return record.get(version, {}).get(target, {})
+    """The recorded figures of a target under a version of Triton, by build; empty if there are none."""
+    return records().get(version, {}).get(target, {})
 
 
-def signature_of(case: Case) -> dict[str, str | tuple[str, ...]]:
+def signature_of(build: Build) -> Types:
     """The types of a kernel's arguments by name; "constexpr" for those that are compiled in."""
-    kernel = getattr(load(case.module), case.kernel)
     return {
-        name: case.types.get(name, "constexpr" if name in case.constants or name.endswith("_ptr") else "i32")
-        for name in kernel.arg_names
+        name: build.types.get(name, "constexpr" if name in build.constants or name.endswith("_ptr") else "i32")
+        for name in build.function.arg_names
     }
 
 
-def positions(case: Case) -> dict[int, int]:
-    """A case's values by their position among the arguments of the compiled kernel."""
+def positions(build: Build) -> dict[int, int]:
+    """A build's values by their position among the arguments of the compiled kernel."""
     names: list[str] = []
-    for name, kind in signature_of(case).items():
+    for name, kind in signature_of(build).items():
         names += [name] * (0 if kind == "constexpr" else len(kind) if isinstance(kind, tuple) else 1)
-    return {names.index(name): value for name, value in case.values}
+    return {names.index(name): value for name, value in build.values.items()}
 
 
-def compile_case(case: Case):
-    kernel, signature = getattr(load(case.module), case.kernel), signature_of(case)
+def compiled(build: Build):
+    signature = signature_of(build)
     attributes: dict[tuple[int, ...], list[list[object]]] = {}
     for index, (name, kind) in enumerate(signature.items()):
         if isinstance(kind, tuple):
             attributes |= {(index, i): [["tt.divisibility", 16]] for i in range(len(kind))}
             continue
-        divisible = case.divisible and name.startswith("stride_") and "tokens" not in name
+        divisible = build.divisible and name.startswith("stride_") and "tokens" not in name
         if kind.startswith("*") or (divisible and kind == "i32"):
             attributes[(index,)] = [["tt.divisibility", 16]]
-    constants = {name: case.constants.get(name) for name, kind in signature.items() if kind == "constexpr"}
-    source = source_class(kernel)(kernel, signature, constants, attributes)
-    target, _ = TARGETS[case.target]
-    return triton.compile(source, target=target, options=case.options)
+    constants = {name: build.constants.get(name) for name, kind in signature.items() if kind == "constexpr"}
+    source = source_class(build.function)(build.function, signature, constants, attributes)
+    return triton.compile(source, target=TARGETS[build.target].gpu, options=build.options)
 
 
 def source_class(kernel) -> type:
@@ -108,40 +98,38 @@ def source_class(kernel) -> type:
     return ASTSource
 
 
-PER_STEP = (
-    "instructions",
-    "barriers",
-    "shared_loads",
-    "shared_stores",
-    "matrix_instructions",
-    "fma",
-    "wavefronts",
-    "conflicts",
-)
+PER_STEP = ["instructions", "barriers", "shared_loads", "shared_stores", "matrix_instructions", "fma"]
+PER_STEP += ["wavefronts", "conflicts"]
 
 
-def figures(case: Case) -> dict:
-    """Compile one case and measure it."""
-    found = of_compiled(compile_case(case), positions(case))
-    if case.team:
-        tiles, warps = load("elman_grid_tiles"), case.options["num_warps"]
-        at_once = tiles.programs_at_once(found["registers"], found["shared"], warps, tiles.CHIPS[case.target])
-        found |= {"team": case.team, "at_once": at_once}
-    if case.steps > 1:
-        found |= {name: round(found[name] / case.steps, 2) for name in PER_STEP if name in found}
+def figures(build: Build) -> dict:
+    """Compile and measure it."""
+    found = static_figures.of_compiled(compiled(build), positions(build))
+    if build.team:
+        tiles, warps = static_builds.load("elman_grid_tiles"), build.options["num_warps"]
+        at_once = tiles.programs_at_once(found["registers"], found["shared"], warps, tiles.CHIPS[build.target])
+        found |= {"team": build.team, "at_once": at_once}
+    if build.steps > 1:
+        found |= {name: round(found[name] / build.steps, 2) for name in PER_STEP if name in found}
     return found
 
 
-def faults(case: Case, found: dict) -> list[str]:
+def faults(build: Build, found: dict) -> list[str]:
     """What no shipped tile may have, whatever the record says."""
     problems = []
     if found["stack"]:
         problems.append(f"spills: {found['stack']} bytes of stack")
-    if found["shared"] > case.shared:
-        problems.append(f"shared memory {found['shared']} is more than {case.shared}")
-    if case.matrix not in (None, bool(found["matrix"])):
-        problems.append(f"matrix instructions: meant {case.matrix}, found {found['matrix']}")
-    return problems + load("static_conflicts", "bench").faults(case.name, found)
+    if found["shared"] > build.shared:
+        problems.append(f"shared memory {found['shared']} is more than {build.shared}")
+    if build.matrix not in (None, bool(found["matrix"])):
+        problems.append(f"matrix instructions: meant {build.matrix}, found {found['matrix']}")
+    return problems + static_conflicts.faults(build.name, found)
+
+
+def is_worse(name: str, found: dict, recorded: dict) -> bool:
+    """Whether a figure is worse than the recorded one by more than TOLERANCE."""
+    ratio, slack = TOLERANCE[name]
+    return found.get(name, 0) > max(recorded.get(name, 0) * ratio, recorded.get(name, 0) + slack)
 
 
 def regressions(found: dict, recorded: dict | None) -> list[str]:
@@ -152,8 +140,8 @@ def regressions(found: dict, recorded: dict | None) -> list[str]:
         found = {name: value for name, value in found.items() if name in recorded}
     problems = [
         f"{name} {found[name]}, recorded {recorded.get(name, 0)}"
-        for name, (ratio, slack) in TOLERANCE.items()
-        if found.get(name, 0) > max(recorded.get(name, 0) * ratio, recorded.get(name, 0) + slack)
+        for name in TOLERANCE
+        if is_worse(name, found, recorded)
     ]
     if found["matrix"] != recorded["matrix"]:
         problems.append(f"matrix instructions {found['matrix']}, recorded {recorded['matrix']}")
@@ -185,39 +173,36 @@ def main() -> int:
     if os.environ.get("TRITON_INTERPRET", "0") not in ("", "0"):
         parser.error("TRITON_INTERPRET is set: the interpreter compiles nothing")
 
-    record = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    record = records()
     ours = record.setdefault(triton.__version__, {})
-    cases = {target: all_cases(target) for target in TARGETS}
-    if options.only:
-        cases = {target: [case for case in of if re.search(options.only, case.name)] for target, of in cases.items()}
-    elif options.check and not options.all:
-        few = static_sample.sample([case for of in cases.values() for case in of], ours)
-        cases = {target: [case for case in few if case.target == target] for target in TARGETS}
-    cases = {target: cases[target] for target in options.target or TARGETS}
+    builds = {target: static_builds.all_builds(target) for target in TARGETS}
+    chosen = [build for of in builds.values() for build in of if re.search(options.only, build.name)]
+    if options.check and not options.all and not options.only:
+        chosen = static_sample.sample(chosen, ours)
     failed = 0
     with ProcessPoolExecutor(options.jobs) as pool:
-        pending = {target: [pool.submit(figures, case) for case in cases[target]] for target in cases}
-        for target, futures in pending.items():
-            results = {case.name: future.result() for case, future in zip(cases[target], futures, strict=True)}
+        pending = {
+            target: [(build, pool.submit(figures, build)) for build in chosen if build.target == target]
+            for target in options.target or TARGETS
+        }
+        for target, of in pending.items():
+            results = {build.name: future.result() for build, future in of}
             report(target, results)
-            for case in cases[target]:
-                problems = faults(case, results[case.name])
+            for build, _ in of:
+                problems = faults(build, results[build.name])
                 if options.check:
-                    problems += regressions(results[case.name], ours.get(target, {}).get(case.name))
+                    problems += regressions(results[build.name], ours.get(target, {}).get(build.name))
                 for problem in problems:
-                    print(f"FAILED {target}: {case.name}: {problem}")
+                    print(f"FAILED {target}: {build.name}: {problem}")
                 failed += bool(problems)
             known = ours.get(target, {}) | results if options.only else results
-            ours[target] = {case.name: known[case.name] for case in all_cases(target) if case.name in known}
+            ours[target] = {build.name: known[build.name] for build in builds[target] if build.name in known}
     if options.write and not failed:
-        record = {version: record[version] for version in sorted(record)}
-        text = json.dumps(record, indent=1)
-        one_line_each = re.sub(
-            r"\{\s+(\"registers\"[^}]*?)\s+\}", lambda tile: "{" + " ".join(tile[1].split()) + "}", text
-        )
-        RECORD.write_text(one_line_each + "\n")
+        text = json.dumps(dict(sorted(record.items())), indent=1)
+        one_line = re.compile(r"\{\s+(\"registers\"[^}]*?)\s+\}")  # a build
+        RECORD.write_text(one_line.sub(lambda tile: "{" + " ".join(tile[1].split()) + "}", text) + "\n")
         print(f"\nwritten to {RECORD.relative_to(ROOT)}")
-    print(f"\n{sum(map(len, cases.values()))} tiles compiled, {failed} failed")
+    print(f"\n{sum(map(len, pending.values()))} tiles compiled, {failed} failed")
     return 1 if failed else 0
 
 

@@ -61,7 +61,7 @@ STATEMENTS = (
 
 
 def statement(name: str) -> Statement | None:
-    """The statement about a tile, by the name of its case."""
+    """The statement about a tile, by the name of its build."""
     return next((found for found in STATEMENTS if re.match(found.tiles, name)), None)
 
 

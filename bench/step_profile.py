@@ -4,7 +4,6 @@ On a CUDA device what is listed are kernels, on a CPU operators (one inside anot
 the times in which no kernel ran, or no operator: there the host was in Python.
 """
 
-import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -65,13 +64,11 @@ def profile_step(device: torch.device = CPU, config: Config = LM_STEPS[0]) -> Pr
     torch.manual_seed(0)
     model = CharRNN(config.I, config.H).to(device)
     optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    X = problem.tokens.T.contiguous()
-    batch = (X, X.roll(-1, 1))
     for _ in range(WARM_UP_STEPS):
-        _step(model, optimizer, *batch)
+        _step(model, optimizer, *problem.batch)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
     with profile(activities=activities) as trace, record_function("step"):
-        _step(model, optimizer, *batch)
+        _step(model, optimizer, *problem.batch)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
     title = f"one training step of {config.name} (B={config.B}, T={config.T}, V={config.I}, H={config.H}) on {device}"
@@ -84,18 +81,13 @@ def summarise(events: list[Any], title: str, on_device: bool) -> Profile:
     inside = [e for e in events if e is not step and e.time_range.start >= step.time_range.start]
     host = [e for e in inside if e.device_type == DeviceType.CPU and e.time_range.end <= step.time_range.end]
     phases = [(e.name, e.time_range.elapsed_us()) for e in host if e.name in PHASES]
-    if on_device:
-        shown = [e for e in inside if e.device_type == DeviceType.CUDA and e.name not in (*PHASES, "step")]
-        costs = [(e.name, e.time_range.elapsed_us()) for e in shown]
-        busy = [(e.time_range.start, e.time_range.end) for e in shown]
-    else:
-        shown = [e for e in host if e.name not in PHASES]
-        costs = [(e.name, e.self_cpu_time_total) for e in shown]
-        busy = [(e.time_range.start, e.time_range.end) for e in shown]
-    lines = []
-    for name, group in itertools.groupby(sorted(costs), key=lambda cost: cost[0]):
-        found = [microseconds for _, microseconds in group]
-        lines.append((name, len(found), sum(found)))
+    shown = [e for e in inside if e.device_type == DeviceType.CUDA] if on_device else host
+    shown = [e for e in shown if e.name not in (*PHASES, "step")]
+    busy = [(e.time_range.start, e.time_range.end) for e in shown]
+    costs: dict[str, list[float]] = {}
+    for e in shown:
+        costs.setdefault(e.name, []).append(e.time_range.elapsed_us() if on_device else e.self_cpu_time_total)
+    lines = [(name, len(found), sum(found)) for name, found in sorted(costs.items())]
     lines.sort(key=lambda line: -line[2])
     idle = gaps(busy, step.time_range.start, step.time_range.end)
     return Profile(title, "kernel" if on_device else "operator", step.time_range.elapsed_us(), lines, phases, idle)

@@ -2,30 +2,16 @@
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import torch
 
-from charrnn_fast.bench import grid
+from charrnn_fast.bench import grid, measure
 from charrnn_fast.bench.grid import Config, Gradients
 from charrnn_fast.bench.libraries import XMA, FlagGems, FlashRNN, Jax, OnnxRuntime, OpenVino, TensorFlow
-from charrnn_fast.bench.measure import (
-    CPU,
-    ROW_GEMM,
-    Job,
-    Spread,
-    alternate,
-    floor,
-    gemm_job,
-    input_sets,
-    peak_bytes,
-    ratios,
-    replay,
-    rotate,
-    rounds_in_a_row,
-)
-from charrnn_fast.bench.peers import BEYOND, CompiledReference, Ours, Peer, Reference, TorchRNN
+from charrnn_fast.bench.measure import CPU, Job, Spread
+from charrnn_fast.bench.peers import CompiledReference, Ours, Peer, Reference, TorchRNN
 from charrnn_fast.bench.problems import ClipProblem, Problem
 from charrnn_fast.ops import backends
 
@@ -44,7 +30,7 @@ PEERS: tuple[Peer, ...] = (
 BASELINE = TorchRNN.name  # the side that memory is compared with
 GEMM = "matrix product"  # no side: timed with them for the row's floor
 TIME_IS_UP = "the time was up"
-MEMORY_TASKS = ("forward_backward", "lm_step", *BEYOND)
+MEMORY_TASKS = ("forward_backward", "lm_step", *grid.BEYOND)
 
 
 @dataclass(frozen=True)
@@ -54,8 +40,6 @@ class Case:
     task: str
     config: Config | Gradients
     dtype: str = "fp32"
-    flops: float = 0.0
-    bytes: float = 0.0
     sweep: str | None = None  # the size that grows, where the row is a point of a sweep
 
     @property
@@ -65,41 +49,26 @@ class Case:
     def __str__(self) -> str:
         return f"{self.task} {self.name}"
 
-
-def elman_case(config: Config, task: str, dtype: str = "fp32", sweep: str | None = None) -> Case:
-    """task: "forward" or "forward_backward"."""
-    backward = task == "forward_backward"
-    itemsize = torch.empty(0, dtype=grid.DTYPES[dtype]).element_size()
-    return Case(task, config, dtype, config.flops(backward), config.bytes(backward, itemsize), sweep)
-
-
-def lm_case(config: Config) -> Case:
-    return Case("lm_step", config, flops=config.lm_flops(), bytes=config.lm_bytes())
-
-
-def generation_case(config: Config) -> Case:
-    return Case("generation", config, flops=config.generation_flops())
+    @property
+    def work(self) -> tuple[float, float]:
+        """FLOPs and bytes that the task cannot do without; what torch.nn.RNN has no argument for, as without it."""
+        config, backward = self.config, self.task != "forward"
+        if isinstance(config, Gradients):  # each is read for the norm, read again and written
+            return 3.0 * config.numbers, 3.0 * 4 * config.numbers
+        if self.task == "lm_step":
+            return config.lm_flops(), config.lm_bytes()
+        if self.task == "generation":
+            return config.generation_flops(), 0.0
+        return config.flops(backward), config.bytes(backward, grid.DTYPES[self.dtype].itemsize)
 
 
-def clip_case(config: Gradients) -> Case:
-    """Each gradient is read for the norm, read again and written."""
-    return Case("clip", config, flops=3.0 * config.numbers, bytes=3.0 * 4 * config.numbers)
-
-
-def beyond_case(task: str) -> Case:
-    """What torch.nn.RNN has no argument for; the work of the same forward and backward without it."""
-    config = grid.BEYOND[task]
-    return Case(task, config, flops=config.flops(True), bytes=config.bytes(True))
-
-
-ELMAN = [elman_case(config, task) for config in grid.GRID for task in ("forward", "forward_backward")]
-LM = [lm_case(config) for config in grid.LM_STEPS]
-CLIPS = [clip_case(gradients) for gradients in grid.CLIP]
-GENERATION = [generation_case(config) for config in grid.GENERATION]
-BEYOND_ROWS = [beyond_case(task) for task in BEYOND]
-GPU_ELMAN = [
-    elman_case(config, task, dtype) for config, dtype in grid.GPU_GRID for task in ("forward", "forward_backward")
-]
+BOTH = ("forward", "forward_backward")
+ELMAN = [Case(task, config) for config in grid.GRID for task in BOTH]
+LM = [Case("lm_step", config) for config in grid.LM_STEPS]
+CLIPS = [Case("clip", gradients) for gradients in grid.CLIP]
+GENERATION = [Case("generation", config) for config in grid.GENERATION]
+BEYOND_ROWS = [Case(task, config) for task, config in grid.BEYOND.items()]
+GPU_ELMAN = [Case(task, config, dtype) for config, dtype in grid.GPU_GRID for task in BOTH]
 QUICK = ("d2l", "santa", "stream", "packed", "policy", "d2l's", "2,000 tensors", "H=32 B=1", "H=256 B=1")
 
 
@@ -112,9 +81,7 @@ def cases(quick: bool) -> list[Case]:
 def sweep_cases(quick: bool) -> list[Case]:
     """The points of the sweeps; quick: the three largest sizes of each that are not the last."""
     sizes = {axis: found[-4:-1] if quick else found for axis, found in grid.SWEEPS.items()}
-    return [
-        elman_case(config, "forward_backward", sweep=axis) for axis in sizes for config in grid.sweep(axis, sizes[axis])
-    ]
+    return [Case("forward_backward", config, sweep=axis) for axis in sizes for config in grid.sweep(axis, sizes[axis])]
 
 
 @dataclass
@@ -126,54 +93,54 @@ class Run:
     peers: Sequence[Peer] = field(default_factory=lambda: [p for p in PEERS if not p.takes_minutes])
     seconds: float = 2.0
     least: int = 9
-    drive: Callable[[Job, Job, int], None] = rounds_in_a_row
+    drive: Callable[[Job, Job, int], None] = measure.rounds_in_a_row
     ours: Ours = field(default_factory=Ours)
     replays: bool = False  # whether rows have the device's time alone too, where the device has it
 
 
 def _problems(case: Case, run: Run) -> list[Any]:
     """The problem once for every set of inputs."""
-    config, device, dtype = case.config, run.device, grid.DTYPES[case.dtype]
-    seeds = range(1, 1 + (input_sets(case.bytes, device) if case.bytes else 1))
-    if isinstance(config, Gradients):
-        return [ClipProblem(config, device, dtype, seed) for seed in seeds]
-    return [Problem(config, device, dtype, seed) for seed in seeds]
+    kind: Any = ClipProblem if isinstance(case.config, Gradients) else Problem
+    _, traffic = case.work
+    sets = measure.input_sets(traffic, run.device) if traffic else 1
+    return [kind(case.config, run.device, grid.DTYPES[case.dtype], seed) for seed in range(1, 1 + sets)]
 
 
 def sides(case: Case, run: Run) -> tuple[dict[str, Job], dict[str, str]]:
     """The jobs by side, ours first, each called once; and for the other peers why they are not among them."""
     problems = _problems(case, run)
-    jobs = {run.ours.name: rotate([run.ours.job(problem, case.task) for problem in problems])}
+    jobs = {run.ours.name: measure.rotate([run.ours.job(problem, case.task) for problem in problems])}
     jobs[run.ours.name]()
     skipped: dict[str, str] = {}
     for peer in run.peers:
         reason = peer.why_not(problems[0], case.task)
         if reason is None:
             try:
-                job = rotate([peer.job(problem, case.task) for problem in problems])
+                job = measure.rotate([peer.job(problem, case.task) for problem in problems])
                 job()
                 jobs[peer.name] = job
             except Exception as error:  # a peer's fault is a line of the table, whatever the peer raises
-                reason = f"it failed: {type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+                reason = f"it failed: {measure.failure(error)}"
         if reason is not None:
             skipped[peer.name] = reason
     return jobs, skipped
 
 
-def measure(case: Case, run: Run) -> dict[str, Any]:
+def row_of(case: Case, run: Run) -> dict[str, Any]:
     """One row of results. Times are medians in milliseconds, ratios a side's time over ours.
 
     On a CPU the GEMM rate of a row's floor is measured in the row's own rounds.
     """
     jobs, skipped = sides(case, run)
     rates = dict(run.rates[case.dtype])
-    timed = jobs | {GEMM: gemm_job()} if run.device.type == "cpu" else jobs
-    times = alternate(timed, run.seconds, run.device, least=run.least, drive=run.drive)
+    timed = jobs | {GEMM: measure.gemm_job()} if run.device.type == "cpu" else jobs
+    times = measure.alternate(timed, run.seconds, run.device, least=run.least, drive=run.drive)
     own = times.pop(run.ours.name)
     if GEMM in times:  # two virtual processors may be two cores now and one a minute later
-        rates["gemm_flops"] = 2 * ROW_GEMM**3 / Spread.of(times.pop(GEMM)).median
+        rates["gemm_flops"] = 2 * measure.ROW_GEMM**3 / Spread.of(times.pop(GEMM)).median
     median = Spread.of(own).median
-    shortest = floor(case.flops, case.bytes, rates)
+    flops, traffic = case.work
+    shortest = measure.floor(flops, traffic, rates)
     row: dict[str, Any] = {
         "task": case.task,
         "name": case.name,
@@ -181,13 +148,10 @@ def measure(case: Case, run: Run) -> dict[str, Any]:
         "ms": 1e3 * median,
         "rounds": len(own),
         "peer_ms": {name: 1e3 * Spread.of(found).median for name, found in times.items()},
-        "ratios": {
-            name: {"low": s.low, "median": s.median, "high": s.high, "text": str(s)}
-            for name, s in ratios(own, times).items()
-        },
+        "ratios": {name: asdict(s) | {"text": str(s)} for name, s in measure.ratios(own, times).items()},
         "skipped": skipped,
-        "flops": case.flops,
-        "bytes": case.bytes,
+        "flops": flops,
+        "bytes": traffic,
         "gemm_flops": rates["gemm_flops"],
         "floor_ms": 1e3 * shortest,
         "over_floor": median / shortest,
@@ -202,41 +166,37 @@ def measure(case: Case, run: Run) -> dict[str, Any]:
     if case.sweep:
         row["sweep"] = case.sweep
     if case.task in MEMORY_TASKS:
-        row["memory_mb"] = peak_bytes(jobs[run.ours.name], run.device) / 1e6
+        row["memory_mb"] = measure.peak_bytes(jobs[run.ours.name], run.device) / 1e6
         if BASELINE in jobs:
-            row["memory_ratio"] = 1e6 * row["memory_mb"] / max(1, peak_bytes(jobs[BASELINE], run.device))
+            row["memory_ratio"] = 1e6 * row["memory_mb"] / max(1, measure.peak_bytes(jobs[BASELINE], run.device))
     return row
 
 
 def device_times(jobs: Mapping[str, Job], run: Run) -> dict[str, dict[str, Any]]:
     """By side the time on the device alone, {"ms": ..., "ratio": its over ours}, or {"none": why there is none}."""
-    if run.device.type != "cuda":
-        reason = replay(next(iter(jobs.values())), run.device)
-        return {name: {"none": reason} for name in jobs}
-    replays = {name: replay(job, run.device) for name, job in jobs.items()}
+    replays = {name: measure.replay(job, run.device) for name, job in jobs.items()}
     timed = {name: job for name, job in replays.items() if not isinstance(job, str)}
     found: dict[str, dict[str, Any]] = {name: {"none": why} for name, why in replays.items() if isinstance(why, str)}
     if timed:
-        times = alternate(timed, run.seconds, run.device, least=run.least)
+        times = measure.alternate(timed, run.seconds, run.device, least=run.least)
         for name, seconds in times.items():
             found[name] = {"ms": 1e3 * Spread.of(seconds).median}
             if run.ours.name in times:
-                found[name]["ratio"] = str(ratios(times[run.ours.name], {name: seconds})[name])
+                found[name]["ratio"] = str(measure.ratios(times[run.ours.name], {name: seconds})[name])
     return found
 
 
-def measure_all(wanted: Iterable[Case], run: Run, until: float) -> Iterator[dict[str, Any]]:
+def rows(wanted: Iterable[Case], run: Run, until: float) -> Iterator[dict[str, Any]]:
     """Row after row. From `until` (of time.monotonic()) on, and where ours fails, a row says why it has no times."""
     for case in wanted:
-        why = None
         row: dict[str, Any] = {"task": case.task, "name": case.name, "dtype": case.dtype}
         if time.monotonic() >= until:
-            why = TIME_IS_UP
+            row["not_measured"] = TIME_IS_UP
         else:
             try:
-                row = measure(case, run)
+                row = row_of(case, run)
             except (RuntimeError, ValueError, torch.OutOfMemoryError) as error:
-                why = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-        yield row if why is None else row | {"not_measured": why}
+                row["not_measured"] = measure.failure(error)
+        yield row
         if run.device.type == "cuda":
             torch.cuda.empty_cache()

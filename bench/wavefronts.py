@@ -21,6 +21,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from operator import attrgetter
 
 import numpy as np
 
@@ -80,10 +81,8 @@ def atomic(addresses: np.ndarray, width: int, active: np.ndarray) -> tuple[int, 
 
 def matrices(addresses: np.ndarray, count: int) -> tuple[int, int]:
     """(wavefronts, least) of ldmatrix or stmatrix over `count` 8x8 matrices: lane i has the address of row i."""
-    taken = 0
-    for rows in addresses[: 8 * count].reshape(count, 8):
-        taken += _most_in_a_bank(rows[:, None] // WORD + np.arange(4))
-    return taken, sum(_least(rows[:, None] // WORD + np.arange(4)) for rows in addresses[: 8 * count].reshape(count, 8))
+    words = addresses[: 8 * count].reshape(count, 8, 1) // WORD + np.arange(4)
+    return sum(map(_most_in_a_bank, words)), sum(map(_least, words))
 
 
 @dataclass
@@ -140,7 +139,7 @@ def _of_warp(name: str, width: int, addresses: bytes, active: bytes) -> tuple[in
     return atomic(here, width, on) if name in ("atom", "red") else access(here, width, on)
 
 
-def _of_warps(event: ptx.Event, run: ptx.Run) -> list[tuple[int, int]] | None:
+def _of_warps(event: ptx.Event, run: ptx.Program) -> list[tuple[int, int]] | None:
     """(wavefronts, least) of each warp's part in an access, or None if it is unknown."""
     name, operands = event.instruction.name, event.instruction.operands
     addresses = run.address(next(operand for operand in operands if operand.startswith("[")))
@@ -162,10 +161,6 @@ def _of_warps(event: ptx.Event, run: ptx.Run) -> list[tuple[int, int]] | None:
     return found
 
 
-def _wavefronts(count: Count) -> int:
-    return count.wavefronts
-
-
 def count(text: str, arguments: Mapping[int, int] | None = None) -> Found:
     """Wavefronts of a kernel's PTX, summed over the warps of one program.
 
@@ -180,7 +175,7 @@ def count(text: str, arguments: Mapping[int, int] | None = None) -> Found:
     gone: list[dict[int, int]] = []
     while ways and len(gone) < MOST_WAYS and not accesses <= counted | unknown:
         gone.append(ways.pop())
-        run = ptx.Run(kernel, is_access, loop, TURNS, arguments, gone[-1])
+        run = ptx.Program(kernel, is_access, loop, TURNS, arguments, gone[-1])
         turns, once = defaultdict[int, Count](Count), Count()
         for event in run.events():
             index, each = event.instruction.index, _of_warps(event, run)
@@ -189,9 +184,9 @@ def count(text: str, arguments: Mapping[int, int] | None = None) -> Found:
             for wavefronts, least in each or ():
                 where.add(index, wavefronts, least)
         # Where a loop is left at its head the last turn is not a whole one.
-        last = max((turns[turn] for turn in sorted(turns)[-2:]), key=_wavefronts, default=Count())
-        found.loop = max(found.loop, once if loop is None else last, key=_wavefronts)
-        found.once = max(found.once, Count() if loop is None else once, key=_wavefronts)
+        last = max((turns[turn] for turn in sorted(turns)[-2:]), key=attrgetter("wavefronts"), default=Count())
+        found.loop = max(found.loop, once if loop is None else last, key=attrgetter("wavefronts"))
+        found.once = max(found.once, Count() if loop is None else once, key=attrgetter("wavefronts"))
         for branch, choices in sorted(run.undecided.items()):
             ways += [gone[-1] | {branch: choice} for choice in range(1, choices)]
     found.unknown = sorted(accesses - counted | unknown)

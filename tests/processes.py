@@ -18,20 +18,19 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lm_problems import TEXT, VOCAB, Listener
 
 from charrnn_fast.errors import TrainingError
-from charrnn_fast.lm import checkpoint, corpora, data
+from charrnn_fast.lm import checkpoint, data
 from charrnn_fast.lm.callbacks import Callback
 from charrnn_fast.lm.distributed import Processes
 from charrnn_fast.lm.evaluation import validate
 from charrnn_fast.lm.keeping import Every, Keeper
-from charrnn_fast.lm.recipes import RECIPES, Recipe, build_model, build_sampler
-from charrnn_fast.lm.schedule import Schedule
+from charrnn_fast.lm.recipes import RECIPES, Recipe, build_model, build_sampler, build_trainer
 from charrnn_fast.lm.training import Trainer
 
-ENGLISH = corpora.fallback(corpora.BOOKS["timemachine"], "offline").text[:6_000]
+TOKENS = TEXT[:5_306]
 IDENTITY: dict[str, Any] = {"kind": "fused", "seed": 0, "source": "a book"}
-VOCAB = data.Vocabulary.of(ENGLISH, letters=True)
 
 # Small forms of the recipes, with the whole batch; each ends in a batch that the processes cannot share evenly.
 FORMS: dict[str, dict[str, Any]] = {
@@ -46,7 +45,7 @@ FORMS: dict[str, dict[str, Any]] = {
         "embedding": 5,
         "dropout": 0.0,
         "letters": True,
-        "schedule": "cosine",
+        "warmup": 0,
     },
     "random": {"recipe": "ch8", "sampler": "random", "batch_size": 15, "num_steps": 20, "hidden_size": 12},
 }
@@ -54,41 +53,13 @@ FORMS: dict[str, dict[str, Any]] = {
 
 def built(form: str, processes: Processes | None, **options: Any) -> tuple[Trainer, data.Sampler, Recipe]:
     """The trainer and sampler of a form, of the same seed in every process."""
-    changes = dict(FORMS[form])
+    changes = {"clip": 0.5, "epochs": 3, "max_chars": None, **FORMS[form], **options}
     kind = changes.pop("kind", "fused")
-    recipe = replace(RECIPES[changes.pop("recipe")], **changes, epochs=3, max_chars=None)
-    recipe = replace(recipe, **{k: options.pop(k) for k in ("optimizer", "lr", "dropout") if k in options})
+    recipe = replace(RECIPES[changes.pop("recipe")], **changes)
+    recipe = replace(recipe, lr=min(recipe.lr, 0.5))
     model = build_model(recipe, len(VOCAB), seed=0, kind=kind, dtype=torch.float64)
-    trainer = Trainer(
-        model,
-        optimizer=recipe.optimizer,
-        lr=min(recipe.lr, 0.5),
-        clip=0.5,
-        epochs=3,
-        processes=processes,
-        schedule=Schedule(recipe.schedule) if recipe.schedule != "constant" else None,
-        **options,
-    )
-    return trainer, build_sampler(recipe, VOCAB.encode(ENGLISH), seed=0), recipe
-
-
-class Losses(Callback):
-    """Each update's loss and gradient norm; stops after so many."""
-
-    def __init__(self, stop_after: int | None = None, fatal: int | None = None):
-        self.seen: list[tuple[float, float]] = []
-        self.stop_after, self.fatal = stop_after, fatal
-
-    def on_step(self, trainer, step):
-        self.seen.append((step.loss, step.grad_norm))
-        if self.stop_after == len(self.seen):
-            trainer.stop("enough")
-        if self.fatal == len(self.seen):
-            os._exit(7)
-
-
-def _numbers(trainer: Trainer) -> list[list[float]]:
-    return [p.detach().flatten().tolist() for p in trainer.model.parameters()]
+    trainer = build_trainer(recipe, model, processes=processes)
+    return trainer, build_sampler(recipe, TOKENS, seed=0), recipe
 
 
 def curve(processes: Processes | None, folder: Path, form: str, options: dict[str, Any]) -> Any:
@@ -98,13 +69,17 @@ def curve(processes: Processes | None, folder: Path, form: str, options: dict[st
         for p in trainer.model.parameters():
             p.data.add_(processes.rank)
         sampler.generator.manual_seed(99)
-    listener = Losses()
+    listener = Listener()
     history = trainer.fit(sampler, callbacks=[listener])
     figures = [(r.train_loss, r.val_ppl, r.val_ppl_batch_mean, r.tokens, r.grad_norm, r.step) for r in history]
-    validated = validate(
-        trainer.model, sampler.walk(VOCAB.encode(ENGLISH[:45])), carry_state=sampler.carry_state, processes=processes
-    )
-    return {"steps": listener.seen, "epochs": figures, "validated": validated, "parameters": _numbers(trainer)}
+    batches = sampler.walk(TOKENS[:21])
+    validated = validate(trainer.model, batches, carry_state=sampler.carry_state, processes=processes)
+    steps = list(zip(listener.losses, listener.norms, strict=True))
+    return {"steps": steps, "epochs": figures, "validated": validated, "parameters": _parameters_of(trainer)}
+
+
+def _parameters_of(trainer: Trainer) -> list[float]:
+    return torch.cat([p.detach().flatten() for p in trainer.model.parameters()]).tolist()
 
 
 def stopped_and_resumed(processes: Processes | None, folder: Path, form: str, dropout: float, at: int) -> Any:
@@ -112,20 +87,21 @@ def stopped_and_resumed(processes: Processes | None, folder: Path, form: str, dr
     trainer, sampler, recipe = built(form, processes, dropout=dropout)
     torch.manual_seed(processes.rank if processes else 0)
     trainer.fit(sampler)
-    straight = _numbers(trainer)
+    straight = _parameters_of(trainer)
 
     trainer, sampler, recipe = built(form, processes, dropout=dropout)
     torch.manual_seed(processes.rank if processes else 0)
     keeper = Keeper(folder, trainer, sampler, VOCAB, recipe, identity=IDENTITY, every=Every(1e9, seconds=True))
     last = processes is None or processes.rank == processes.count - 1
-    trainer.fit(sampler, callbacks=[Losses(stop_after=at if last else None), keeper])
+    stopping = Listener(lambda trainer: trainer.stop("enough") if last and trainer.step == at else None)
+    trainer.fit(sampler, callbacks=[stopping, keeper])
     found = {"stopped": trainer.stopped, "step": trainer.step, "between": trainer.between_epochs}
     assert keeper.write()
 
     trainer, sampler, recipe = built(form, processes, dropout=dropout)
     checkpoint.resume(checkpoint.load(folder), trainer, sampler, recipe)
     trainer.fit(sampler)
-    return found | {"straight": straight, "resumed": _numbers(trainer)}
+    return found | {"straight": straight, "resumed": _parameters_of(trainer)}
 
 
 def not_finite(processes: Processes | None, folder: Path, on_nan: str) -> Any:
@@ -168,7 +144,7 @@ def one_dies(processes: Processes, folder: Path) -> Any:
     trainer, sampler, _ = built("windows", processes, on_nan="restore")
     last = processes.rank == processes.count - 1
     try:
-        trainer.fit(sampler, callbacks=[Losses(fatal=5 if last else None)])
+        trainer.fit(sampler, callbacks=[Listener(lambda trainer: os._exit(7) if last and trainer.step == 5 else None)])
     except TrainingError as error:
         return {"error": str(error), "step": trainer.step}
     return {"error": None}

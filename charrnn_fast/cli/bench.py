@@ -98,7 +98,7 @@ def _run_suite(options: argparse.Namespace, device: torch.device) -> dict[str, A
     bar = tqdm(total=sum(len(cases) for _, cases, _ in wanted), unit="row", disable=not sys.stderr.isatty())
     with bar:
         for kind, cases, how in wanted:
-            for row in suite.measure_all(cases, how, until):
+            for row in suite.rows(cases, how, until):
                 content[kind].append(row)
                 bar.update()
     return content

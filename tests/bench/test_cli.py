@@ -15,9 +15,9 @@ TINY = Config("tiny", 2, 3, 4, 5, tokens=True)
 @pytest.fixture
 def tiny(monkeypatch):
     """The command on a configuration that takes no time."""
-    cases = [suite.elman_case(TINY, "forward"), suite.lm_case(TINY)]
+    cases = [suite.Case("forward", TINY), suite.Case("lm_step", TINY)]
     monkeypatch.setattr(suite, "cases", lambda quick: cases)
-    points = [suite.elman_case(config, "forward_backward", sweep="T") for config in sweep("T", (2, 4))]
+    points = [suite.Case("forward_backward", config, sweep="T") for config in sweep("T", (2, 4))]
     monkeypatch.setattr(suite, "sweep_cases", lambda quick: points)
     monkeypatch.setattr(measure, "rates", lambda device: {"gemm_flops": 1e9, "copy_bytes": 1e9})
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import torch
 
-from charrnn_fast.bench.grid import Config, Gradients
+from charrnn_fast.bench.grid import BEYOND, Config, Gradients
 from charrnn_fast.bench.libraries import XMA, FlagGems, FlashRNN, Jax, TensorFlow
-from charrnn_fast.bench.peers import BEYOND, TASKS, CompiledReference, Ours, Reference, TorchRNN
+from charrnn_fast.bench.peers import TASKS, CompiledReference, Ours, Reference, TorchRNN
 from charrnn_fast.bench.problems import ClipProblem, Problem
 from charrnn_fast.bench.suite import PEERS
 
@@ -63,7 +63,8 @@ def test_both_sides_give_the_same_gradients_of_what_one_has_no_argument_for(task
     for peer in (Ours(), TorchRNN()):
         grads = []
 
-        def beyond(module, x, call, grad, grads=grads):
+        def beyond(module, problem, call, grad, grads=grads):
+            x = problem.padded.detach()
             leaves = [x.requires_grad_(), *module.parameters()]
             return lambda: grads.extend(torch.autograd.grad(call(x), leaves, grad))
 
@@ -107,30 +108,6 @@ def _documented_flashrnn(Wx, R, b, states=None, function="lstm", backend="cuda_f
     return torch.stack(steps, 1)[None], h[None, :, None]
 
 
-def _is_torchs(peer, config):
-    """Outputs and gradients are torch.nn.RNN's."""
-    problem = Problem(config)
-    wanted = problem.rnn(problem.input)[0]
-    torch.testing.assert_close(peer.job(problem, "forward")(), wanted, atol=1e-5, rtol=1e-5)
-    grads = peer.job(problem, "forward_backward")()
-    theirs = torch.autograd.grad(wanted, list(problem.rnn.parameters()), problem.grad_output)
-    for found, right in zip(grads[-4:], theirs, strict=True):
-        torch.testing.assert_close(found, right, atol=1e-4, rtol=1e-4)
-
-
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.name)
-def test_flashrnn_is_called_as_it_documents(config, monkeypatch):
-    monkeypatch.setitem(sys.modules, "flashrnn", types.SimpleNamespace(flashrnn=_documented_flashrnn))
-    _is_torchs(FlashRNN(), config)
-
-
-def test_a_flashrnn_that_computes_something_else_is_not_timed(monkeypatch):
-    wrong = types.SimpleNamespace(flashrnn=lambda *args, **kwargs: [2 + _documented_flashrnn(*args, **kwargs)[0]] * 2)
-    monkeypatch.setitem(sys.modules, "flashrnn", wrong)
-    with pytest.raises(AssertionError):
-        FlashRNN().job(Problem(CONFIGS[0]), "forward")
-
-
 def _documented_xma(input, weight, input_state=None, *, kernel_backend=None):
     """tanh(h W + x) over (B, S, N, H) with W (N, H, H), by plain operations: the states and the last of them."""
     assert input.dim() == 4 and weight.shape == (input.shape[2], input.shape[3], input.shape[3])
@@ -142,6 +119,7 @@ def _documented_xma(input, weight, input_state=None, *, kernel_backend=None):
 
 
 STAND_INS = {
+    FlashRNN: {"flashrnn": types.SimpleNamespace(flashrnn=_documented_flashrnn)},
     XMA: {"xma": types.ModuleType("xma"), "xma.functional": types.SimpleNamespace(rnn=_documented_xma)},
     FlagGems: {"flag_gems": types.SimpleNamespace(rnn_tanh=torch.rnn_tanh)},
 }
@@ -149,7 +127,21 @@ STAND_INS = {
 
 @pytest.mark.parametrize("library", STAND_INS, ids=lambda library: library.name)
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.name)
-def test_triton_libraries_are_called_as_they_document(library, config, monkeypatch):
+def test_libraries_are_called_as_they_document(library, config, monkeypatch):
+    """Outputs and gradients are torch.nn.RNN's."""
     for name, module in STAND_INS[library].items():
         monkeypatch.setitem(sys.modules, name, module)
-    _is_torchs(library(), config)
+    problem, peer = Problem(config), library()
+    wanted = problem.rnn(problem.input)[0]
+    torch.testing.assert_close(peer.job(problem, "forward")(), wanted, atol=1e-5, rtol=1e-5)
+    grads = peer.job(problem, "forward_backward")()
+    theirs = torch.autograd.grad(wanted, list(problem.rnn.parameters()), problem.grad_output)
+    for found, right in zip(grads[-4:], theirs, strict=True):
+        torch.testing.assert_close(found, right, atol=1e-4, rtol=1e-4)
+
+
+def test_a_flashrnn_that_computes_something_else_is_not_timed(monkeypatch):
+    wrong = types.SimpleNamespace(flashrnn=lambda *args, **kwargs: [2 + _documented_flashrnn(*args, **kwargs)[0]] * 2)
+    monkeypatch.setitem(sys.modules, "flashrnn", wrong)
+    with pytest.raises(AssertionError):
+        FlashRNN().job(Problem(CONFIGS[0]), "forward")

@@ -7,18 +7,18 @@ import pytest
 import torch
 
 from charrnn_fast.bench import measure, suite
-from charrnn_fast.bench.grid import GPU_GRID, GRID, SWEEPS, Config, Gradients
-from charrnn_fast.bench.peers import BEYOND, Ours, Peer, Reference, TorchRNN
-from charrnn_fast.bench.suite import Case, Run, clip_case, elman_case, generation_case, lm_case
+from charrnn_fast.bench.grid import BEYOND, GPU_GRID, GRID, SWEEPS, Config, Gradients
+from charrnn_fast.bench.peers import Ours, Peer, Reference, TorchRNN
+from charrnn_fast.bench.suite import Case, Run
 
 RATES = {"fp32": {"gemm_flops": 1e9, "copy_bytes": 1e9}}
 SMALL = Config("small", 3, 4, 5, 6, tokens=True)
 CASES = [
-    elman_case(SMALL, "forward"),
-    elman_case(Config("packed", 3, 4, 5, 6, packed=True), "forward_backward"),
-    lm_case(SMALL),
-    generation_case(SMALL),
-    clip_case(Gradients("few", ((3, 4), (5,)))),
+    Case("forward", SMALL),
+    Case("forward_backward", Config("packed", 3, 4, 5, 6, packed=True)),
+    Case("lm_step", SMALL),
+    Case("generation", SMALL),
+    Case("clip", Gradients("few", ((3, 4), (5,)))),
 ]
 
 
@@ -36,20 +36,18 @@ def run(*peers: Peer, **options) -> Run:
 
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_row_has_times_ratios_and_a_floor(case: Case):
-    row = suite.measure(case, run(TorchRNN(), Reference()))
+    row = suite.row_of(case, run(TorchRNN(), Reference()))
     assert (row["task"], row["name"], row["rounds"]) == (case.task, case.name, 2)
     assert row["ms"] > 0 and "torch.nn.RNN" in row["ratios"] and row["peer_ms"]["torch.nn.RNN"] > 0
     assert row["over_floor"] == pytest.approx(row["ms"] / row["floor_ms"])
     own = {"gemm_flops": row["gemm_flops"], "copy_bytes": RATES["fp32"]["copy_bytes"]}
-    assert row["gemm_flops"] > 1e8 and row["floor_ms"] == pytest.approx(
-        1e3 * measure.floor(case.flops, case.bytes, own)
-    )
+    assert row["gemm_flops"] > 1e8 and row["floor_ms"] == pytest.approx(1e3 * measure.floor(*case.work, own))
     assert ("reference" in row["skipped"]) == (case.name == "packed")
     assert ("memory_ratio" in row) == (case.task in suite.MEMORY_TASKS)
 
 
 def test_a_peer_that_fails_is_a_line_and_not_an_end():
-    row = suite.measure(CASES[0], run(Broken(), TorchRNN()))
+    row = suite.row_of(CASES[0], run(Broken(), TorchRNN()))
     assert row["skipped"] == {"broken": "it failed: ZeroDivisionError: no such luck"}
     assert "torch.nn.RNN" in row["ratios"]
 
@@ -59,12 +57,12 @@ def test_a_failure_of_ours_is_a_row_without_times():
         def forward(self, problem):
             raise RuntimeError("no kernel")
 
-    (row,) = suite.measure_all(CASES[:1], run(ours=Failing()), time.monotonic() + 60)
+    (row,) = suite.rows(CASES[:1], run(ours=Failing()), time.monotonic() + 60)
     assert row["not_measured"] == "RuntimeError: no kernel" and "ms" not in row
 
 
 def test_rows_after_the_end_of_the_time_say_so():
-    rows = list(suite.measure_all(CASES, run(), time.monotonic()))
+    rows = list(suite.rows(CASES, run(), time.monotonic()))
     assert [row["not_measured"] for row in rows] == [suite.TIME_IS_UP] * len(CASES)
 
 
@@ -94,8 +92,7 @@ def test_work_is_counted(config: Config):
 @pytest.mark.gpu
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_a_row_on_a_device(case: Case):
-    options = {"device": torch.device("cuda")}
-    row = suite.measure(case, run(TorchRNN(), Reference(), **options))
+    row = suite.row_of(case, run(TorchRNN(), Reference(), device=torch.device("cuda")))
     assert row["ms"] > 0 and row["ratios"]["torch.nn.RNN"]["median"] > 0
 
 
@@ -103,8 +100,8 @@ def test_times_on_the_device_or_why_there_are_none(monkeypatch):
     """Without a device: what a graph would be is the job itself, and one side cannot be captured."""
     jobs = {"charrnn_fast": lambda: 0.002, "a": lambda: 0.004, "b": lambda: None}  # which say what they took
     assert suite.device_times(jobs, run()) == {name: {"none": "a CUDA graph needs a CUDA device"} for name in jobs}
-    monkeypatch.setattr(suite, "replay", lambda job, device: "it waits" if job is jobs["b"] else job)
-    monkeypatch.setattr(suite, "alternate", lambda timed, *_, **__: {name: [job()] for name, job in timed.items()})
+    monkeypatch.setattr(measure, "replay", lambda job, device: "it waits" if job is jobs["b"] else job)
+    monkeypatch.setattr(measure, "alternate", lambda timed, *_, **__: {name: [job()] for name, job in timed.items()})
 
     class Device:
         type = "cuda"
@@ -116,8 +113,8 @@ def test_times_on_the_device_or_why_there_are_none(monkeypatch):
 
 
 def test_rows_have_the_devices_time_where_it_is_asked_for():
-    assert "device" not in suite.measure(CASES[0], run(TorchRNN()))
-    row = suite.measure(CASES[0], run(TorchRNN(), replays=True))
+    assert "device" not in suite.row_of(CASES[0], run(TorchRNN()))
+    row = suite.row_of(CASES[0], run(TorchRNN(), replays=True))
     assert row["device"].keys() == {"charrnn_fast", "torch.nn.RNN"}
 
 

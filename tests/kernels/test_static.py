@@ -1,7 +1,6 @@
 """Every shipped tile compiled for GPUs that are not here, against the figures in bench/results/static.json."""
 
 import dataclasses
-import importlib.util
 import json
 import os
 import subprocess
@@ -13,24 +12,26 @@ import pytest
 import torch
 import triton
 
+from charrnn_fast.bench import static, static_conflicts, static_sample
+from charrnn_fast.bench.static_builds import (
+    TARGETS,
+    all_builds,
+    elman_builds,
+    elman_grid_builds,
+    generate_grid_builds,
+    load,
+)
+from charrnn_fast.bench.static_figures import longest_loop
+
 SCRIPT = Path(__file__).resolve().parents[2] / "bench" / "static.py"
 RECORD = json.loads((SCRIPT.parent / "results" / "static.json").read_text())
 
 
-@pytest.fixture(scope="module")
-def static():
-    spec = importlib.util.spec_from_file_location("bench_static", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-def run(*command: object) -> subprocess.CompletedProcess:
+def in_a_process(*arguments: str) -> subprocess.CompletedProcess:
     """Python in a process of its own: this one may have the interpreter in place of the compiler."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    words = [sys.executable, "-W", "ignore", *map(str, command)]
-    return subprocess.run(words, env=environment, capture_output=True, text=True)
+    command = [sys.executable, "-W", "ignore", *arguments]
+    return subprocess.run(command, env=environment, capture_output=True, text=True)
 
 
 needs_record = pytest.mark.skipif(
@@ -38,28 +39,24 @@ needs_record = pytest.mark.skipif(
 )
 
 
-LOAD = """
-import os, sys
-sys.path.insert(0, os.path.dirname(sys.argv[1]))
-import static
-"""
-
 # The interpreter does not see what only a compiler refuses (a loop variable that changes type, say), and the recorded
 # cases are two of many sets of options.
-OPTIONS = LOAD + textwrap.dedent("""
+OPTIONS = textwrap.dedent("""
     import dataclasses
+    from charrnn_fast.bench import static, static_builds
 
-    def compile_with(case, types=(), **constants):
-        static.compile_case(dataclasses.replace(case, types=case.types | dict(types), constants=case.constants |
-        constants))
+    def compile_with(build, types=(), **constants):
+        types, constants = build.types | dict(types), build.constants | constants
+        static.compiled(dataclasses.replace(build, types=types, constants=constants))
 
-    def without(case, *names):
-        return dataclasses.replace(case, types={name: kind for name, kind in case.types.items() if name not in names})
+    def without(build, *names):
+        types = {name: kind for name, kind in build.types.items() if name not in names}
+        return dataclasses.replace(build, types=types)
 
     def plain(step, kind, width, form):
         begin = f"elman {step} {kind} H{width} {form} "
-        cases = (case for case in static.elman_cases("sm_90") if case.name.startswith(begin))
-        return next(case for case in cases if case.name.endswith(" plain"))
+        builds = (build for build in static_builds.elman_builds("sm_90") if build.name.startswith(begin))
+        return next(build for build in builds if build.name.endswith(" plain"))
 
     for kind, width, form in (("fp32", 32, "fma"), ("bf16", 128, "mma")):
         forward, backward = plain("forward", kind, width, form), plain("backward", kind, width, form)
@@ -81,34 +78,27 @@ OPTIONS = LOAD + textwrap.dedent("""
     sums = plain("backward_sums", "fp32", 32, "fma")
     compile_with(sums, F=dataclasses.replace(sums.constants["F"], tanh=False))
     compile_with(sums, {"h0_ptr": "*fp32", "steps_ptr": "*i64"})
-    for case in static.generate_cases("sm_90"):
-        if " fp32 H32 " in case.name:
-            compile_with(case, TANH=False)
-            compile_with(without(case, "logits_ptr"), TOP_K=False)
-    for case in static.clip_cases("sm_90"):
-        compile_with(case, {"lr_ptr": "*fp64", "norm_ptr": "*bf16"}, ALIGNED=False, CLIP=False)
+    for build in static_builds.generate_builds("sm_90"):
+        if " fp32 H32 " in build.name:
+            compile_with(build, TANH=False)
+            compile_with(without(build, "logits_ptr"), TOP_K=False)
+    for build in static_builds.clip_builds("sm_90"):
+        compile_with(build, {"lr_ptr": "*fp64", "norm_ptr": "*bf16"}, ALIGNED=False, CLIP=False)
 """)
 
 
 # The launchers on CPU tensors with a driver that claims to be an H100: all of a launch but the launch itself.
 DRIVER = textwrap.dedent("""
     import torch
-    import triton
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.jit import JITFunction
 
-    class Driver:
-        get_current_target = lambda self: GPUTarget("cuda", 90, 32)
-        get_current_device = lambda self: 0
-        get_current_stream = lambda self, device=None: 0
+    from charrnn_fast.bench.gate_tiles import compiling_for_absent
 
-    triton.runtime.driver.set_active(Driver())
-    run = JITFunction.run
-    JITFunction.run = lambda self, *args, grid, warmup, **options: run(self, *args, grid=grid, warmup=True, **options)
+    absent = compiling_for_absent(torch.device("cpu"))
+    absent.__enter__()
 
-    def compilations(kernel):
+    def compiled(kernel, times, what):
         (cache, *_), = kernel.device_caches.values()
-        return len(cache)
+        assert len(cache) == times, f"{kernel.__name__}: {len(cache)} compilations for {what}"
 """)
 
 LAUNCHES = textwrap.dedent("""
@@ -133,7 +123,7 @@ LAUNCHES = textwrap.dedent("""
     for T in (5, 1, 2, 16, 17, 64):
         launch(T, 32, torch.float32, "tf32", False)
     for kernel in (elman_forward_kernel, elman_backward_kernel):
-        assert compilations(kernel) == 1, f"{kernel.__name__}: {compilations(kernel)} compilations for six lengths"
+        compiled(kernel, 1, "six lengths")
     launch(5, 33, torch.float32, "ieee", True)
     launch(5, 100, torch.bfloat16, "ieee", False)
 
@@ -147,7 +137,7 @@ LAUNCHES = textwrap.dedent("""
     launch(5, 400, torch.float32, "tf32", True)
     assert asked == [True] * 4  # once a kernel: none is asked about again
     for kernel in (elman_grid_forward_kernel, elman_grid_backward_kernel):
-        assert compilations(kernel) == 2, f"{kernel.__name__}: {compilations(kernel)} compilations for five lengths"
+        compiled(kernel, 2, "five lengths")
 
     from charrnn_fast.kernels.triton.clip_grad_norm import clip_and_sgd_step_, clip_grad_norm_
     from charrnn_fast.kernels.triton.clip_grad_norm_kernels import clip_small_kernel
@@ -159,7 +149,7 @@ LAUNCHES = textwrap.dedent("""
 
     for max_norm, lr in ((1.0, 0.1), (0.0, 1.0), (2.0, 16.0)):
         clip_and_sgd_step_(tensors(900, 1, 16), tensors(900, 1, 16), max_norm, lr)
-    assert compilations(clip_small_kernel) == 1  # for three thresholds and learning rates
+    compiled(clip_small_kernel, 1, "three thresholds and learning rates")
     for sizes in ((40000, 3), (5,) * 70):
         clip_grad_norm_([*tensors(*sizes), *tensors(7, dtype=torch.bfloat16)], 1.0)
         clip_and_sgd_step_(tensors(*sizes), tensors(*sizes), None, torch.tensor(0.1))
@@ -172,7 +162,7 @@ LAUNCHES = textwrap.dedent("""
 
     for P, N in ((1, 1), (16, 1), (5, 1000)):
         decode(32, 28, 1, P, N)
-    assert compilations(generate_kernel) == 1  # for three lengths
+    compiled(generate_kernel, 1, "three lengths")
     decode(200, 90, 2, 3, 4, uniforms=torch.zeros(1, 4), top_k=1, temperature=0.5, nonlinearity="relu")
 """)
 
@@ -191,8 +181,8 @@ LOSS_LAUNCHES = textwrap.dedent("""
 
     for N in (1, 2, 16, 17, 31, 1024):
         launch(N, 32, 28, torch.float32, "tf32x3")
-    assert compilations(loss_kernel) == compilations(total_kernel) == 1
-    assert compilations(grad_by_classes_kernel) == 2  # the gradient by one program, and partial sums by several
+    for kernel, times in ((loss_kernel, 1), (total_kernel, 1), (grad_by_classes_kernel, 2)):
+        compiled(kernel, times, "six row counts")  # the gradient by one program, and partial sums by several
     launch(1024, 31, 28, torch.float32, "tf32", "none", bias=False)
     launch(3, 60, 3000, torch.bfloat16, ignore_index=2**40)  # classes split over programs
     launch(1024, 60, 3000, torch.float64, reduction="sum")
@@ -217,9 +207,8 @@ STEP_LAUNCHES = textwrap.dedent("""
     for B, T, lr in ((1, 1, 0.1), (2, 16, 1.0), (33, 5, 1e-3), (1024, 17, 2.0)):
         batch = positions(corpus, torch.zeros(B, dtype=torch.int64), T)
         language_model_step(weights, batch, torch.zeros(B, H), trained=[True] * 6, lr=lr, max_norm=lr)
-    kernels = language_model_kernel, language_model_sums_kernel, language_model_update_kernel
-    for kernel in kernels:
-        assert compilations(kernel) == 1, f"{kernel.__name__}: {compilations(kernel)} compilations"
+    for kernel in (language_model_kernel, language_model_sums_kernel, language_model_update_kernel):
+        compiled(kernel, 1, "four batches")
 
     weights = zeros((H, V), (H, H), (V, H), (H,), (None,), (None,))
     ids = torch.zeros(3, 4, dtype=torch.int64)
@@ -232,7 +221,7 @@ STEP_LAUNCHES = textwrap.dedent("""
 
 
 def check(*arguments: str) -> None:
-    result = run(SCRIPT, "--check", *arguments)
+    result = in_a_process(str(SCRIPT), "--check", *arguments)
     assert result.returncode == 0, result.stderr[-2000:] + "\n".join(
         line for line in result.stdout.splitlines() if "FAILED" in line
     )
@@ -255,7 +244,7 @@ def run_script(script: str, file: Path | None = None) -> None:
     """file: where the script has to lie, if it has kernels, whose source Triton reads."""
     if file is not None:
         file.write_text(script)
-    result = run(*(["-c", script] if file is None else [file]), SCRIPT)
+    result = in_a_process(*(["-c", script] if file is None else [str(file)]))
     assert result.returncode == 0, result.stderr[-4000:]
 
 
@@ -275,30 +264,30 @@ def test_record_covers_both_ends_of_the_supported_versions():
         assert targets.keys() == {"sm_80", "sm_90", "sm_100", "sm_120", "gfx942"}
 
 
-def test_record_holds_every_shipped_tile_and_no_other(static):
+def test_record_holds_every_shipped_tile_and_no_other():
     for targets in RECORD.values():
         for target, tiles in targets.items():
-            assert tiles.keys() == {case.name for case in static.all_cases(target)}
+            assert tiles.keys() == {build.name for build in all_builds(target)}
 
 
-def test_a_sample_has_every_kind_of_tile_and_the_largest_of_each_kernel(static):
-    cases = [case for target in static.TARGETS for case in static.all_cases(target)]
+def test_a_sample_has_every_kind_of_tile_and_the_largest_of_each_kernel():
+    builds = [build for target in TARGETS for build in all_builds(target)]
     sizes, kinds = ("H192", "H256", "H384", "H512", "H768", "H1024", "H1536", "H2048"), ("fp32", "bf16", "fp64", "mma3")
     for record in RECORD.values():
-        taken = static.static_sample.sample(cases, record)
-        assert len(taken) <= len(cases) / 6  # of a run that has to come back
-        names = [case.name for case in taken]
+        taken = static_sample.sample(builds, record)
+        assert len(taken) <= len(builds) / 6  # of a run that has to come back
+        names = [build.name for build in taken]
         for step in ("forward", "backward"):
             for word in sizes + kinds:
                 assert any(name.startswith(f"elman grid {step} ") and f" {word} " in name for name in names), word
-        chosen = {(case.target, case.name) for case in taken}
-        for kernel, target in {(case.kernel, case.target) for case in cases}:
-            of_kernel = [case.name for case in cases if (case.kernel, case.target) == (kernel, target)]
+        chosen = {(build.target, build.name) for build in taken}
+        for kernel, target in {(build.kernel, build.target) for build in builds}:
+            of_kernel = [build.name for build in builds if (build.kernel, build.target) == (kernel, target)]
             most = max(record[target][name]["registers"] for name in of_kernel)
             assert any((target, name) in chosen and record[target][name]["registers"] == most for name in of_kernel)
 
 
-def test_a_step_of_the_recurrence_has_one_barrier_and_no_more_instructions_than_its_prototypes(static):
+def test_a_step_of_the_recurrence_has_one_barrier_and_no_more_instructions_than_its_prototypes():
     """The prototypes had no masks, biases, packed rows or h0, and 91, 93 and 149 instructions forward (Triton 3.9)."""
     for version, targets in RECORD.items():
         for target, tiles in targets.items():
@@ -310,61 +299,60 @@ def test_a_step_of_the_recurrence_has_one_barrier_and_no_more_instructions_than_
             assert targets["sm_90"][forward.format(width, lanes, warps)]["instructions"] <= most
 
 
-def test_programs_of_a_grid_that_is_chosen_run_at_once(static):
+def test_programs_of_a_grid_that_is_chosen_run_at_once():
     """A team that does not fit the chip is compiled all the same, and the table of tiles does not choose it there."""
-    tiles, kinds = static.load("elman_grid_tiles"), {"fp64": "fp64", "bf16": "16bit"}
+    tiles, kinds = load("elman_grid_tiles"), {"fp64": "fp64", "bf16": "16bit"}
     for version, targets in RECORD.items():
         for target, chip in tiles.CHIPS.items():
-            cases = {case.name: case for case in static.elman_grid_cases(target)}
-            assert {case.team for case in cases.values()} >= {12, 16, 24, 32, 48, 64, 96, 128}
-            for name, case in cases.items():
-                found, hidden = targets[target][name], case.constants["F"].hidden
+            builds = {build.name: build for build in elman_grid_builds(target)}
+            assert {build.team for build in builds.values()} >= {12, 16, 24, 32, 48, 64, 96, 128}
+            for name, build in builds.items():
+                found, hidden = targets[target][name], build.constants["F"].hidden
                 assert found["stack"] == 0, (version, target, name)
                 assert found["barriers"] == 2, (version, target, name)
-                assert found["team"] == case.team == case.constants["F"].programs
-                if found["at_once"] < case.team:
+                assert found["team"] == build.team == build.constants["F"].programs
+                if found["at_once"] < build.team:
                     kind = next((kind for key, kind in kinds.items() if f" {key} " in name), "tf32")
                     for rows in (1, 16, 128):
                         assert tiles.find_grid_tile(kind, hidden, target, rows, chip.processors, "bf16") is None
 
 
-def test_programs_of_a_decoder_that_goes_across_the_chip_run_at_once(static):
-    tiles, chips = static.load("generate_grid_tiles"), static.load("elman_grid_tiles").CHIPS
+def test_programs_of_a_decoder_that_goes_across_the_chip_run_at_once():
+    tiles, chips = load("generate_grid_tiles"), load("elman_grid_tiles").CHIPS
     for version, targets in RECORD.items():
         for target, chip in chips.items():
-            cases = static.static_cases.generate_grid_cases(target)
-            assert {case.constants["F"].hidden for case in cases} >= {256, 384, 512, 1024}
-            for case in cases:
-                found, form = targets[target][case.name], case.constants["F"]
-                assert found["stack"] == found["conflicts"] == 0, (version, target, case.name)
+            builds = generate_grid_builds(target)
+            assert {build.constants["F"].hidden for build in builds} >= {256, 384, 512, 1024}
+            for build in builds:
+                found, form = targets[target][build.name], build.constants["F"]
+                assert found["stack"] == found["conflicts"] == 0, (version, target, build.name)
                 most = (6 if form.sample else 3) + 2 * (form.layers - 1)
-                assert found["barriers"] <= most, (version, target, case.name)
-                assert found["team"] == case.team == form.programs
-                if found["at_once"] < case.team:
+                assert found["barriers"] <= most, (version, target, build.name)
+                assert found["team"] == build.team == form.programs
+                if found["at_once"] < build.team:
                     given = (form.hidden, 28, form.layers, 1, 4, target, chip.processors)
-                    assert "do not run at once" in tiles.why_not_grid(*given), (target, case.name)
+                    assert "do not run at once" in tiles.why_not_grid(*given), (target, build.name)
 
 
-def test_conflicts_are_recorded_for_every_tile_and_stated_where_they_are_many(static):
+def test_conflicts_are_recorded_for_every_tile_and_stated_where_they_are_many():
     """The statements cover the record, and none of them is about nothing."""
-    conflicts = static.load("static_conflicts", "bench")
     used = set()
     for targets in RECORD.values():
         for target, tiles in targets.items():
             for name, figures in tiles.items():
                 counted = {"wavefronts", "conflicts", "unknown_accesses"} <= figures.keys()
-                assert counted or target == "gfx942" or conflicts.statement(name) is not None
-                assert conflicts.faults(name, figures) == []
-                if target != "gfx942" and (conflicts.notable(figures) or figures.get("unknown_accesses", 1)):
-                    used.add(conflicts.statement(name))
-    assert used == set(conflicts.STATEMENTS)
+                assert counted or target == "gfx942" or static_conflicts.statement(name) is not None
+                assert static_conflicts.faults(name, figures) == []
+                if target != "gfx942" and (static_conflicts.notable(figures) or figures.get("unknown_accesses", 1)):
+                    used.add(static_conflicts.statement(name))
+    assert used == set(static_conflicts.STATEMENTS)
 
 
-def test_check_notices_what_is_worse(static):
-    case = next(case for case in static.elman_cases("sm_90") if " fp32 H128 mma " in case.name)
-    good = RECORD["3.9.0"]["sm_90"][case.name]
+def test_check_notices_what_is_worse():
+    build = next(build for build in elman_builds("sm_90") if " fp32 H128 mma " in build.name)
+    good = RECORD["3.9.0"]["sm_90"][build.name]
     assert static.regressions(good, good) == []
-    assert static.faults(case, good) == []
+    assert static.faults(build, good) == []
     assert static.regressions(good | {"instructions": good["instructions"] * 2}, good)
     assert static.regressions(good | {"barriers": good["barriers"] + 1}, good)
     assert static.regressions(good | {"registers": 255}, good)
@@ -376,11 +364,11 @@ def test_check_notices_what_is_worse(static):
     assert static.regressions(counted | {"unknown_accesses": 1}, counted)
     assert static.regressions(good | {"matrix": []}, good)
     assert static.regressions(good, None)
-    assert static.faults(case, good | {"stack": 8})
-    assert static.faults(case, good | {"matrix": []})
-    assert static.faults(case, good | {"shared": 2**20})
-    assert static.faults(case, good | {"unknown_accesses": 1})
-    unheard = dataclasses.replace(case, name="a tile that no statement is about")
+    assert static.faults(build, good | {"stack": 8})
+    assert static.faults(build, good | {"matrix": []})
+    assert static.faults(build, good | {"shared": 2**20})
+    assert static.faults(build, good | {"unknown_accesses": 1})
+    unheard = dataclasses.replace(build, name="a tile that no statement is about")
     assert not static.faults(unheard, counted | {"conflicts": 12})
     assert static.faults(unheard, counted | {"conflicts": 50})
     assert static.faults(unheard, counted | {"wavefronts_once": 100, "conflicts_once": 50})
@@ -389,13 +377,15 @@ def test_check_notices_what_is_worse(static):
 # What the check is for. The recurrence as it was in its first run on hardware reads W through a dot by FMA, as this one
 # does: 22.9 million wavefronts of its 6,400 steps (T=50, B=128) were conflicts, by the GPU's counters. A Gluon kernel
 # that keeps W in registers and reads its state back as groups of four has none, and one barrier a step.
-SHARED_MEMORY = LOAD + textwrap.dedent("""
+SHARED_MEMORY = textwrap.dedent("""
     import triton
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.experimental import gluon
     from triton.experimental.gluon import language as gl
+
+    from charrnn_fast.bench import static, static_figures
 
     @triton.jit
     def by_dot(w_ptr, out_ptr, T, K: tl.constexpr):
@@ -434,7 +424,7 @@ SHARED_MEMORY = LOAD + textwrap.dedent("""
         attributes = {(i,): [["tt.divisibility", 16]] for i in range(2)}
         source = static.source_class(kernel)(kernel, signature, constants, attributes)
         target = GPUTarget("cuda", 90, 32)
-        return static.of_compiled(triton.compile(source, target=target, options={"num_warps": warps}))
+        return static_figures.of_compiled(triton.compile(source, target=target, options={"num_warps": warps}))
 
     old = figures(by_dot, 4, K=128)
     assert old["unknown_accesses"] == 0, old
@@ -449,11 +439,11 @@ def test_conflicts_and_barriers_of_triton_and_gluon_kernels(tmp_path):
     run_script(SHARED_MEMORY, tmp_path / "kernels.py")
 
 
-def test_longest_loop_is_the_span_of_its_backward_branch(static):
+def test_longest_loop_is_the_span_of_its_backward_branch():
     listing = ["L0:", "a", "b", "bra L0", "c", "L1:", "d", "e", "f", "bra L1", "bra L2", "L2:", "g"]
     lines = [("label", text[:-1]) if text.endswith(":") else ("instruction", text) for text in listing]
 
     def branch_target(text):
         return text[4:] if text.startswith("bra ") else None
 
-    assert static.longest_loop(lines, branch_target) == ["d", "e", "f", "bra L1"]
+    assert longest_loop(lines, branch_target) == ["d", "e", "f", "bra L1"]

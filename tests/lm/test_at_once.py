@@ -1,22 +1,19 @@
 """A training step at once: the curve of the step by autograd, and the reasons for that one."""
 
-from dataclasses import replace
-
 import pytest
 import torch
+from lm_problems import TEXT, start
 from torch import nn
 
 from charrnn_fast.kernels import native
-from charrnn_fast.lm import at_once, corpora, data
+from charrnn_fast.lm import at_once
 from charrnn_fast.lm.distributed import Processes
 from charrnn_fast.lm.forms import make
 from charrnn_fast.lm.model import CharRNN
-from charrnn_fast.lm.recipes import RECIPES, build_model, build_sampler
+from charrnn_fast.lm.recipes import RECIPES
 from charrnn_fast.lm.step import TrainingStep, train_batches
 from charrnn_fast.lm.training import Trainer
 
-ENGLISH = corpora.fallback(corpora.BOOKS["timemachine"], "offline").text[:6_000]
-TEXT = data.Vocabulary.of(f"{ENGLISH} abcdefghijklmnopqrstuvwxyz", letters=True).encode(ENGLISH)[:3_000]
 SIZES = {
     "scratch": {"batch_size": 64, "hidden_size": 12},
     "concise": {"batch_size": 64, "hidden_size": 12},
@@ -47,21 +44,17 @@ class Counted:
 @pytest.mark.parametrize("name", SIZES)
 def test_a_step_at_once_is_the_step_by_autograd_bit_for_bit(name, guard, monkeypatch):
     """SGD and Adam, one bias and two, whole and ragged batches, zero and carried state: losses, norms, parameters."""
-    recipe = replace(RECIPES[name], **SIZES[name])
     results = []
     for at_once_too in (True, False):
-        model = build_model(recipe, 28, seed=0)
-        trainer = Trainer(model, optimizer=recipe.optimizer, lr=recipe.lr, clip=recipe.clip)
-        step = TrainingStep(model, trainer.optimizer, recipe.clip, guard=guard)
+        trainer, sampler = start(RECIPES[name], TEXT[:3_000], **SIZES[name])
+        model, optimizer, clip = trainer.model, trainer.optimizer, trainer.clip
+        step, curve = TrainingStep(model, optimizer, clip, guard=guard), []
         monkeypatch.setattr(step, "prepare", lambda: None)
         if at_once_too:
             assert step.why_not_at_once is None
-            step._at_once = Counted(model.step_at_once(trainer.optimizer, recipe.clip, step._may_update))
-        sampler, curve = build_sampler(recipe, TEXT, seed=0), []
+            step._at_once = Counted(model.step_at_once(optimizer, clip, step._may_update))
         for _ in range(2):
-            run = train_batches(
-                model, sampler.train(), trainer.optimizer, recipe.clip, carry_state=sampler.carry_state, step=step
-            )
+            run = train_batches(model, sampler.train(), optimizer, clip, carry_state=sampler.carry_state, step=step)
             for loss in run:
                 curve += [loss, step.norm]
                 assert all(p.grad is None for p in model.parameters())
@@ -95,16 +88,9 @@ class Own(CharRNN):
         return super().loss(tokens, targets, state)
 
 
-def _hooked(where: str) -> CharRNN:
+def _changed(change) -> CharRNN:
     model = CharRNN(7, 5)
-    if where == "head":
-        model.head.register_forward_hook(lambda *_: None)
-    elif where == "parameter":
-        model.head.bias.register_hook(lambda g: g)
-    elif where == "instance":
-        model.loss = model.loss
-    else:
-        model.rnn = nn.RNN(7, 5, batch_first=True)
+    change(model)
     return model
 
 
@@ -113,10 +99,13 @@ REASONS = {
     "the model has a learned embedding": lambda: (CharRNN(7, 5, embedding=3), {}),
     "dropout draws numbers": lambda: (CharRNN(7, 5, dropout=0.1), {}),
     "a method of the model is not CharRNN's": lambda: (Own(7, 5), {}),
-    "a method of the model is not CharRNN's ": lambda: (_hooked("instance"), {}),
-    "it would not call its modules, and head has a forward hook": lambda: (_hooked("head"), {}),
-    "it would not call the hook of head.bias": lambda: (_hooked("parameter"), {}),
-    "rnn is a RNN": lambda: (_hooked("rnn"), {}),
+    "a method of the model is not CharRNN's ": lambda: (_changed(lambda m: setattr(m, "loss", m.loss)), {}),
+    "it would not call its modules, and head has a forward hook": lambda: (
+        _changed(lambda m: m.head.register_forward_hook(lambda *_: None)),
+        {},
+    ),
+    "it would not call the hook of head.bias": lambda: (_changed(lambda m: m.head.bias.register_hook(lambda g: g)), {}),
+    "rnn is a RNN": lambda: (_changed(lambda m: setattr(m, "rnn", nn.RNN(7, 5, batch_first=True))), {}),
     "PyTorch alone is trained as PyTorch does": lambda: (make("torch", 7, 5), {}),
     "the reference model is trained operation by operation": lambda: (make("reference", 7, 5), {}),
     "an update is made for 3 batches": lambda: (CharRNN(7, 5), {"accumulate": 3}),

@@ -8,25 +8,22 @@ the tensors that were there when it was recorded, and recording runs nothing.
 from dataclasses import replace
 from unittest.mock import Mock
 
+import lm_problems
 import pytest
 import torch
+from lm_problems import Calling, by_form, fit, same_parameters, same_run, save, start
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from charrnn_fast.errors import TrainingError
-from charrnn_fast.lm import capture, checkpoint, corpora, data, recordings, training
+from charrnn_fast.lm import capture, checkpoint, data
 from charrnn_fast.lm import model as model_module
 from charrnn_fast.lm.capture import MAX_SHAPES, WARM_UP_STEPS, RecordedSteps, dependencies
 from charrnn_fast.lm.evaluation import validate
 from charrnn_fast.lm.model import CharRNN
 from charrnn_fast.lm.recipes import RECIPES, build_model, build_sampler
-from charrnn_fast.lm.schedule import Schedule
 from charrnn_fast.lm.step import Evaluation, TrainingStep, train_batches
 from charrnn_fast.lm.torch_model import TorchCharRNN
 from charrnn_fast.lm.training import Trainer
-from charrnn_fast.reference import training as reference
-
-ENGLISH = corpora.fallback(corpora.BOOKS["timemachine"], "offline").text[:12_000]
-TEXT = data.Vocabulary.of(f"{ENGLISH} abcdefghijklmnopqrstuvwxyz", letters=True).encode(ENGLISH)[:7_000]
 
 SMALL = {
     "scratch": {"batch_size": 256, "hidden_size": 16},
@@ -35,28 +32,8 @@ SMALL = {
     "ch8-random": {"hidden_size": 24, "batch_size": 16, "sampler": "random"},
     "santa": {"hidden_size": 24},
 }
-FORMS = {name: replace(RECIPES[name.removesuffix("-random")], **sizes) for name, sizes in SMALL.items()}
-
-
-class Calling:
-    """Records the call: a replay calls it again."""
-
-    def __init__(self, *trained):
-        self.trained = trained  # the model and its optimizer
-        self.runs = self.recorded = self.replays = 0
-
-    def run(self, work):
-        self.runs += 1
-        return work()
-
-    def record(self, work):
-        self.recorded += 1
-
-        def replay():
-            self.replays += 1
-            return work()
-
-        return replay
+FORMS = {name: replace(RECIPES[name.removesuffix("-random")], **sizes, epochs=4) for name, sizes in SMALL.items()}
+TEXT = lm_problems.TEXT[:3_000]
 
 
 class Tracing(Calling):
@@ -94,57 +71,33 @@ class Refusing(Calling):
         raise RuntimeError("operation not permitted when stream is capturing\nmore lines")
 
 
-def _recorded(model, optimizer, clip, recorder, carry_state, **options) -> RecordedSteps:
+def _recorded(model, optimizer, clip, recorder, carry_state) -> RecordedSteps:
     step = TrainingStep(model, optimizer, clip)
     zero_state = model.zero_state if carry_state else None
-    return RecordedSteps(step, recorder, lambda: dependencies(model, optimizer), zero_state, **options)
+    return RecordedSteps(step, recorder, lambda: dependencies(model, optimizer), zero_state)
 
 
-def _train(
-    recipe, recorder=None, *, epochs=3, momentum=0.0, dtype=torch.float32, before_epoch=None, text=TEXT, device="cpu"
-):
-    """The losses of every step, the parameters at the end, and with a recorder's class the recorded steps and it."""
-    model = build_model(recipe, 28, seed=0, dtype=dtype, device=device)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    if recipe.optimizer == "adam":
-        optimizer = torch.optim.Adam(parameters, recipe.lr)
-    else:
-        optimizer = torch.optim.SGD(parameters, recipe.lr, momentum=momentum)
-    sampler = build_sampler(recipe, text.to(device), seed=0)
-    carry = sampler.carry_state
+def _train(recipe, recorder=None, *, before_epoch=lambda *_: None, text=TEXT, device="cpu", **options):
+    """The losses of every step, the trained model, and with a recorder's class the recorded steps and it."""
+    trainer, sampler = start(recipe, text.to(device), device=device, capture=False, **options)
+    model, optimizer, carry = trainer.model, trainer.optimizer, sampler.carry_state
     steps = None
     if recorder is not None:
         recorder = recorder(model, optimizer)
         steps = _recorded(model, optimizer, recipe.clip, recorder, carry)
     losses = []
-    for epoch in range(epochs):
-        if before_epoch is not None:
-            before_epoch(epoch, model, optimizer)
+    for epoch in range(trainer.epochs):
+        before_epoch(epoch, model, optimizer)
         if steps is not None:
             steps.refresh()
-        run = train_batches(model, sampler.train(), optimizer, recipe.clip, carry_state=carry, recorded=steps)
-        losses.append(torch.stack(list(run)))
-        assert all(p.grad is None for p in parameters)
-    return torch.cat(losses), parameters, steps, recorder
+        losses += train_batches(model, sampler.train(), optimizer, recipe.clip, carry_state=carry, recorded=steps)
+        assert all(p.grad is None for p in model.parameters())
+    return torch.stack(losses), model, steps, recorder
 
 
 def _assert_same(plain, recorded):
     assert torch.equal(plain[0], recorded[0])
-    for p, q in zip(plain[1], recorded[1], strict=True):
-        assert torch.equal(p, q)
-
-
-@pytest.mark.parametrize("name", FORMS)
-def test_recorded_curve_is_the_plain_one(name):
-    """Whole and ragged batches, zero and carried state, SGD and Adam; every shape is recorded in the end."""
-    recorded = _train(FORMS[name], Calling, epochs=WARM_UP_STEPS + 2)
-    _assert_same(_train(FORMS[name], epochs=WARM_UP_STEPS + 2), recorded)
-    losses, _, steps, recorder = recorded
-    shapes = steps._slots
-    assert len(shapes) >= (1 if name == "ch8" else 2)
-    assert recorder.recorded == len([s for s in shapes.values() if s.replay is not None]) >= 1
-    assert recorder.runs <= WARM_UP_STEPS * len(shapes) and recorder.replays == len(losses) - recorder.runs
-    assert steps.reason is None
+    same_parameters(plain[1], recorded[1])
 
 
 @pytest.mark.parametrize(("name", "momentum"), [("concise", 0.9), ("ch8", 0.0), ("ch8-random", 0.0)])
@@ -186,16 +139,6 @@ def test_a_recording_that_fails_leaves_the_plain_loop(name):
     _assert_same(_train(FORMS[name]), recorded)
 
 
-def test_a_recording_that_is_required_raises():
-    model = CharRNN(28, 8)
-    optimizer = torch.optim.SGD(model.parameters(), 0.1)
-    steps = _recorded(model, optimizer, 1.0, Refusing(model, optimizer), False, required=True)
-    batches = [(TEXT[None, i : i + 5], TEXT[None, i + 1 : i + 6]) for i in range(WARM_UP_STEPS + 1)]
-    run = train_batches(model, batches, optimizer, 1.0, recorded=steps)
-    with pytest.raises(TrainingError, match=r"a training step cannot be captured: .* not permitted"):
-        list(run)
-
-
 def test_many_shapes_are_not_all_recorded():
     """Beyond MAX_SHAPES the plain step runs, on the state that the recorded ones carry, and they on its."""
     lengths = [4 + i for i in range(MAX_SHAPES + 3)] * (WARM_UP_STEPS + 2)
@@ -207,7 +150,7 @@ def test_many_shapes_are_not_all_recorded():
         optimizer = torch.optim.SGD(model.parameters(), 0.5)
         steps = None if recorder is None else _recorded(model, optimizer, 1.0, recorder, True)
         run = train_batches(model, batches, optimizer, 1.0, carry_state=True, recorded=steps)
-        results.append((torch.stack(list(run)), list(model.parameters())))
+        results.append((torch.stack(list(run)), model))
     assert recorder.recorded == MAX_SHAPES
     _assert_same(*results)
 
@@ -223,23 +166,6 @@ def test_a_state_of_another_batch_size_is_refused_as_by_the_plain_step():
             list(train_batches(model, batches, optimizer, None, carry_state=True, recorded=recorded))
 
 
-def test_losses_stay_what_they_were():
-    """The loss of a replay lies in one place; what train_batches yields does not."""
-    model = CharRNN(28, 8)
-    optimizer = torch.optim.SGD(model.parameters(), 0.5)
-    batches = [(TEXT[None, :30], TEXT[None, 1:31])] * (WARM_UP_STEPS + 3)
-    last = torch.zeros(())
-
-    class Static(Calling):
-        def record(self, work):
-            replay = super().record(work)
-            return lambda: (last.copy_((found := replay())[0]), found[1])
-
-    steps = _recorded(model, optimizer, 1.0, Static(), False)
-    losses = [float(loss) for loss in list(train_batches(model, batches, optimizer, 1.0, recorded=steps))]
-    assert losses == sorted(losses, reverse=True) and len(set(losses)) == len(losses)
-
-
 @pytest.mark.parametrize("name", ["scratch", "ch8", "santa"])
 def test_triton_kernels_follow_the_reference(name, device, monkeypatch):
     """What a GPU runs (token recurrence, loss, clip, update; recorded), in fp64: interpreted where there is none."""
@@ -252,58 +178,26 @@ def test_triton_kernels_follow_the_reference(name, device, monkeypatch):
     losses, _, _, recorder = _train(recipe, Calling, dtype=torch.float64, text=text, epochs=1, device=device)
     assert recorder.replays > 0
     assert steps.called == (recipe.optimizer == "sgd"), "clip and SGD's step are one launch"
-    net = build_model(recipe, 28, seed=0, kind="reference", dtype=torch.float64)
-    sampler = build_sampler(recipe, text, seed=0)
-    updater = (reference.Adam if recipe.optimizer == "adam" else reference.SGD)(net.parameters(), recipe.lr)
-    run = reference.train_batches(net, sampler.train(), updater, recipe.clip, carry_state=sampler.carry_state)
-    torch.testing.assert_close(losses.cpu(), torch.stack(list(run)), rtol=0, atol=1e-9)
+    expected, *_ = by_form(recipe, text, 1, kind="reference", dtype=torch.float64)
+    torch.testing.assert_close(losses.tolist(), expected, rtol=0, atol=1e-9)
 
 
 # ---- Trainer ------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def recorders(monkeypatch) -> list[Calling]:
-    """Trainers on this CPU take it for a device whose steps can be captured, by `Calling`; those that they made."""
-    made: list[Calling] = []
-
-    def make(device: torch.device) -> Calling:
-        made.append(Calling())
-        return made[-1]
-
-    monkeypatch.setattr(recordings, "CudaGraphRecorder", make)
-    monkeypatch.setattr(capture, "why_not_on", lambda device: None)
-    monkeypatch.setattr(training, "why_not_optimizer", lambda optimizer: None)
-    return made
-
-
-def _fit(recipe, epochs=4, **options):
-    trainer = Trainer(
-        build_model(recipe, 28, seed=0),
-        optimizer=recipe.optimizer,
-        lr=recipe.lr,
-        clip=recipe.clip,
-        epochs=epochs,
-        **options,
-    )
-    sampler = build_sampler(recipe, TEXT[:3000], seed=0)
-    trainer.fit(sampler)
-    return trainer, sampler
-
-
-def _curve(trainer) -> list[tuple]:
-    return [(r.train_loss, r.val_ppl, r.val_ppl_batch_mean, r.tokens) for r in trainer.history]
-
-
 @pytest.mark.parametrize("name", FORMS)
 def test_trainer_records_and_keeps_its_curve(name, recorders):
-    captured, _ = _fit(FORMS[name], capture=True)
-    plain, _ = _fit(FORMS[name], capture=False)
-    assert len(recorders) == 1 and recorders[0].replays > recorders[0].runs
+    """Whole and ragged batches, zero and carried state, SGD and Adam; every shape is recorded in the end."""
+    captured, plain = (fit(FORMS[name], TEXT, capture=wanted, epochs=WARM_UP_STEPS + 2) for wanted in (True, False))
     assert captured.capture_reason is None and plain.capture_reason == "it was turned off"
-    assert _curve(captured) == _curve(plain)
-    for p, q in zip(captured.model.parameters(), plain.model.parameters(), strict=True):
-        assert torch.equal(p, q)
+    same_run(captured, plain)
+    (recorder,) = recorders
+    _, training = captured._recordings._training
+    slots = [slot for steps in (training, *captured._recordings._evaluation.values()) for slot in steps._slots.values()]
+    assert len(training._slots) >= (1 if name == "ch8" else 2)
+    assert recorder.recorded == len([slot for slot in slots if slot.replay is not None]) >= 1
+    assert recorder.runs == sum(min(slot.steps, WARM_UP_STEPS) for slot in slots) < recorder.replays
+    assert recorder.runs + recorder.replays == sum(slot.steps for slot in slots)
 
 
 def test_validation_is_recorded_and_an_epoch_reads_from_the_device_twice(recorders, monkeypatch):
@@ -313,7 +207,8 @@ def test_validation_is_recorded_and_an_epoch_reads_from_the_device_twice(recorde
     transfers, cpu = [], torch.Tensor.cpu
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: (transfers.append(tuple(self.shape)), cpu(self))[1])
     recipe = replace(FORMS["scratch"], batch_size=64)
-    trainer, sampler = _fit(recipe, epochs=WARM_UP_STEPS + 2, capture=True)
+    trainer, sampler = start(recipe, TEXT, epochs=WARM_UP_STEPS + 2, capture=True)
+    trainer.fit(sampler)
     steps, batches = trainer.step // trainer.epochs, len(list(sampler.validation()))
     assert transfers == [(2 * steps,), (batches,)] * trainer.epochs
     slots = trainer._recordings.evaluation(False)._slots.values()
@@ -326,7 +221,7 @@ def test_an_evaluation_alone_is_recorded_where_a_step_can_be(name, recorders):
     """validate() as `charrnn-fast evaluate` calls it: whole and ragged batches, zero and carried state."""
     model = build_model(FORMS[name], 28, seed=0)
     text = data.consecutive(TEXT[:500], 33, ids_below=28)
-    batches = list(text) if name == "ch8" else list(build_sampler(FORMS[name], TEXT[:3000], seed=0).validation())
+    batches = list(text) if name == "ch8" else list(build_sampler(FORMS[name], TEXT, seed=0).validation())
     recorded = validate(model, batches, carry_state=name == "ch8")
     plain = validate(model, batches, carry_state=name == "ch8", step=Evaluation(model))
     assert recorded == plain
@@ -335,10 +230,8 @@ def test_an_evaluation_alone_is_recorded_where_a_step_can_be(name, recorders):
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
 def test_a_learning_rate_that_changes_is_a_tensor_that_a_recording_follows(optimizer, recorders):
-    recipe = replace(FORMS["ch8"], optimizer=optimizer, lr=0.01)
-    schedule = Schedule("cosine", warmup=5)
-    captured, _ = _fit(recipe, capture=True, schedule=schedule, epochs=6)
-    plain, _ = _fit(recipe, capture=False, schedule=schedule, epochs=6)
+    recipe = replace(FORMS["ch8"], optimizer=optimizer, lr=0.01, schedule="cosine", warmup=5, epochs=6)
+    captured, plain = (fit(recipe, TEXT, capture=wanted) for wanted in (True, False))
     assert [r.lr for r in captured.history] == pytest.approx([r.lr for r in plain.history])
     assert [r.train_loss for r in captured.history] == pytest.approx([r.train_loss for r in plain.history], rel=1e-5)
     assert len({r.lr for r in captured.history}) == 6 and isinstance(
@@ -349,8 +242,8 @@ def test_a_learning_rate_that_changes_is_a_tensor_that_a_recording_follows(optim
 
 def test_clip_and_optimizer_changed_between_epochs_are_heeded(recorders):
     results = []
-    for options in ({"capture": True}, {"capture": False}):
-        trainer = Trainer(build_model(FORMS["ch8"], 28, seed=0), epochs=8, **options)
+    for wanted in (True, False):
+        trainer, sampler = start(FORMS["ch8"], TEXT, epochs=8, capture=wanted)
 
         def change(record, trainer=trainer):
             if record.epoch == 3:
@@ -358,9 +251,9 @@ def test_clip_and_optimizer_changed_between_epochs_are_heeded(recorders):
             if record.epoch == 6:
                 trainer.optimizer = torch.optim.SGD(trainer.model.parameters(), 0.1)
 
-        trainer.fit(build_sampler(FORMS["ch8"], TEXT[:3000], seed=0), on_epoch=change)
-        results.append(_curve(trainer))
-    assert results[0] == results[1]
+        trainer.fit(sampler, on_epoch=change)
+        results.append(trainer)
+    same_run(*results)
     assert [recorder.recorded for recorder in recorders] == [3] and recorders[0].replays > 8
 
 
@@ -368,28 +261,26 @@ def test_clip_and_optimizer_changed_between_epochs_are_heeded(recorders):
 def test_resume_of_recorded_steps_is_exact(name, recorders, tmp_path):
     """Also into a trainer that has recorded steps on the optimiser state that the checkpoint replaces."""
     recipe = FORMS[name]
-    vocab = data.Vocabulary([chr(97 + i) for i in range(28)], letters=False)
-    straight, _ = _fit(recipe, epochs=6)
-    stopped, sampler = _fit(recipe, epochs=2)
-    checkpoint.save(tmp_path / "a.ckpt", stopped, sampler, vocab, recipe, kind="fused", seed=0, source="book")
+    straight = fit(recipe, TEXT, epochs=6)
+    stopped, sampler = start(recipe, TEXT, epochs=2)
+    stopped.fit(sampler)
+    save(tmp_path / "a.ckpt", stopped, sampler, recipe)
     stopped.epochs = 5
     stopped.fit(sampler)  # past the checkpoint, and back
-    written = checkpoint.load(tmp_path / "a.ckpt")
-    checkpoint.resume(written, stopped, sampler, recipe)
+    checkpoint.resume(checkpoint.load(tmp_path / "a.ckpt"), stopped, sampler, recipe)
     stopped.epochs = 6
     stopped.fit(sampler)
-    assert _curve(stopped) == _curve(straight)
+    same_run(stopped, straight)
     assert len(recorders) == 2 and recorders[1].recorded >= (4 if recipe.optimizer == "adam" else 1)
 
 
 def test_failure_in_a_run_is_told_and_trained_through(recorders, monkeypatch):
     monkeypatch.setattr(Calling, "record", lambda self, work: 1 / 0)
-    trainer, _ = _fit(FORMS["scratch"])
+    trainer = fit(FORMS["scratch"], TEXT)
     assert trainer.capture_reason == "recording a step raised ZeroDivisionError: division by zero"
-    plain, _ = _fit(FORMS["scratch"], capture=False)
-    assert _curve(trainer) == _curve(plain)
+    same_run(trainer, fit(FORMS["scratch"], TEXT, capture=False))
     with pytest.raises(TrainingError, match=r"a training step cannot be captured: .*division by zero"):
-        _fit(FORMS["scratch"], capture=True)
+        fit(FORMS["scratch"], TEXT, capture=True)
 
 
 REASONS = {
@@ -441,24 +332,18 @@ def test_state_written_by_a_gpu_resumes_on_a_cpu(name):
     not.
     """
     recipe = FORMS[name]
-    straight, _ = _fit(recipe, epochs=4)
-    stopped, sampler = _fit(recipe, epochs=2)
+    straight = fit(recipe, TEXT)
+    stopped, sampler = start(recipe, TEXT, epochs=2)
+    stopped.fit(sampler)
     state = stopped.state_dict()
-    written = {
-        **state["optimizer"],
-        "param_groups": [
-            g | {name: True for name in ("capturable", "fused") if name in g}
-            for g in state["optimizer"]["param_groups"]
-        ],
-    }
-    resumed = Trainer(
-        build_model(recipe, 28, seed=1), optimizer=recipe.optimizer, lr=recipe.lr, clip=recipe.clip, epochs=4
-    )
+    for group in state["optimizer"]["param_groups"]:
+        group |= {name: True for name in ("capturable", "fused") if name in group}
+    resumed, _ = start(recipe, TEXT, seed=1)
     resumed.model.load_state_dict(stopped.model.state_dict())
-    resumed.load_state_dict({**state, "optimizer": written})
+    resumed.load_state_dict(state)
     assert not any(group.get("capturable") or group["fused"] for group in resumed.optimizer.param_groups)
     resumed.fit(sampler)
-    assert _curve(resumed) == _curve(straight)
+    same_run(resumed, straight)
 
 
 def test_state_of_another_number_of_groups_is_refused():

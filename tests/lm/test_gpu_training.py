@@ -5,20 +5,17 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lm_problems import TEXT, by_form, save, start
 
 from charrnn_fast.errors import TrainingError
-from charrnn_fast.lm import checkpoint, corpora, data
+from charrnn_fast.lm import checkpoint, data
 from charrnn_fast.lm.capture import WARM_UP_STEPS
 from charrnn_fast.lm.model import CharRNN
 from charrnn_fast.lm.recipes import RECIPES, build_model, build_sampler
 from charrnn_fast.lm.training import Trainer, train_batches
 from charrnn_fast.ops import backends
-from charrnn_fast.reference import training as reference
 
 pytestmark = pytest.mark.gpu
-
-ENGLISH = corpora.fallback(corpora.BOOKS["timemachine"], "offline").text[:40_000]
-TEXT = data.Vocabulary.of(f"{ENGLISH} abcdefghijklmnopqrstuvwxyz", letters=True).encode(ENGLISH)[:20_000]
 
 # Every recipe at its own sizes; 20,000 characters give each an epoch of whole batches and a ragged one.
 FORMS = {
@@ -32,16 +29,8 @@ FORMS = {
 }
 
 
-def _trainer(recipe, *, epochs=5, dtype=torch.float32, **options) -> tuple[Trainer, data.Sampler]:
-    trainer = Trainer(
-        build_model(recipe, 28, seed=0, device="cuda", dtype=dtype),
-        optimizer=recipe.optimizer,
-        lr=recipe.lr,
-        clip=recipe.clip,
-        epochs=epochs,
-        **options,
-    )
-    return trainer, build_sampler(recipe, TEXT, seed=0)
+def _trainer(recipe, **options) -> tuple[Trainer, data.Sampler]:
+    return start(recipe, **{"epochs": 5, "device": "cuda", **options})
 
 
 def _fit(recipe, **options) -> Trainer:
@@ -129,31 +118,23 @@ def test_captured_curve_follows_the_reference_for_200_steps(name):
     losses = []
     while len(losses) < 200:
         losses += _epoch(trainer, sampler)
-    net = build_model(recipe, 28, seed=0, kind="reference", device="cuda", dtype=torch.float64)
-    updater = (reference.Adam if recipe.optimizer == "adam" else reference.SGD)(net.parameters(), recipe.lr)
-    sampler, expected = build_sampler(recipe, TEXT.cuda(), seed=0), []
-    while len(expected) < 200:
-        expected += list(
-            reference.train_batches(net, sampler.train(), updater, recipe.clip, carry_state=sampler.carry_state)
-        )
-    torch.testing.assert_close(torch.stack(losses[:200]), torch.stack(expected[:200]), rtol=0, atol=1e-9)
+    expected, *_ = by_form(recipe, TEXT.cuda(), 200, kind="reference", device="cuda", dtype=torch.float64)
+    torch.testing.assert_close(torch.stack(losses[:200]).tolist(), expected[:200], rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", ["scratch", "ch8", "santa"])
 def test_resume_is_exact_and_goes_on_on_a_cpu(name, tmp_path):
     recipe = FORMS[name]
-    vocab = data.Vocabulary([chr(97 + i) for i in range(28)], letters=False)
     straight = _fit(recipe, epochs=6)
     stopped, sampler = _trainer(recipe, epochs=4)
     stopped.fit(sampler)
-    checkpoint.save(tmp_path / "a.ckpt", stopped, sampler, vocab, recipe, kind="fused", seed=0, source="book")
+    save(tmp_path / "a.ckpt", stopped, sampler, recipe)
     written = checkpoint.load(tmp_path / "a.ckpt")
     resumed, sampler = _trainer(recipe, epochs=6)
     checkpoint.resume(written, resumed, sampler, recipe)
     resumed.fit(sampler)
     torch.testing.assert_close(_losses(resumed), _losses(straight), **_tolerance(recipe))
-    on_cpu = Trainer(build_model(recipe, 28, seed=1), optimizer=recipe.optimizer, lr=recipe.lr, clip=recipe.clip)
-    on_cpu.epochs, sampler = 5, build_sampler(recipe, TEXT, seed=0)
+    on_cpu, sampler = start(recipe, epochs=5, seed=1)
     checkpoint.resume(written, on_cpu, sampler, recipe)
     on_cpu.fit(sampler)
     assert on_cpu.history[4].train_loss == pytest.approx(straight.history[4].train_loss, rel=1e-3)

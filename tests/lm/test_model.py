@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from lm_problems import H, V, same_parameters, tiny
 
 from charrnn_fast.errors import InputError
 from charrnn_fast.lm import data
@@ -17,38 +18,35 @@ from charrnn_fast.lm.training import Trainer
 from charrnn_fast.reference.generate import generate as reference_generate
 from charrnn_fast.reference.language_model import RNNLM
 
-
-def _model(form="fused", seed=0, **options):
-    torch.manual_seed(seed)
-    return make(form, 7, 5, dtype=torch.float64, **options)
-
-
 OPTIONS = [
     {},
     {"num_layers": 2},
     {"nonlinearity": "relu"},
     {"embedding": 3},
+    {"second_bias": False},
     {"second_bias": False, "num_layers": 2},
+    {"backend": "torch"},
     {"form": "torch"},
     {"form": "torch", "embedding": 3, "num_layers": 2},
 ]
 
 
-@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
 def test_matches_the_reference(options):
-    """Logits, states, loss and the gradient of every trained parameter; then back through load_reference."""
-    model = _model(**options)
+    """Logits, states, loss and the gradient of every trained parameter, by the loss in one call or separate operations;
+    and back through load_reference.
+    """
+    model = tiny(**options)
     net = model.to_reference()
-    tokens = torch.randint(7, (3, 9), generator=torch.Generator().manual_seed(1))
-    state = torch.randn(model.num_layers, 3, 5, dtype=torch.float64)
-    for ours, theirs in zip(model(tokens, state), net(tokens, state), strict=True):
-        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-13)
-    loss, _ = model.loss(tokens[:, :-1], tokens[:, 1:])
-    expected, _ = net.loss(tokens[:, :-1], tokens[:, 1:])
-    torch.testing.assert_close(loss, expected, rtol=1e-12, atol=1e-13)
-    loss.backward()
-    expected.backward()
-    gradients = _model(**options)
+    same_parameters(model, tiny(seed=5, **options).load_reference(net))
+    tokens = torch.randint(V, (20, 10), generator=torch.Generator().manual_seed(1))
+    state = torch.randn(model.num_layers, 20, H, dtype=torch.float64)
+    torch.testing.assert_close(model(tokens, state), net(tokens, state), rtol=1e-12, atol=1e-13)
+    results = [m.loss(tokens[:, :-1], tokens[:, 1:], state) for m in (model, net)]
+    torch.testing.assert_close(*results, rtol=1e-12, atol=1e-13)
+    for loss, last in results:
+        (loss + last.sum()).backward()
+    gradients = tiny(**options)
     for p in net.parameters():
         p.data = p.grad
     gradients.load_reference(net)
@@ -68,28 +66,19 @@ def test_all_forms_of_a_recipe_begin_alike(init, second_bias):
         torch.testing.assert_close(other, first, rtol=1e-12, atol=1e-13)
 
 
-@pytest.mark.parametrize("options", OPTIONS)
-def test_reference_and_back_is_the_same_model(options):
-    model = _model(**options)
-    other = _model(seed=5, **options).load_reference(model.to_reference())
-    for p, q in zip(model.parameters(), other.parameters(), strict=True):
-        assert torch.equal(p, q)
-
-
 @pytest.mark.parametrize("options", [{}, {"embedding": 3, "num_layers": 2}, {"second_bias": False}])
 def test_every_form_is_a_language_model_and_takes_over_every_others_parameters(options):
     """One file's parameters make one model in each form: loss, state and text."""
-    torch.manual_seed(0)
-    written = make("fused", 7, 5, dtype=torch.float64, **options).state_dict()
+    written = tiny(**options).state_dict()
     tokens = torch.randint(7, (3, 9), generator=torch.Generator().manual_seed(1))
     found = []
     for seed, form in enumerate(FORMS):
-        model = _model(form, seed + 1, **options)
+        model = tiny(form, seed + 1, **options)
         assert model.form == form and isinstance(model, LanguageModel)
         model.load_state_dict(written)
         again = model.state_dict()
         assert again.keys() == written.keys() and all(torch.equal(again[name], p) for name, p in written.items())
-        assert model.config() == _model(**options).config() and str(model.device) == "cpu"
+        assert model.config() == tiny(**options).config() and str(model.device) == "cpu"
         with model.evaluating():
             ids, _ = model.generate_ids(tokens, 6)
         found.append([*model.loss(tokens[:, :-1], tokens[:, 1:], model.zero_state(3)), ids.double()])
@@ -137,14 +126,14 @@ def test_bad_options(options):
 
 def test_token_ids_out_of_range():
     with pytest.raises(IndexError):
-        _model()(torch.tensor([[1, 7]]))
+        tiny()(torch.tensor([[1, 7]]))
 
 
 VOCAB = Vocabulary.of("abcdefg", letters=False)
 
 
 def test_generate_is_the_reference_decoder():
-    model = _model()
+    model = tiny()
     ids, _ = reference_generate(model.to_reference(), VOCAB.encode("cab").unsqueeze(0), 12)
     assert generate(model, VOCAB, "cab", 12) == "cab" + VOCAB.decode(ids[0])
     assert generate(model.to_reference(), VOCAB, "cab", 12) == generate(model, VOCAB, "cab", 12)
@@ -152,7 +141,7 @@ def test_generate_is_the_reference_decoder():
 
 
 def test_sampling_is_repeated_by_its_seed():
-    model = _model()
+    model = tiny()
     texts = [generate(model, VOCAB, "a", 60, temperature=1.0, seed=seed) for seed in (1, 1, 2)]
     assert texts[0] == texts[1] != texts[2]
     assert generate(model, VOCAB, "a", 60, temperature=1.0) != generate(model, VOCAB, "a", 60, temperature=1.0)
@@ -181,27 +170,13 @@ def test_prompt_is_prepared_as_the_text_was():
 )
 def test_bad_requests(arguments, options, message):
     with pytest.raises(InputError, match=message):
-        generate(_model(), VOCAB, *arguments, **options)
-
-
-@pytest.mark.parametrize("options", [{}, {"nonlinearity": "relu"}, {"second_bias": False}])
-def test_loss_in_one_call_is_the_loss_of_the_separate_operations(options):
-    """At a batch that the one call is made for: loss, state and gradients as with the torch backend."""
-    tokens = torch.randint(7, (20, 10), generator=torch.Generator().manual_seed(1))
-    state = torch.randn(1, 20, 5, dtype=torch.float64)
-    results = []
-    for backend in ("auto", "torch"):
-        model = _model(**options, backend=backend)
-        loss, last = model.loss(tokens[:, :-1], tokens[:, 1:], state)
-        (loss + last.sum()).backward()
-        results.append([loss, last, *(p.grad for p in model.parameters() if p.requires_grad)])
-    torch.testing.assert_close(results[0], results[1], rtol=1e-10, atol=1e-12)
+        generate(tiny(), VOCAB, *arguments, **options)
 
 
 def test_state_of_another_number_of_layers_is_refused():
     tokens = torch.randint(7, (20, 10), generator=torch.Generator().manual_seed(1))
     with pytest.raises(RuntimeError, match="Expected hidden size"):
-        _model().loss(tokens[:, :-1], tokens[:, 1:], torch.zeros(2, 20, 5, dtype=torch.float64))
+        tiny().loss(tokens[:, :-1], tokens[:, 1:], torch.zeros(2, 20, 5, dtype=torch.float64))
 
 
 @pytest.mark.parametrize("options", [{}, {"num_layers": 2}, {"form": "torch"}])

@@ -3,18 +3,18 @@
 import math
 from dataclasses import replace
 
+import lm_problems
 import pytest
 import torch
+from lm_problems import VOCAB, Listener, figures, same_parameters, same_run, save
 
 from charrnn_fast.errors import InputError, TrainingError
-from charrnn_fast.lm import checkpoint, corpora, data
+from charrnn_fast.lm import checkpoint, data
 from charrnn_fast.lm.callbacks import Callback
-from charrnn_fast.lm.recipes import RECIPES, build_model, build_sampler, build_trainer
+from charrnn_fast.lm.recipes import RECIPES
 from charrnn_fast.lm.training import Trainer
 
-TEXT = corpora.fallback(corpora.BOOKS["timemachine"], "offline").text[:3_000]
-VOCAB = data.Vocabulary.of(TEXT, letters=False)
-TOKENS = VOCAB.encode(TEXT, VOCAB.dtype)
+TEXT = lm_problems.TEXT[:3_000].to(VOCAB.dtype)
 BASE = replace(RECIPES["scratch"], hidden_size=8, batch_size=16, num_steps=12, epochs=3)
 FORMS = {
     "windows": replace(BASE, batch_size=512),
@@ -31,64 +31,58 @@ FORMS = {
 }
 
 
-class StopAt(Callback):
-    """Stops the run after a step, or after an epoch."""
+class Stop(Callback):
+    """Stops the run after a step, and after an epoch."""
 
-    def __init__(self, step):
-        self.step = step
+    def __init__(self, step=None, epoch=None):
+        self.step, self.epoch = step, epoch
 
     def on_step(self, trainer, step):
         if step.step == self.step:
             trainer.stop("the test said so")
 
+    def on_epoch(self, trainer, record):
+        if record.epoch == self.epoch and trainer.stopped is None:
+            trainer.stop("the test said so")
 
-def _start(recipe) -> tuple[Trainer, data.Sampler]:
+
+def _start(recipe, **changes) -> tuple[Trainer, data.Sampler]:
     torch.manual_seed(0)
-    trainer = build_trainer(recipe, build_model(recipe, len(VOCAB), seed=0))
-    return trainer, build_sampler(recipe, TOKENS, seed=0)
+    return lm_problems.start(recipe, TEXT, **changes)
 
 
-def _figures(trainer) -> list[tuple]:
-    """All of a history but the time."""
-    return [(r.train_loss, r.val_ppl, r.tokens, r.step, r.lr, r.grad_norm, r.clipped) for r in trainer.history]
-
-
-def _same(one: Trainer, other: Trainer) -> None:
-    assert _figures(one) == _figures(other) and one.step == other.step
-    for p, q in zip(one.model.parameters(), other.model.parameters(), strict=True):
-        assert torch.equal(p, q)
-    for p, q in zip(
-        one.optimizer.state_dict()["state"].values(), other.optimizer.state_dict()["state"].values(), strict=True
-    ):
-        assert all(torch.equal(torch.as_tensor(p[name]), torch.as_tensor(q[name])) for name in p if p[name] is not None)
+def _straight(recipe, *callbacks, **changes) -> Trainer:
+    """A run to its end, or to where a callback stops it."""
+    trainer, sampler = _start(recipe, **changes)
+    trainer.fit(sampler, callbacks=callbacks)
+    return trainer
 
 
 @pytest.mark.parametrize("name", FORMS)
 def test_a_run_stopped_at_every_few_steps_is_the_run_that_was_never_stopped(name, tmp_path):
+    """Also between two epochs."""
     recipe, path = FORMS[name], tmp_path / "a.ckpt"
-    straight, sampler = _start(recipe)
-    straight.fit(sampler)
+    straight = _straight(recipe)
     assert straight.step > 9 and len({r.train_loss for r in straight.history}) == len(straight.history)
-    (trainer, sampler), stops = _start(recipe), 0
+    (trainer, sampler), between = _start(recipe), []
     while True:
-        at = trainer.step + (1, 2, 5)[stops % 3]
-        trainer.fit(sampler, callbacks=[StopAt(at)])
-        if trainer.stopped != "the test said so" and len(trainer.history) >= len(straight.history):
+        at = trainer.step + (1, 2, 5)[len(between) % 3]
+        trainer.fit(sampler, callbacks=[Stop(at, epoch=len(trainer.history) + 1)])
+        if trainer.stopped != "the test said so":
             break
-        assert trainer.step == at
-        stops += 1
-        checkpoint.save(path, trainer, sampler, VOCAB, recipe, kind="fused", seed=0, source="a text")
+        assert trainer.step <= straight.step and (trainer.step == at or trainer.between_epochs)
+        between.append(trainer.between_epochs)
+        save(path, trainer, sampler, recipe)
         trainer, sampler = _start(recipe)
         torch.manual_seed(99)  # what dropout draws from comes with the checkpoint
         checkpoint.resume(checkpoint.load(path), trainer, sampler, recipe)
-    assert stops >= 3
-    _same(trainer, straight)
+    assert sum(between) >= 1 and between.count(False) >= 3
+    same_run(trainer, straight)
 
 
 def test_a_run_stopped_in_its_validation_goes_on_there():
     recipe = FORMS["windows, validated by place"]
-    straight, sampler = _start(recipe)
-    straight.fit(sampler)
+    straight = _straight(recipe)
     trainer, sampler = _start(recipe)
     walk = sampler.walk
 
@@ -102,17 +96,20 @@ def test_a_run_stopped_in_its_validation_goes_on_there():
     assert trainer.history == [] and trainer.step == straight.history[0].step
     sampler.walk = walk
     trainer.fit(sampler)
-    _same(trainer, straight)
+    same_run(trainer, straight)
 
 
 def test_a_fit_that_was_stopped_goes_on_in_the_same_process():
-    straight, sampler = _start(FORMS["carried state"])
-    straight.fit(sampler)
+    straight = _straight(FORMS["carried state"])
     trainer, sampler = _start(FORMS["carried state"])
     for step in range(1, straight.step, 4):
-        trainer.fit(sampler, callbacks=[StopAt(step)])
+        trainer.fit(sampler, callbacks=[Stop(step)])
     trainer.fit(sampler)
-    _same(trainer, straight)
+    same_run(trainer, straight)
+
+
+def _write(path, content):
+    torch.save(content | {"checksum": checkpoint.digest(content)}, path)
 
 
 def test_files_of_version_2_are_resumed(tmp_path):
@@ -120,7 +117,7 @@ def test_files_of_version_2_are_resumed(tmp_path):
     recipe, path = replace(BASE, epochs=1), tmp_path / "a.ckpt"
     trainer, sampler = _start(recipe)
     trainer.fit(sampler)
-    checkpoint.save(path, trainer, sampler, VOCAB, recipe, kind="fused", seed=0, source="a text")
+    save(path, trainer, sampler, recipe)
     content = torch.load(path)
     later = ("dropout", "momentum", "weight_decay", "schedule", "warmup", "lr_final", "lr_every", "lr_gamma")
     for name in (*later, "accumulate", "precision", "patience", "on_nan", "split"):
@@ -129,14 +126,11 @@ def test_files_of_version_2_are_resumed(tmp_path):
     for record in content["trainer"]["history"]:
         for name in ("step", "lr", "grad_norm", "clipped", "skipped"):
             del record[name]
-    content["version"] = 2
-    content["checksum"] = checkpoint.digest(content)
-    torch.save(content, path)
-    resumed, sampler = _start(replace(recipe, epochs=2))
+    _write(path, content | {"version": 2})
+    resumed, sampler = _start(recipe, epochs=2)
     checkpoint.resume(checkpoint.load(path), resumed, sampler, replace(recipe, epochs=2))
     resumed.fit(sampler)
-    straight, sampler = _start(replace(recipe, epochs=2))
-    straight.fit(sampler)
+    straight = _straight(recipe, epochs=2)
     assert [r.train_loss for r in resumed.history] == [r.train_loss for r in straight.history]
 
 
@@ -145,12 +139,11 @@ def test_files_of_version_2_are_resumed(tmp_path):
 def test_a_checkpoint_whose_epoch_in_progress_is_malformed_is_refused(tmp_path, field, value):
     recipe, path = FORMS["carried state"], tmp_path / "a.ckpt"
     trainer, sampler = _start(recipe)
-    trainer.fit(sampler, callbacks=[StopAt(4)])
-    checkpoint.save(path, trainer, sampler, VOCAB, recipe, kind="fused", seed=0, source="a text")
+    trainer.fit(sampler, callbacks=[Stop(4)])
+    save(path, trainer, sampler, recipe)
     content = torch.load(path)
     content["trainer"]["epoch"][field] = value
-    content["checksum"] = checkpoint.digest(content)
-    torch.save(content, path)
+    _write(path, content)
     trainer, sampler = _start(recipe)
     if field == "state" and value is None:  # the zero state: a state like another
         checkpoint.resume(checkpoint.load(path), trainer, sampler, recipe)
@@ -180,14 +173,12 @@ class Poisoned:
 def test_stop_names_the_step_and_keeps_the_parameters_before_it(form, value):
     trainer, sampler = _start(FORMS[form])
     group = FORMS[form].accumulate
-    good, before = _start(FORMS[form])
-    good.fit(before, callbacks=[StopAt(4)])
+    good = _straight(FORMS[form], Stop(4))
     Poisoned(trainer, {4 * group + 1}, value)
-    epoch = 1 + 4 * group // before.num_batches
+    epoch = 1 + 4 * group // sampler.num_batches
     with pytest.raises(TrainingError, match=rf"the training loss is (nan|inf) at step 5 \(epoch {epoch}, batch \d+\)"):
         trainer.fit(sampler)
-    for p, q in zip(trainer.model.parameters(), good.model.parameters(), strict=True):
-        assert torch.equal(p, q)
+    same_parameters(trainer.model, good.model)
 
 
 def test_stop_at_a_gradient_norm_that_is_not_finite():
@@ -204,23 +195,18 @@ def test_stop_at_a_gradient_norm_that_is_not_finite():
 
 
 def test_skip_makes_no_update_and_goes_on_from_a_zero_state():
-    trainer, sampler = _start(replace(FORMS["carried state"], on_nan="skip"))
-    seen = []
-
-    class Watch(Callback):
-        def on_step(self, trainer, step):
-            seen.append([p.clone() for p in trainer.model.parameters()])
-
+    trainer, sampler = _start(FORMS["carried state"], on_nan="skip")
+    watch = Listener(lambda trainer: [p.clone() for p in trainer.model.parameters()])
     poisoned = Poisoned(trainer, {3, 5})
-    history = trainer.fit(sampler, callbacks=[Watch()])
+    history = trainer.fit(sampler, callbacks=[watch])
     assert poisoned.made > 5 and [r.skipped for r in history] == [2, 0, 0]
     assert all(math.isfinite(r.train_loss) and math.isfinite(r.grad_norm) for r in history)
     for before, after, same in ((1, 2, True), (2, 3, False), (3, 4, True), (4, 5, False)):
-        assert all(torch.equal(p, q) for p, q in zip(seen[before], seen[after], strict=True)) == same
+        assert all(torch.equal(p, q) for p, q in zip(watch.said[before], watch.said[after], strict=True)) == same
 
 
 def test_skip_gives_up_where_nothing_is_finite():
-    trainer, sampler = _start(replace(FORMS["pieces with Adam"], num_steps=10, on_nan="skip"))
+    trainer, sampler = _start(FORMS["pieces with Adam"], num_steps=10, on_nan="skip")
     Poisoned(trainer, set(range(1, 10_000)))
     with pytest.raises(TrainingError, match="the first 100 updates of the epoch are not finite"):
         trainer.fit(sampler)
@@ -229,39 +215,26 @@ def test_skip_gives_up_where_nothing_is_finite():
 @pytest.mark.parametrize("form", ["carried state", "pieces with Adam", "carried state, dropout, AdamW, cosine"])
 def test_restore_goes_back_to_the_last_epoch_with_half_the_learning_rate(form):
     recipe = FORMS[form]
-    trainer, sampler = _start(replace(recipe, on_nan="restore"))
+    steps = _straight(recipe, Stop(epoch=1)).step
+    trainer, sampler = _start(recipe, on_nan="restore")
     restored = []
 
     class Watch(Callback):
         def on_restore(self, trainer, lr_scale):
             restored.append((trainer.step, lr_scale))
 
-    one_epoch, other = _start(recipe)
-    one_epoch.epochs = 1
-    steps = other.num_batches if form != "carried state" else len(list(other.train()))
-    if form == "carried state":
-        one_epoch, other = _start(recipe)
     Poisoned(trainer, {steps + 3})
     history = trainer.fit(sampler, callbacks=[Watch()])
     assert len(history) == 3 and restored == [(history[0].step, 0.5)]
     reference, sampler = _start(recipe)
-    reference.fit(sampler, callbacks=[StopAtEpoch(1)])
+    reference.fit(sampler, callbacks=[Stop(epoch=1)])
     reference._lr_scale = 0.5
     reference.fit(sampler)
-    assert _figures(reference) == _figures(trainer)
-
-
-class StopAtEpoch(Callback):
-    def __init__(self, epoch):
-        self.epoch = epoch
-
-    def on_epoch(self, trainer, record):
-        if record.epoch == self.epoch:
-            trainer.stop("the test said so")
+    assert figures(reference) == figures(trainer)
 
 
 def test_restore_gives_up_after_eight():
-    trainer, sampler = _start(replace(FORMS["windows"], on_nan="restore"))
+    trainer, sampler = _start(FORMS["windows"], on_nan="restore")
     Poisoned(trainer, set(range(2, 10_000)))
     with pytest.raises(TrainingError, match="the training loss is nan at step 1 "):
         trainer.fit(sampler)

@@ -1,25 +1,17 @@
 """Trainer's step in three launches: the reference's curve, recorded and not, and what makes it go the other way."""
 
-from dataclasses import replace
-
 import pytest
 import torch
+from lm_problems import TEXT, VOCAB, Listener, by_form, same_run, start
 
 from charrnn_fast.kernels.triton.launch import Launch
-from charrnn_fast.lm import at_once, capture, corpora, data, recordings, training
-from charrnn_fast.lm.callbacks import Callback
+from charrnn_fast.lm import at_once
 from charrnn_fast.lm.capture import WARM_UP_STEPS
 from charrnn_fast.lm.evaluation import validate
 from charrnn_fast.lm.model import CharRNN
-from charrnn_fast.lm.recipes import RECIPES, build_model, build_sampler
-from charrnn_fast.lm.schedule import Schedule
+from charrnn_fast.lm.recipes import RECIPES
 from charrnn_fast.lm.step import TrainingStep
-from charrnn_fast.lm.training import Trainer
-from charrnn_fast.reference import training as reference
 
-ENGLISH = corpora.fallback(corpora.BOOKS["timemachine"], "offline").text[:4_000]
-VOCAB = data.Vocabulary.of(f"{ENGLISH} abcdefghijklmnopqrstuvwxyz", letters=True)
-TEXT = VOCAB.encode(ENGLISH, torch.uint8)
 SIZES = {  # and characters: an epoch of few steps, with a ragged batch where the sampler has one
     "scratch": ({"batch_size": 3, "num_steps": 3, "hidden_size": 7}, 9),
     "concise": ({"batch_size": 3, "num_steps": 3, "hidden_size": 16}, 7),
@@ -47,67 +39,39 @@ def launches(monkeypatch) -> list[str]:
     return names
 
 
-class Listener(Callback):
-    """The losses and norms of all updates, and what `each` says after each."""
-
-    def __init__(self, each=lambda: None):
-        self.losses, self.norms, self.said, self.each = [], [], [], each
-
-    def on_step(self, trainer, step):
-        self.losses.append(step.loss)
-        self.norms.append(step.grad_norm)
-        self.said.append(self.each())
-
-
-def _parts(name, device, kind="fused", dtype=torch.float32):
+def _start(name, device, **options):
     sizes, count = SIZES[name]
-    recipe = replace(RECIPES[name], **sizes)
-    model = build_model(recipe, len(VOCAB), seed=0, kind=kind, device=device, dtype=dtype)
-    return recipe, model, build_sampler(recipe, TEXT[:count].to(device), seed=0)
+    return start(RECIPES[name], TEXT[:count].to(device, VOCAB.dtype), device=device, **sizes, **options)
 
 
 def _fit(name, device, epochs, listener, **options):
-    recipe, model, sampler = _parts(name, device)
-    options = {"optimizer": recipe.optimizer, "lr": recipe.lr, "clip": recipe.clip, **options}
-    trainer = Trainer(model, epochs=epochs, **options)
+    trainer, sampler = _start(name, device, epochs=epochs, **options)
     assert trainer.at_once_reason is None
     trainer.fit(sampler, callbacks=[listener])
     assert isinstance(trainer._plain._at_once, at_once.ThreeLaunches)
     return trainer
 
 
-def _follows_the_reference(name, device, steps):
+@pytest.mark.parametrize("steps", [3, pytest.param(200, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", SIZES)
+def test_trainer_follows_the_reference(name, steps, device):
     """So many updates of Trainer's beside the reference's loop in float64, with the validation of the last epoch."""
-    recipe, net, sampler = _parts(name, "cpu", "reference", torch.float64)
-    updater, expected, epochs = net.own_optimizers[recipe.optimizer](net.parameters(), recipe.lr), [], 0
-    while len(expected) < steps:
-        run = reference.train_batches(net, sampler.train(), updater, recipe.clip, carry_state=sampler.carry_state)
-        expected += [float(loss) for loss in run]
-        epochs += 1
+    sizes, count = SIZES[name]
+    options = {"kind": "reference", "dtype": torch.float64, **sizes}
+    expected, epochs, reference, sampler = by_form(RECIPES[name], TEXT[:count], steps, **options)
     listener = Listener()
     trainer = _fit(name, device, epochs, listener)
     assert listener.losses == pytest.approx(expected, abs=3e-5) and all(norm > 0 for norm in listener.norms)
     assert trainer.capture_reason is None or device.type == "cpu"
-    measured = validate(net, sampler.validation())
+    measured = validate(reference.model, sampler.validation())
     if measured is not None:
         assert trainer.history[-1].val_ppl == pytest.approx(measured[0], rel=1e-4)
-
-
-@pytest.mark.parametrize("name", SIZES)
-def test_trainer_follows_the_reference(name, device):
-    _follows_the_reference(name, device, 3)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SIZES)
-def test_trainer_follows_the_reference_for_200_steps(name, device):
-    _follows_the_reference(name, device, 200)
 
 
 def test_a_step_is_three_launches_and_a_batch_of_the_validation_two(device, launches):
     """Eager; nothing of ATen's is launched in between but what keeps the norm."""
 
-    def counted():
+    def counted(trainer):
         said = len(launches)
         launches.clear()
         return said
@@ -118,43 +82,22 @@ def test_a_step_is_three_launches_and_a_batch_of_the_validation_two(device, laun
 
 
 @pytest.mark.parametrize("name", ["concise", "ch8"])
-def test_recorded_steps_are_the_same_bits(name, device, monkeypatch):
+def test_recorded_steps_are_the_same_bits(name, device, recorders):
     """With a recorder that calls what it recorded again: buffers for places and state, in place."""
-    made = []
-
-    class Calling:
-        def __init__(self, device):
-            made.append(self)
-            self.replays = 0
-
-        def run(self, work):
-            return work()
-
-        def record(self, work):
-            def replay():
-                self.replays += 1
-                return work()
-
-            return replay
-
-    monkeypatch.setattr(recordings, "CudaGraphRecorder", Calling)
-    monkeypatch.setattr(capture, "why_not_on", lambda device: None)
-    monkeypatch.setattr(training, "why_not_optimizer", lambda optimizer: None)
-    results = []
+    heard, trainers = [], []
     for wanted in (True, False):
         listener = Listener()
-        trainer = _fit(name, device, WARM_UP_STEPS + 1, listener, capture=wanted)
-        results.append((listener.losses, listener.norms, [r.val_ppl for r in trainer.history], trainer))
-    assert results[0][:3] == results[1][:3] and made[0].replays > 0
-    for p, q in zip(results[0][3].model.parameters(), results[1][3].model.parameters(), strict=True):
-        assert torch.equal(p, q)
+        trainers.append(_fit(name, device, WARM_UP_STEPS + 1, listener, capture=wanted))
+        heard.append((listener.losses, listener.norms))
+    assert heard[0] == heard[1] and recorders[0].replays > 0
+    same_run(*trainers)
 
 
 def test_a_learning_rate_that_changes(device):
     curves = []
     for kind in ("three launches", "separate operations"):
-        _, model, sampler = _parts("ch8", device)
-        trainer = Trainer(model, lr=0.5, epochs=2, schedule=Schedule("cosine", warmup=2), capture=False)
+        options = {"lr": 0.5, "epochs": 2, "schedule": "cosine", "warmup": 2}
+        trainer, sampler = _start("ch8", device, capture=False, **options)
         if kind == "separate operations":
             trainer.model.loss = trainer.model.loss
         trainer.fit(sampler, callbacks=[listener := Listener()])
