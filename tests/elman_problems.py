@@ -1,17 +1,19 @@
 """Problems for the Elman kernels, their answers by an fp64 oracle of plain torch operations, and the comparison."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
+from comparisons import error
+from needs import CPU, DEVICE
 
 from charrnn_fast.kernels import native
 from charrnn_fast.kernels.triton.elman import elman_backward, elman_forward
 from charrnn_fast.kernels.triton.elman_grid import grid_pass
+from charrnn_fast.kernels.triton.elman_grid_tiles import GridTile
 from charrnn_fast.kernels.triton.launch import Pass
 from charrnn_fast.reference.elman import ACTIVATIONS, walk
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DIRECTIONS = ((False,), (True,), (False, True))
 V = 5
 
@@ -104,6 +106,29 @@ def oracle(p: ElmanProblem) -> list[torch.Tensor]:
     return [out.detach(), h_n.detach(), *torch.autograd.grad(loss, leaves if h0 is None else [*leaves, h0])]
 
 
+def rounded_scales(p: ElmanProblem) -> list[torch.Tensor]:
+    """What the errors of gradients from rounded states compare with, in the order of `oracle`: of p in fp64, by tanh.
+
+    That is, with s the gradient of a state, the largest entry of |s|, of the sums of |s_t|^T |h_{t-1}|, of the sum of
+    |s| and of |s_1| |W|, for the gradients of x, each weight, a bias and h0.
+    """
+    of_x, of_weights, of_bias, of_h0 = [], [], [], []
+    by_direction = (tensor.chunk(len(p.weight_hh), -1) for tensor in (oracle(p)[0], p.grad_out))
+    given = zip(*by_direction, p.weight_hh, p.h0, p.grad_h_n, p.options["reverse"], strict=True)
+    for out, grad_out, weight, h0, carried, backwards in given:
+        out, grad_out = (t.flip(0) if backwards else t for t in (out, grad_out))
+        grads = []
+        for h, grad in zip(out.flip(0), grad_out.flip(0), strict=True):
+            grads.append((grad + carried).abs())
+            carried = ((grad + carried) * (1 - h**2)) @ weight
+        s, before = torch.stack(grads).flip(0), torch.cat((h0[None], out[:-1])).abs()
+        of_x.append(s.max())
+        of_weights.append((s.flatten(0, 1).T @ before.flatten(0, 1)).max())
+        of_bias.append(s.sum((0, 1)).max())
+        of_h0.append((s[0] @ weight.abs()).max())
+    return [max(of_x), *of_weights, max(of_bias), max(of_h0)]
+
+
 def torch_rnn(p: ElmanProblem) -> list[torch.Tensor]:
     """The same from torch.nn.RNN in p's dtype: both its directions, the input through an identity as weight_ih."""
     D, H = len(p.weight_hh), p.weight_hh[0].shape[0]
@@ -138,11 +163,6 @@ def biases(p: ElmanProblem) -> dict:
     return {name: each.chunk(len(p.weight_hh)) for name, each in zip(("bias_ih", "bias_hh"), p.bias, strict=True)}
 
 
-def error(found: torch.Tensor, exact: torch.Tensor) -> float:
-    """Largest error, relative to the largest entry."""
-    return ((found.double() - exact).abs().max() / exact.abs().max().clamp(min=1e-30)).item()
-
-
 def check(p: ElmanProblem, found: list[torch.Tensor]) -> None:
     """At most twice torch.nn.RNN's own error, and 4 units of the dtype's precision for where that is next to none.
 
@@ -161,17 +181,6 @@ def check(p: ElmanProblem, found: list[torch.Tensor]) -> None:
         assert error(ours, right) <= bound, name
 
 
-def results(p: ElmanProblem, forward: Callable, backward: Callable, **options) -> list[torch.Tensor]:
-    """What the launchers `forward` and `backward` make of a problem, in the order of `oracle`."""
-    options = p.options | options
-    out, h_n = forward(p.x, p.weight_hh, p.h0, **biases(p), **options)
-    if options["tokens"] is not None:
-        options["num_tokens"] = p.x.shape[0]
-    grads = backward(p.grad_out, p.grad_h_n, out, p.weight_hh, p.h0, **options)
-    grad_x, grad_weight, grad_h0, grad_bias = grads
-    return [out, h_n, grad_x, *grad_weight, grad_bias, *([] if p.h0 is None else [grad_h0])]
-
-
 def native_forward(x, weight_hh, h0=None, *, bias_ih=None, bias_hh=None, **options):
     """native.elman_forward with the biases added to the input before it, where on a CPU the projection adds them."""
     if bias_ih is not None:
@@ -183,28 +192,6 @@ def native_backward(*arguments, need_bias_grad=True, **options):
     """native.elman_backward with the gradient of a bias, the sum of the input's or of the table's."""
     grads = native.elman_backward(*arguments, **options)
     return *grads, grads[0].flatten(0, -2).sum(0, dtype=torch.float64).to(grads[0]) if need_bias_grad else None
-
-
-@dataclass(frozen=True)
-class Launchers:
-    """elman_forward and elman_backward of one backend, with the signature of kernels/triton/elman.py."""
-
-    name: str
-    device: torch.device
-    forward: Callable
-    backward: Callable
-
-    def problem(self, *arguments, **options) -> ElmanProblem:
-        return make_problem(*arguments, **options, device=self.device)
-
-    def results(self, p: ElmanProblem, **options) -> list[torch.Tensor]:
-        return results(p, self.forward, self.backward, **options)
-
-    def check(self, p: ElmanProblem) -> None:
-        check(p, self.results(p))
-
-
-NATIVE = Launchers("native", torch.device("cpu"), native_forward, native_backward)
 
 
 def _on_grid(forward, of_type, weight_hh, tile, steps_per_launch, nonlinearity="tanh", **_) -> Pass | None:
@@ -224,6 +211,47 @@ def grid_backward(grad_out, grad_h_n, out, weight_hh, h0=None, *, tile=None, ste
     """elman_backward likewise."""
     how = _on_grid(False, out, weight_hh, tile, steps_per_launch, **options)
     return elman_backward(grad_out, grad_h_n, out, weight_hh, h0, how=how, **options)
+
+
+@dataclass(frozen=True)
+class Launchers:
+    """elman_forward and elman_backward of one backend, with the signature of kernels/triton/elman.py."""
+
+    name: str
+    device: torch.device
+    forward: Callable
+    backward: Callable
+    H: int = 7  # a hidden size that fills no tile; across the chip, two programs
+    tiles: Mapping[torch.dtype, GridTile] = field(default_factory=dict)  # across the chip
+
+    def problem(self, *arguments, **options) -> ElmanProblem:
+        p = make_problem(*arguments, **options, device=self.device)
+        if self.tiles:
+            p.options["tile"] = self.tiles[p.x.dtype]
+        return p
+
+    def results(self, p: ElmanProblem, **options) -> list[torch.Tensor]:
+        """What the launchers make of a problem, in the order of `oracle`."""
+        options = p.options | options
+        out, h_n = self.forward(p.x, p.weight_hh, p.h0, **biases(p), **options)
+        if options["tokens"] is not None:
+            options["num_tokens"] = p.x.shape[0]
+        grads = self.backward(p.grad_out, p.grad_h_n, out, p.weight_hh, p.h0, **options)
+        grad_x, grad_weight, grad_h0, grad_bias = grads
+        assert options["tokens"] is not None or grad_x.stride() == out.stride()
+        return [out, h_n, grad_x, *grad_weight, grad_bias, *([] if p.h0 is None else [grad_h0])]
+
+    def check(self, p: ElmanProblem, **options) -> None:
+        check(p, self.results(p, **options))
+
+
+MMA = GridTile("mma", 16, 8, 4, 1.0, "test")
+MMA3 = GridTile("mma3", 16, 8, 2, 1.0, "test")
+FMA = GridTile("fma", 16, 2, 4, 1.0, "test")
+NATIVE = Launchers("native", CPU, native_forward, native_backward)
+TRITON = Launchers("triton", DEVICE, elman_forward, elman_backward)
+GRID_TILE = {torch.float32: MMA3, torch.bfloat16: MMA, torch.float16: MMA, torch.float64: FMA}
+GRID = Launchers("grid", DEVICE, grid_forward, grid_backward, 31, GRID_TILE)
 
 
 def options_of(case: int) -> dict:

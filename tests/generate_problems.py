@@ -1,14 +1,19 @@
-"""Random decoders and their results written out step by step, for the tests of all that decode."""
+"""Random decoders and their results by the reference, for the tests of all that decode."""
+
+import struct
 
 import torch
+from needs import DEVICE
 
-from charrnn_fast.reference.generate import next_token
-
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+from charrnn_fast.kernels.triton.generate_grid import generate_grid
+from charrnn_fast.kernels.triton.generate_grid_tiles import GenerateGridTile
+from charrnn_fast.kernels.triton.generate_types import Decoding
+from charrnn_fast.reference.generate import generate
+from charrnn_fast.reference.language_model import RNNLM, Cell
 
 
 class Decoder:
-    """Random weights of a stack and a head in fp64, and the decoder written out step by step."""
+    """Random weights of a stack and a head in fp64, and what they are in the reference."""
 
     def __init__(self, H, V, L=1, B=1, P=1, *, nonlinearity="tanh", head_bias=True, state=True, seed=0):
         generator = torch.Generator().manual_seed(seed)
@@ -26,23 +31,21 @@ class Decoder:
         self.uniforms = torch.rand(B, 4096, generator=generator, dtype=torch.float64)
         self.nonlinearity = nonlinearity
 
+    def model(self) -> RNNLM:
+        """The reference's form of it."""
+        (V, H), zeros = self.table.shape, self.table.new_zeros
+        inputs = [self.table, *(w.T for w in self.weight_ih[1:])]
+        biases = [zeros(H), *self.bias[1:]]
+        cells = [
+            Cell(*(t.clone() for t in (w, u.T, b))) for w, u, b in zip(inputs, self.weight_hh, biases, strict=True)
+        ]
+        head_bias = zeros(V) if self.head_bias is None else self.head_bias.clone()
+        return RNNLM(cells, self.head_weight.T.clone(), head_bias, nonlinearity=self.nonlinearity)
+
     def reference(self, num_tokens, sampled, **options):
         """Ids and last state; in fp64."""
-        f = torch.tanh if self.nonlinearity == "tanh" else torch.relu
-        (B, P), ids = self.prompt.shape, []
-        zeros = [self.table.new_zeros(B, self.table.shape[1]) for _ in self.weight_hh]
-        state = zeros if self.state is None else list(self.state)
-        for step in range(P + num_tokens - 1):
-            x = self.table[self.prompt[:, step] if step < P else ids[-1]]
-            for layer, weight in enumerate(self.weight_hh):
-                if layer:
-                    x = x @ self.weight_ih[layer].T + self.bias[layer]
-                x = state[layer] = f(x + state[layer] @ weight.T)
-            if step >= P - 1:
-                logits = torch.nn.functional.linear(x, self.head_weight, self.head_bias)
-                uniform = self.uniforms[:, step - P + 1] if sampled else None
-                ids.append(next_token(logits, uniform, **options))
-        return torch.stack(ids, 1), torch.stack(state)
+        uniforms = self.uniforms[:, :num_tokens] if sampled else None
+        return generate(self.model(), self.prompt, num_tokens, uniforms=uniforms, state=self.state, **options)
 
     def run(self, decode, num_tokens, sampled, dtype=torch.float64, device=DEVICE, **options):
         def cast(tensor):
@@ -58,3 +61,32 @@ class Decoder:
             **options,
         )
         return ids.cpu(), state.cpu()
+
+    def rounded_to(self, dtype):
+        """This decoder with its weights and state rounded to dtype."""
+        for name in ("table", "head_weight", "head_bias", "state"):
+            setattr(self, name, getattr(self, name).to(dtype).double())
+        self.weight_hh = [w.to(dtype).double() for w in self.weight_hh]
+        return self
+
+    @torch.no_grad()
+    def behind_greedy(self, ids):
+        """How far the logit of each id is behind the largest, after the prompt and the ids before it."""
+        logits, _ = self.model()(torch.cat((self.prompt, ids[:, :-1]), 1), self.state)
+        logits = logits[:, self.prompt.shape[1] - 1 :]
+        return logits.amax(-1) - logits.gather(-1, ids[..., None])[..., 0]
+
+
+TILE = GenerateGridTile(16, 2, 1.0)  # 16 units a program, two warps
+
+
+def across(*given, tile=TILE, steps_per_launch=None, uniforms, nonlinearity, top_k=None, alpha=1.0, temperature=1.0):
+    """generate's arguments, across the chip."""
+    call = Decoding(
+        *given,
+        uniforms=uniforms,
+        sharpness=struct.unpack("q", struct.pack("d", alpha / temperature))[0],
+        top_k=top_k if uniforms is not None and top_k is not None and top_k < given[2].shape[0] else None,
+        tanh=nonlinearity == "tanh",
+    )
+    return generate_grid(call, tile, steps_per_launch)

@@ -1,9 +1,10 @@
-"""Tests of other folders' subjects that run on a GPU where there is one, and are then among those of `-m gpu`."""
+"""Tests that are not of a GPU alone and run on a GPU where there is one, and are then among those of `-m gpu`."""
 
 from collections.abc import Mapping
 from typing import Any
 
 FILES = (
+    "kernels/test_elman_sixteen_bits.py",
     "lm/test_three_launches.py",
     "ops/test_language_model_step.py",
     "ops/test_registered.py",

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from elman_problems import biases, check, grid_backward, grid_forward, make_problem, oracle, results
+from comparisons import same
+from elman_problems import GRID, biases, grid_forward, make_problem, oracle
+from on_gpu import KINDS
 
 from charrnn_fast.kernels.triton import elman_grid
 from charrnn_fast.kernels.triton.elman_grid import choose_grid_tile
@@ -11,13 +13,6 @@ from charrnn_fast.kernels.triton.launch import processors_of, target_of
 
 pytestmark = pytest.mark.gpu
 
-KINDS = {
-    "tf32": (torch.float32, "tf32"),
-    "ieee": (torch.float32, "ieee"),
-    "bf16": (torch.bfloat16, "ieee"),
-    "fp16": (torch.float16, "ieee"),
-    "fp64": (torch.float64, "ieee"),
-}
 TABLE = {"ieee": "fp32", "bf16": "16bit", "fp16": "16bit"}
 
 
@@ -45,7 +40,7 @@ def test_every_tile_in_one_launch(kind, H):
             options = {"reverse": (False, True), "nonlinearity": "tanh", "seed": case}
             options |= {"tokens": case % 2 == 1, "packed": case // 2 % 2 == 1, "with_h0": case % 3 != 0}
             p = make_problem(9, H, dtype=dtype, B=11, **options)
-            check(p, results(p, grid_forward, grid_backward, tile=tile))
+            GRID.check(p, tile=tile)
 
 
 @pytest.mark.parametrize("kind", ["tf32", "ieee", "bf16"])
@@ -57,8 +52,8 @@ def test_long_sequences(kind, T, B, H):
     if tile is None:
         pytest.skip("the device is too small for a team")
     p = make_problem(T, H, dtype=dtype, B=B)
-    found = results(p, grid_forward, grid_backward, tile=tile)
-    single = results(p, grid_forward, grid_backward, tile=tile, steps_per_launch=1)
+    found = GRID.results(p, tile=tile)
+    single = GRID.results(p, tile=tile, steps_per_launch=1)
     for index, (ours, right) in enumerate(zip(found, single, strict=True)):
         if index == 4:
             torch.testing.assert_close(ours, right, rtol=2e-2, atol=2e-2 * float(right.abs().max()))
@@ -70,7 +65,7 @@ def test_tf32_against_fp64():
     for H in (256, 512, 1024):
         p = make_problem(50, H, B=16)
         tile = tiles_of("tf32", H)[0]
-        found = results(p, grid_forward, grid_backward, tile=tile)
+        found = GRID.results(p, tile=tile)
         for ours, right in zip(found, oracle(p.to(torch.float64)), strict=True):
             assert (ours.double() - right).abs().max() <= 2e-2 * right.abs().max()
 
@@ -80,10 +75,9 @@ def test_a_thousand_runs_are_bitwise_equal(kind, H, B):
     dtype, precision = KINDS[kind]
     p = make_problem(20, H, dtype=dtype, B=B)
     options = {"precision": precision, "tile": tiles_of(kind, H)[0]}
-    first = results(p, grid_forward, grid_backward, **options)
+    first = GRID.results(p, **options)
     for _ in range(1000):
-        again = results(p, grid_forward, grid_backward, **options)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        assert same(first, GRID.results(p, **options))
 
 
 def test_beside_kernels_on_other_streams_and_in_a_graph():
@@ -128,7 +122,7 @@ def test_the_driver_counts_no_fewer_programs_than_are_computed():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(elman_grid, "_asked_of_driver", note)
         elman_grid._resident_of.clear()
-        results(p, grid_forward, grid_backward, tile=tiles_of("tf32", 1024)[0])
+        GRID.results(p, tile=tiles_of("tf32", 1024)[0])
     assert len(asked) == 2
     assert all(count is not None and count >= 1 for count in asked)
 

@@ -1,7 +1,5 @@
 """Linear cross-entropy on a device: large sizes, memory, repeatability, CUDA graphs, no waiting, wild targets."""
 
-import os
-import shutil
 import subprocess
 import sys
 import textwrap
@@ -9,22 +7,17 @@ import textwrap
 import pytest
 import torch
 import torch.nn.functional as F
+from comparisons import same
+from on_gpu import KINDS, compilations, nobody_waits, sanitized
 
 from charrnn_fast import linear_cross_entropy
 from charrnn_fast.kernels.triton import linear_cross_entropy as kernels
+from charrnn_fast.kernels.triton.linear_cross_entropy_kernels import loss_kernel
 
 pytestmark = pytest.mark.gpu
 
 # Largest error of the loss and its gradients, relative to the largest entry, by dtype or precision.
 TOLERANCE = {"fp64": 1e-12, "ieee": 2e-5, "tf32x3": 4e-5, "tf32": 2e-2, "bf16": 6e-2, "fp16": 1e-2}
-KINDS = {
-    "fp64": (torch.float64, "ieee"),
-    "ieee": (torch.float32, "ieee"),
-    "tf32x3": (torch.float32, "tf32x3"),
-    "tf32": (torch.float32, "tf32"),
-    "bf16": (torch.bfloat16, "ieee"),
-    "fp16": (torch.float16, "ieee"),
-}
 
 
 def problem(N, H, V, dtype=torch.float32, seed=0):
@@ -60,14 +53,17 @@ def assert_close(found, wanted, tolerance):
         assert (ours.double() - right).abs().max() <= tolerance * right.abs().max()
 
 
+def check(kind, N, H, V):
+    dtype, precision = KINDS[kind]
+    arguments = problem(N, H, V, dtype)
+    assert_close(kernels.linear_cross_entropy(*arguments, precision=precision), exact(*arguments), TOLERANCE[kind])
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("H", [1, 31, 32, 33, 64, 100, 128, 200])
 def test_every_tile_against_fp64(H, kind):
-    dtype, precision = KINDS[kind]
     for N, V in ((1, 2), (37, 28), (1000, 90), (64, 3000)):
-        arguments = problem(N, H, V, dtype)
-        found = kernels.linear_cross_entropy(*arguments, precision=precision)
-        assert_close(found, exact(*arguments), TOLERANCE[kind])
+        check(kind, N, H, V)
 
 
 @pytest.mark.parametrize("kind", ["tf32x3", "tf32", "bf16"])
@@ -75,10 +71,7 @@ def test_every_tile_against_fp64(H, kind):
     ("H", "V"), [(32, 28), (512, 28), (256, 256), (32, 50257), (128, 50257), (1024, 50257), (64, 100_000)]
 )
 def test_large_sizes(H, V, kind):
-    dtype, precision = KINDS[kind]
-    arguments = problem(32768, H, V, dtype)
-    found = kernels.linear_cross_entropy(*arguments, precision=precision)
-    assert_close(found, exact(*arguments), TOLERANCE[kind])
+    check(kind, 32768, H, V)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -117,8 +110,7 @@ def test_twenty_runs_are_bitwise_equal(N, H, V, kind):
     arguments = problem(N, H, V, dtype)
     first = kernels.linear_cross_entropy(*arguments, precision=precision)
     for _ in range(20):
-        again = kernels.linear_cross_entropy(*arguments, precision=precision)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        assert same(first, kernels.linear_cross_entropy(*arguments, precision=precision))
 
 
 def step(hidden, weight, bias, target):
@@ -146,7 +138,7 @@ def test_a_graph_holds_it(N, H, V):
             leaf.copy_(other)
         target.copy_(other_target)
     graph.replay()
-    assert all(torch.equal(a, b) for a, b in zip(captured, step(*leaves, target), strict=True))
+    assert same(captured, step(*leaves, target))
 
 
 @pytest.mark.parametrize(("N", "H", "V"), [(1024, 32, 28), (64, 32, 3000), (700, 300, 3000)])
@@ -154,25 +146,17 @@ def test_nobody_waits_for_the_device(N, H, V):
     *floats, target = problem(N, H, V)
     leaves = [t.requires_grad_() for t in floats]
     step(*leaves, target)  # compiled here
-    torch.cuda.set_sync_debug_mode("error")
-    try:
+    with nobody_waits():
         step(*leaves, target)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def test_many_row_counts_use_one_compiled_kernel():
-    from charrnn_fast.kernels.triton.linear_cross_entropy_kernels import loss_kernel
-
-    def compiled():
-        return sum(len(cache[0]) for cache in loss_kernel.device_caches.values())
-
     arguments = problem(64, 32, 28)
     kernels.linear_cross_entropy(*arguments)
-    before = compiled()
+    before = compilations(loss_kernel)
     for N in (1, 3, 16, 17, 64):
         kernels.linear_cross_entropy(arguments[0][:N], *arguments[1:3], arguments[3][:N])
-    assert compiled() == before
+    assert compilations(loss_kernel) == before
 
 
 def test_offsets_beyond_int32():
@@ -212,10 +196,9 @@ def test_a_target_that_is_no_class_is_reported(bad):
         assert result.stdout.strip() == "loss nan"
 
 
-@pytest.mark.skipif(shutil.which("compute-sanitizer") is None, reason="compute-sanitizer is not installed")
 @pytest.mark.parametrize("tool", ["memcheck", "racecheck"])
 def test_compute_sanitizer_finds_nothing(tool):
-    script = textwrap.dedent("""
+    script = """
         import torch
         from charrnn_fast.kernels.triton.linear_cross_entropy import linear_cross_entropy
 
@@ -225,9 +208,5 @@ def test_compute_sanitizer_finds_nothing(tool):
             for precision in ("ieee", "tf32x3", "tf32"):
                 linear_cross_entropy(hidden, weight, weight[:, 0], target, precision=precision)
         torch.cuda.synchronize()
-    """)
-    command = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "1", sys.executable, "-c", script]
-    result = subprocess.run(
-        command, env={**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}, capture_output=True, text=True
-    )
-    assert result.returncode == 0, result.stdout[-4000:] + result.stderr[-4000:]
+    """
+    sanitized(tool, script)

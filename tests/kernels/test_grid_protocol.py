@@ -5,11 +5,8 @@ program until it releases them: thousands of rounds by threads with random delay
 a process for each program, all steps in one launch.
 """
 
-import os
 import random
-import subprocess
 import sys
-import textwrap
 import threading
 import time
 from dataclasses import replace
@@ -207,81 +204,9 @@ def test_counters_may_go_round():
     assert (torch.tensor(-(2**31) + 5, dtype=torch.int32) - torch.tensor(2**31 - 3, dtype=torch.int32)).item() == 8
 
 
-# A process for each program, on a memory that they share. The launcher is told that they all run at once; each process
-# runs its own program of every launch.
-PROCESSES = textwrap.dedent("""
-    import multiprocessing, os, sys
-    os.environ["TRITON_INTERPRET"] = "1"
-    import torch
-    torch.set_num_threads(1)
-    sys.path.insert(0, sys.argv[1])
-    from elman_problems import biases, grid_backward, grid_forward, make_problem
-    from grid_programs import Own, late_announcements, shared
-    from charrnn_fast.kernels.triton import elman_grid, elman_grid_kernels
-    from charrnn_fast.kernels.triton.elman_grid_tiles import GridTile
-
-    TILE = GridTile("mma3", 16, 8, 2, 1.0, "test")
-    CASES = (
-        dict(T=4, H=40, B=3, packed=False, reverse=(False, True)),
-        dict(T=4, H=31, B=9, packed=True, tokens=True, reverse=(True,)),
-    )
-
-    def forward(p, **options):
-        return grid_forward(p.x, p.weight_hh, p.h0, **biases(p), **p.options, tile=TILE, **options)
-
-    def backward(p, out, **options):
-        more = {"num_tokens": p.x.shape[0]} if p.options["tokens"] is not None else {}
-        given = p.grad_out, p.grad_h_n, out, p.weight_hh, p.h0
-        return grid_backward(*given, **p.options, **more, tile=TILE, **options)
-
-    def program(n, p, out, grad_x, counters, found):
-        for name in ("elman_grid_forward_kernel", "elman_grid_backward_kernel"):
-            setattr(elman_grid, name, Own(getattr(elman_grid, name), n))
-        late_announcements(elman_grid_kernels, n)
-        launches = []
-        elman_grid.new_counters = lambda teams, form, device: launches.append(teams) or counters[len(launches) - 1]
-        own = slice(16 * n, 16 * n + 16)
-        _, h_n = forward(p, out=out)
-        found[0][..., own] = h_n[..., own]
-        empty, given = torch.empty, [grad_x]  # what is exchanged is the first that is shaped as the output
-        torch.empty = lambda shape, **kind: given.pop() if given and shape == out.shape else empty(shape, **kind)
-        _, _, grad_h0, _ = backward(p, out)
-        found[1][..., own] = grad_h0[..., own]
-
-    if __name__ == "__main__":
-        fork = multiprocessing.get_context("fork")
-        for seed, case in enumerate(CASES):
-            p = make_problem(**case, seed=seed)
-            out, h_n = forward(p)  # a step a launch
-            wanted = [out, h_n, *(backward(p, out)[i] for i in (2,))]
-            programs = -(-case["H"] // 16)
-            out = shared(*p.grad_out.shape)
-            grad_x, counters = shared(*out.shape), [shared(32, 32, dtype=torch.int32, value=0) for _ in range(2)]
-            found = shared(*h_n.shape), shared(*h_n.shape)
-            arguments = [(n, p, out, grad_x, counters, found) for n in range(programs)]
-            processes = [fork.Process(target=program, args=each, daemon=True) for each in arguments]
-            for process in processes:
-                process.start()
-            for process in processes:
-                process.join(100)
-                assert process.exitcode == 0, process
-            for counter in counters:
-                assert not counter[0].any(), "a program waited in vain"
-            steps = [case["T"], case["T"] + 1]
-            for counter, most in zip(counters, steps):
-                assert counter[1:3, 0].sum() == programs * most, counter
-            for ours, right in zip((out, *found), wanted):
-                assert torch.equal(ours, right), (case, (ours - right).abs().max())
-""")
-
-
-def test_the_kernels_in_a_process_for_each_program(tmp_path):
-    script = tmp_path / "processes.py"
-    script.write_text(PROCESSES)
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-W", "ignore", str(script), str(__file__).rsplit("kernels", 1)[0]]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-4000:]
+@pytest.mark.parametrize("kernels", ["elman", "decoders"])
+def test_the_kernels_in_a_process_for_each_program(server, kernels):
+    server.call("grid_programs", kernels, seconds=300)
 
 
 # How many programs run at once.

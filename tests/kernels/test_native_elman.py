@@ -1,57 +1,21 @@
-"""What the C recurrence has alone: threads, instruction sets, its tanh; test_elman.py has what all kernels have."""
+"""What the C recurrence has alone: threads, instruction sets, errors; test_elman.py has what all kernels have."""
 
 import concurrent.futures
 import multiprocessing
 import random
 
-import numpy as np
+import needs
 import pytest
 import torch
-from elman_problems import DIRECTIONS, NATIVE, ElmanProblem, error, oracle
+from comparisons import by_one_thread_and_by_two, error, same
+from elman_problems import DIRECTIONS, NATIVE, ElmanProblem, oracle
 from torch import Tensor
 
 from charrnn_fast.kernels import native
 
-pytestmark = pytest.mark.skipif(native.available() is not None, reason=f"native: {native.available()}")
+pytestmark = needs.NATIVE
 
-ISAS = native._native.isas() if native.available() is None else []
 SIZES = (1, 7, 31, 33, 64, 100, 128, 200)
-DTYPES = (torch.float32, torch.float64)
-
-
-@pytest.fixture(autouse=True)
-def restore(monkeypatch):
-    monkeypatch.delenv("CHARRNN_ISA", raising=False)
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    monkeypatch.undo()
-    native.set_isa(None)
-
-
-@pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_tanh_is_of_two_ulp_class(isa, dtype):
-    native.set_isa(isa)
-    finite = torch.finfo(dtype)
-    steps = torch.linspace(-1, 1, 100_001, dtype=torch.float64)
-    values = torch.cat([steps, steps * 10, steps * 25, torch.logspace(-320, 300, 20_000, dtype=torch.float64)])
-    values = torch.cat([values, torch.tensor([0.6249999, 0.625, 9.01, 9.02, 1e-45, finite.tiny, finite.max])]).to(dtype)
-    values = values[values.isfinite()].view(-1, 1)
-
-    def tanh(x: Tensor) -> Tensor:
-        return native.elman_forward(x.view(1, -1, 1), [torch.zeros(1, 1, dtype=dtype)])[0].view(-1)
-
-    got, values = tanh(values), values.view(-1)
-    exact = np.tanh(values.numpy().astype(np.longdouble))
-    one_ulp = np.spacing(np.abs(exact).astype(got.numpy().dtype)).astype(np.longdouble)
-    assert float((np.abs(got.numpy().astype(np.longdouble) - exact) / one_ulp).max()) < 2.5
-    assert torch.equal(tanh(-values), -got)
-    assert got.abs().max() <= 1
-    special = torch.tensor([0.0, float("inf"), -float("inf"), float("nan")], dtype=dtype)
-    answer = tanh(special)
-    assert torch.equal(answer[:3], torch.tensor([0.0, 1.0, -1.0], dtype=dtype))
-    assert answer[3].isnan()
 
 
 def test_out_of_another_shape_or_order_is_refused():
@@ -89,21 +53,13 @@ def drawn(rng: random.Random) -> ElmanProblem:
     )
 
 
-def same(one: list[Tensor], other: list[Tensor]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
-
-
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("seed", range(30))
 def test_every_option_against_the_oracle_and_threads_bitwise_equal(isa, seed):
     problem = drawn(random.Random(seed))
     expected = oracle(problem)
-    native.set_isa(isa)
     for dtype, bound in ((torch.float32, 2e-5), (torch.float64, 2e-14)):
-        torch.set_num_threads(1)
-        one = NATIVE.results(problem.to(dtype))
-        torch.set_num_threads(2)
-        assert same(one, NATIVE.results(problem.to(dtype)))
+        one, two = by_one_thread_and_by_two(lambda dtype=dtype: NATIVE.results(problem.to(dtype)))
+        assert same(one, two)
         for value, right in zip(one, expected, strict=True):
             assert error(value, right) < bound
 
@@ -120,13 +76,6 @@ def test_columns_and_rows_give_the_same_bits(H, monkeypatch):
         assert all(same(results[0], other) for other in results[1:])
 
 
-def test_repeats_bitwise():
-    torch.set_num_threads(2)
-    problem = make(64, 70, 17, tokens=True, packed=True)
-    first = NATIVE.results(problem)
-    assert all(same(first, NATIVE.results(problem)) for _ in range(5))
-
-
 def test_batch_first_needs_no_copy():
     p, turned = (make(33, 6, 17, batch_first=turned) for turned in (False, True))
     out, _ = native.elman_forward(turned.x, turned.weight_hh, turned.h0)
@@ -136,16 +85,7 @@ def test_batch_first_needs_no_copy():
     assert same(NATIVE.results(p), NATIVE.results(turned))
 
 
-@pytest.mark.parametrize("dtype", (torch.bfloat16, torch.float16))
-def test_half_types_are_computed_in_float32(dtype):
-    half = make(33, 5, 9, dtype, tokens=True)
-    wide = half.to(torch.float32)
-    results = [native.elman_forward(p.x, p.weight_hh, p.h0, tokens=p.options["tokens"]) for p in (half, wide)]
-    assert same([*results[0]], [t.to(dtype) for t in results[1]])
-    assert all(t.dtype == dtype for t in NATIVE.results(half))
-
-
-@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("isa", needs.ISAS)
 def test_environment_chooses_the_instruction_set(isa, monkeypatch):
     monkeypatch.setenv("CHARRNN_ISA", isa)
     native.set_isa(None)

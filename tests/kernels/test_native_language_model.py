@@ -2,16 +2,17 @@
 
 import itertools
 
+import needs
 import pytest
 import torch
+from comparisons import by_one_thread_and_by_two, same
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from charrnn_fast.kernels import native
 
-pytestmark = pytest.mark.skipif(native.available() is not None, reason=f"native: {native.available()}")
+pytestmark = needs.NATIVE
 
-ISAS = native._native.isas() if native.available() is None else []
 # Every hidden size with every batch size once, the others in turn.
 SIZES = [
     (H, B, (2, 28, 100)[(i + j) % 3], (1, 2, 17)[(i + 2 * j) % 3])
@@ -20,14 +21,6 @@ SIZES = [
 # Few rows, several steps of them in a group: the steps fill groups, leave a rest, or do not fill one; then many units.
 SIZES += [(20, 1, 28, 24), (20, 1, 28, 106), (33, 2, 28, 4), (7, 3, 5, 1), (33, 5, 100, 40), (20, 4, 28, 47)]
 SIZES += [(130, 1, 28, 30), (257, 13, 100, 3)]
-
-
-@pytest.fixture(autouse=True)
-def restore():
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
-    native.set_isa(None)
 
 
 def operands(H: int, B: int, V: int, T: int, optional: bool = True) -> tuple[Tensor, Tensor, list[Tensor | None]]:
@@ -63,11 +56,10 @@ def check(tokens: Tensor, targets: Tensor, floats: list[Tensor | None], nonlinea
     exact = by_torch(tokens, targets, doubles, nonlinearity)
     torchs = by_torch(tokens, targets, floats, nonlinearity)
     for values in (floats, doubles):
-        results = []
-        for threads in (1, 2):
-            torch.set_num_threads(threads)
-            results.append(native.language_model_loss(tokens, targets, *values, nonlinearity=nonlinearity))
-        dtype = values[0].dtype
+        given, dtype = (tokens, targets, *values), values[0].dtype
+        results = by_one_thread_and_by_two(
+            lambda given=given: native.language_model_loss(*given, nonlinearity=nonlinearity)
+        )
         for i, (one, two, theirs, truth) in enumerate(zip(*results, torchs, exact, strict=True)):
             if truth is None:
                 assert one is None and two is None
@@ -79,17 +71,13 @@ def check(tokens: Tensor, targets: Tensor, floats: list[Tensor | None], nonlinea
             assert (one.double() - truth).abs().max() <= bound
 
 
-@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize(("H", "B", "V", "T"), SIZES)
 def test_every_output_and_gradient(isa, H, B, V, T):
-    native.set_isa(isa)
     for nonlinearity, optional in (("tanh", True), ("relu", False)):
         check(*operands(H, B, V, T, optional), nonlinearity)
 
 
-@pytest.mark.parametrize("isa", ISAS)
 def test_strided(isa):
-    native.set_isa(isa)
     tokens, targets, floats = operands(20, 40, 30, 9)
     plain = native.language_model_loss(tokens, targets, *floats)
     wide = [torch.stack([f, f], 0).transpose(0, -1).contiguous().transpose(0, -1)[0] for f in floats]
@@ -98,7 +86,7 @@ def test_strided(isa):
     strided = native.language_model_loss(by_rows, spread, *wide)
     rows = [torch.cat([f, f], 1)[:, : f.shape[1]] if f.dim() == 2 else f for f in floats]
     for other in (strided, native.language_model_loss(tokens, targets, *rows)):
-        assert all(torch.equal(a, b) for a, b in zip(plain, other, strict=True))
+        assert same(plain, other)
 
 
 def test_repeatable():
@@ -106,14 +94,11 @@ def test_repeatable():
     first = native.language_model_loss(tokens, targets, *floats)
     for threads in (1, 2, 2, 3, 5):
         torch.set_num_threads(threads)
-        again = native.language_model_loss(tokens, targets, *floats)
-        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        assert same(first, native.language_model_loss(tokens, targets, *floats))
 
 
-@pytest.mark.parametrize("isa", ISAS)
 def test_logits_far_apart(isa):
     """A block's rows share one shift of their logits; rows far below it need their own."""
-    native.set_isa(isa)
     tokens, targets, floats = operands(8, 30, 12, 5)
     floats[0][::2] *= 100
     floats[2] *= torch.logspace(0, 2.5, 12)[:, None]
@@ -121,9 +106,7 @@ def test_logits_far_apart(isa):
     check(tokens, targets, floats)
 
 
-@pytest.mark.parametrize("isa", ISAS)
 def test_ignored_targets(isa):
-    native.set_isa(isa)
     tokens, targets, floats = operands(16, 40, 28, 6)
     targets[torch.rand(targets.shape, generator=torch.Generator().manual_seed(0)) < 0.3] = -100
     check(tokens, targets, floats)

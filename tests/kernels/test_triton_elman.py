@@ -6,19 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from elman_problems import (
-    DEVICE,
-    ElmanProblem,
-    V,
-    biases,
-    error,
-    make_problem,
-    options_of,
-    oracle,
-    results,
-    torch_rnn,
-)
-from elman_problems import check as compare
+from comparisons import error, same
+from elman_problems import FMA, GRID, MMA, MMA3, TRITON, V, biases, make_problem, options_of, oracle, torch_rnn
+from needs import DEVICE
 
 from charrnn_fast.kernels.triton import elman, elman_tiles
 from charrnn_fast.kernels.triton.elman import elman_backward, elman_forward, elman_limits, projected_steps
@@ -36,23 +26,13 @@ def tiles_of_this_test():
     elman.forget_tiles()
 
 
-def kernels(p: ElmanProblem, precision="ieee") -> list[torch.Tensor]:
-    found = results(p, elman_forward, elman_backward, precision=precision)
-    assert p.options["tokens"] is not None or found[2].stride() == found[0].stride()  # of grad_x and out
-    return found
-
-
-def check(p: ElmanProblem) -> None:
-    compare(p, kernels(p))
-
-
 def test_16_bit_relu_error_is_at_most_twice_that_of_torch():
     """In the mean over many entries: where a pre-activation is near 0, a rounding decides if there is a gradient."""
     ours, theirs = [], []
     for seed in range(8):
         p = make_problem(3, 33, dtype=torch.bfloat16, nonlinearity="relu", seed=seed)
         exact = oracle(p.to(torch.float64))
-        ours.append([(a - b).square().mean() for a, b in zip(kernels(p), exact, strict=True)])
+        ours.append([(a - b).square().mean() for a, b in zip(TRITON.results(p), exact, strict=True)])
         theirs.append([(a - b).square().mean() for a, b in zip(torch_rnn(p), exact, strict=True)])
     assert (torch.tensor(ours).mean(0) <= 4 * torch.tensor(theirs).mean(0)).all()
 
@@ -87,7 +67,7 @@ def test_shipped_tiles(monkeypatch, kind, width, index):
     tile = TILES[kind, width][index]
     dtype = {"16bit": torch.bfloat16, "fp64": torch.float64}.get(kind, torch.float32)
     monkeypatch.setattr(elman, "choose_tile", lambda *arguments: tile)
-    check(make_problem(2, width - 3, dtype=dtype, B=2, packed=width < 64, seed=width))
+    TRITON.check(make_problem(2, width - 3, dtype=dtype, B=2, packed=width < 64, seed=width))
 
 
 @pytest.mark.parametrize("tokens", [False, True])
@@ -98,22 +78,26 @@ def test_long_sequences_leave_their_weight_gradient_to_a_gemm(monkeypatch, packe
         for with_h0 in (False, True):
             reverse = (False, True)
             options = {"packed": packed, "tokens": tokens, "batch_first": batch_first, "with_h0": with_h0}
-            check(make_problem(5, 7, reverse=reverse, **options))
-    check(make_problem(1, 7, packed=packed, tokens=tokens, reverse=(False, True)))
+            TRITON.check(make_problem(5, 7, reverse=reverse, **options))
+    TRITON.check(make_problem(1, 7, packed=packed, tokens=tokens, reverse=(False, True)))
 
 
-@pytest.mark.parametrize("H", [7, 64])
-def test_token_ids_outside_the_table_read_and_add_nothing(H):
-    p = make_problem(3, H, tokens=True)
+def both(*more):
+    """Cases for one program, of H=7 and more, and for a grid of two."""
+    cases = [(TRITON, 7), *((TRITON, H) for H in more), (GRID, GRID.H)]
+    return pytest.mark.parametrize(("launchers", "H"), cases, ids=[f"{kind.name} {H}" for kind, H in cases])
+
+
+@both(64)
+def test_token_ids_outside_the_table_read_and_add_nothing(launchers, H):
+    p = launchers.problem(3, H, tokens=True)
     ids = p.options["tokens"]
     ids[0, 0], ids[1, 1], ids[2, 2] = -1, V, 2**40
     wrong = (ids < 0) | (ids >= V)
-    out, h_n, grad_table, *rest = kernels(p)
-    dense = make_problem(3, H)
-    dense.weight_hh, dense.h0, dense.grad_out, dense.grad_h_n = p.weight_hh, p.h0, p.grad_out, p.grad_h_n
-    dense.bias = p.bias
-    dense.x = p.x[ids.masked_fill(wrong, 0)].masked_fill(wrong[..., None], 0)
-    out_dense, h_n_dense, grad_x, *rest_dense = kernels(dense)
+    out, h_n, grad_table, *rest = launchers.results(p)
+    dense = replace(p, x=p.x[ids.masked_fill(wrong, 0)].masked_fill(wrong[..., None], 0))
+    dense.options = p.options | {"tokens": None}
+    out_dense, h_n_dense, grad_x, *rest_dense = launchers.results(dense)
     assert torch.equal(out, out_dense)
     assert torch.equal(h_n, h_n_dense)
     wanted = torch.zeros_like(grad_table).index_add_(0, ids[~wrong], grad_x[~wrong])
@@ -121,29 +105,31 @@ def test_token_ids_outside_the_table_read_and_add_nothing(H):
     torch.testing.assert_close(rest, rest_dense)
 
 
-def test_table_may_be_a_transpose():
+@both()
+def test_table_may_be_a_transpose(launchers, H):
     """The input weight itself, (H, V), serves as the table."""
-    p = make_problem(3, 7, tokens=True)
-    wanted = kernels(p)
+    p = launchers.problem(3, H, tokens=True)
+    wanted = launchers.results(p)
     p.x = p.x.t().contiguous().t()
-    for found, right in zip(kernels(p), wanted, strict=True):
-        assert torch.equal(found, right)
+    assert same(launchers.results(p), wanted)
 
 
-@pytest.mark.parametrize("form", ["fma", "mma", "mma3"])
-def test_infinities_stay_in_their_units(monkeypatch, form):
+@pytest.mark.parametrize("tile", [MMA, MMA3, FMA], ids=lambda tile: tile.form)
+@pytest.mark.parametrize("launchers", [TRITON, GRID], ids=lambda launchers: launchers.name)
+def test_infinities_stay_in_their_units(monkeypatch, launchers, tile):
     """What fills up the width, and the weights' zeros there, make no NaN of an overflow (0 times inf)."""
-    if form != "fma":
-        tile = next(tile for tiles in TILES.values() for tile in tiles if tile.form == "mma" and tile.in_shared == 0)
-        monkeypatch.setattr(elman, "choose_tile", lambda *arguments: replace(tile, form=form))
-    p = make_problem(3, 7, nonlinearity="relu")
+    p = launchers.problem(3, launchers.H, nonlinearity="relu")
+    if launchers is GRID:
+        p.options["tile"] = tile
+    elif tile is not FMA:  # which is chosen
+        chosen = next(tile for tiles in TILES.values() for tile in tiles if tile.form == "mma" and tile.in_shared == 0)
+        monkeypatch.setattr(elman, "choose_tile", lambda *arguments: replace(chosen, form=tile.form))
     p.bias.zero_()
     p.h0 = torch.full_like(p.h0, 1e38)
     p.weight_hh = [torch.rand_like(p.weight_hh[0]) + 1.1]
-    out, h_n = elman_forward(p.x, p.weight_hh, p.h0, **p.options)
-    assert torch.equal(h_n, torch.full_like(h_n, torch.inf))
     p.grad_out.fill_(3e38)
-    _, _, grad_h0, _ = elman_backward(p.grad_out, p.grad_h_n, out, p.weight_hh, p.h0, **p.options)
+    _, h_n, *_, grad_h0 = launchers.results(p)
+    assert torch.equal(h_n, torch.full_like(h_n, torch.inf))
     assert torch.equal(grad_h0, torch.full_like(grad_h0, torch.inf))
 
 
@@ -171,12 +157,16 @@ def test_limits():
     assert "no kernel for torch.int64" in elman_limits(8, torch.int64)
 
 
-def test_arguments_out_of_reach_are_refused():
-    p = make_problem(2, 7)
+@pytest.mark.parametrize("launchers", [TRITON, GRID], ids=lambda launchers: launchers.name)
+def test_arguments_out_of_reach_are_refused(launchers):
+    p = launchers.problem(2, launchers.H)
     with pytest.raises(ValueError, match=r"x: expected a last stride of 1, got strides"):  # but a table may have any
-        elman_forward(p.x.transpose(1, 2).contiguous().transpose(1, 2), p.weight_hh)
+        launchers.forward(p.x.transpose(1, 2).contiguous().transpose(1, 2), p.weight_hh, **p.options)
     with pytest.raises(ValueError, match=r"h0: expected a tensor on .*, got meta"):
-        elman_forward(p.x, p.weight_hh, p.h0.to("meta"))
+        launchers.forward(p.x, p.weight_hh, p.h0.to("meta"), **p.options)
+
+
+def test_sizes_beyond_one_program_are_refused():
     large, rows = (torch.zeros(*shape, 300, dtype=torch.float64, device=DEVICE) for shape in ((300,), (1, 1)))
     with pytest.raises(RuntimeError, match="hidden size 300 is too large for one program"):
         elman_forward(rows, [large])

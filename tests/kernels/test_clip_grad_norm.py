@@ -1,17 +1,22 @@
-"""kernels/triton/clip_grad_norm.py against fp64 and against torch.
+"""Clipping by every backend that has kernels, and the Triton kernels' step, against fp64 and against torch.
 
-Without a GPU the kernels are interpreted (tests/conftest.py), with one they run on it.
+Without a GPU the Triton kernels are interpreted (tests/conftest.py), with one they run on it; C runs by each
+instruction set.
 """
 
 import math
 
+import needs
 import pytest
 import torch
+from comparisons import by_one_thread_and_by_two, same
+from needs import DEVICE
+from on_gpu import nobody_waits
 
+from charrnn_fast.kernels import native
 from charrnn_fast.kernels.triton import clip_grad_norm as kernels
 from charrnn_fast.kernels.triton.clip_grad_norm import clip_and_sgd_step_, clip_grad_norm_, clip_limits
 
-DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 # One launch, two with pointer arguments, two with a table; a chunk that is full, and one that is not.
 SIZES = {
@@ -20,12 +25,17 @@ SIZES = {
     "many": (*range(1, kernels.MAX_ARGUMENTS + 2), kernels.BLOCK + 1),
 }
 EPS = {dtype: torch.finfo(dtype).eps for dtype in DTYPES}
+clip = needs.each_backend(triton=clip_grad_norm_, native=native.clip_grad_norm_)
 
 
-def random_tensors(sizes, dtypes, seed=0):
+def device_of(clip) -> torch.device:
+    return DEVICE if clip is clip_grad_norm_ else needs.CPU
+
+
+def random_tensors(sizes, dtypes, seed=0, device=DEVICE):
     generator = torch.Generator().manual_seed(seed)
     return [
-        torch.randn(n, generator=generator, dtype=torch.float64).to(DEVICE, dtypes[i % len(dtypes)])
+        torch.randn(n, generator=generator, dtype=torch.float64).to(device, dtypes[i % len(dtypes)])
         for i, n in enumerate(sizes)
     ]
 
@@ -43,28 +53,37 @@ def assert_rounded(found, wanted, roundings):
     assert ((found.double() - wanted).abs() <= tolerance).all()
 
 
+def check(clip, grads, roundings):
+    """Clip to 1 and compare with fp64. Returns the norm."""
+    wanted, clipped = exact(grads, 1.0)
+    norm = clip(grads, 1.0)
+    for found, right in zip((norm, *grads), (wanted, *clipped), strict=True):
+        assert_rounded(found, right, roundings)
+    return norm
+
+
 @pytest.mark.parametrize("dtypes", [*((dtype,) for dtype in DTYPES), DTYPES, DTYPES[2:]], ids=str)
 @pytest.mark.parametrize("kind", SIZES)
-def test_against_fp64(kind, dtypes):
-    max_norm = 0.5
-    grads = random_tensors(SIZES[kind], dtypes)
+def test_against_fp64(clip, kind, dtypes):
+    max_norm, roundings = 0.5, 4 if clip is clip_grad_norm_ else 16  # C adds a chunk's squares in their own type
+    grads = random_tensors(SIZES[kind], dtypes, device=device_of(clip))
     norm, clipped = exact(grads, max_norm)
     before = [g.clone() for g in grads]
-    found = clip_grad_norm_(grads, max_norm)
+    found = clip(grads, max_norm)
     assert found.shape == () and found.dtype == torch.nn.utils.get_total_norm(before).dtype
-    assert_rounded(found, norm, 4)
-    coarse = EPS[found.dtype]
+    assert_rounded(found, norm, roundings)
+    coarse = roundings / 2 * EPS[found.dtype]
     for got, wanted in zip(grads, clipped, strict=True):
         # The scale is as exact as the norm's dtype, each product rounded once more.
-        assert ((got.double() - wanted).abs() <= (2 * coarse + EPS[got.dtype]) * wanted.abs() + 1e-7).all()
+        assert ((got.double() - wanted).abs() <= (coarse + EPS[got.dtype]) * wanted.abs() + 1e-7).all()
 
 
 @pytest.mark.parametrize("kind", SIZES)
-def test_a_norm_below_the_threshold_leaves_every_bit(kind):
-    grads = random_tensors(SIZES[kind], DTYPES)
+def test_a_norm_below_the_threshold_leaves_every_bit(clip, kind):
+    grads = random_tensors(SIZES[kind], DTYPES, device=device_of(clip))
     before = [g.clone() for g in grads]
-    clip_grad_norm_(grads, 1e4)
-    assert all(torch.equal(g, start) for g, start in zip(grads, before, strict=True))
+    clip(grads, 1e4)
+    assert same(grads, before)
 
 
 @pytest.mark.parametrize("dtypes", [*((dtype,) for dtype in DTYPES), DTYPES], ids=str)
@@ -92,40 +111,32 @@ def test_the_same_bits_each_time_and_for_any_layout(kind, monkeypatch):
         monkeypatch.setattr(kernels, "SMALL", 4096 if kind == "small" else 1)
         grads = random_tensors(SIZES[kind], (torch.float32,))
         results.append([clip_grad_norm_(grads, 1.0), *grads])
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    assert same(results[0], results[1]) and same(results[0], results[2])
 
 
 def test_more_chunks_than_programs(monkeypatch):
     monkeypatch.setattr(kernels, "MAX_PROGRAMS", 3)
     grads = random_tensors((5 * kernels.BLOCK + 7, kernels.BLOCK, 2 * kernels.BLOCK + 1), (torch.float64,))
-    norm, clipped = exact(grads, 1.0)
-    assert_rounded(clip_grad_norm_(grads, 1.0), norm, 4)
-    for got, wanted in zip(grads, clipped, strict=True):
-        assert_rounded(got, wanted, 4)
+    check(clip_grad_norm_, grads, 4)
 
 
 @pytest.mark.parametrize("kind", ["small", "large"])
 def test_addresses_that_are_not_multiples_of_16(kind):
     sizes = SIZES[kind]
     buffer = random_tensors((sum(sizes) + 1,), (torch.float32,))[0]
-    grads = list(buffer[1:].split(sizes))
-    _, clipped = exact(grads, 1.0)
-    clip_grad_norm_(grads, 1.0)
-    for got, wanted in zip(grads, clipped, strict=True):
-        assert_rounded(got, wanted, 8)
+    check(clip_grad_norm_, list(buffer[1:].split(sizes)), 8)
 
 
 @pytest.mark.parametrize("kind", ["small", "large"])
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
-def test_what_is_not_finite_is_torchs(kind, value):
-    grads = random_tensors(SIZES[kind], (torch.float32,))
+def test_what_is_not_finite_is_torchs(clip, kind, value):
+    grads = random_tensors(SIZES[kind], (torch.float32,), device=device_of(clip))
     grads[0][3] = value
     parameters = [torch.zeros_like(g) for g in grads]
     for p, g in zip(parameters, grads, strict=True):
         p.grad = g.clone()
     wanted = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    torch.testing.assert_close(clip_grad_norm_(grads, 1.0), wanted, equal_nan=True)
+    torch.testing.assert_close(clip(grads, 1.0), wanted, equal_nan=True)
     for p, g in zip(parameters, grads, strict=True):
         torch.testing.assert_close(g, p.grad, equal_nan=True)
 
@@ -133,6 +144,22 @@ def test_what_is_not_finite_is_torchs(kind, value):
 def test_a_norm_beyond_fp16_clips_to_zero_as_in_torch():
     grads = [torch.full((100,), 3e4, dtype=torch.float16, device=DEVICE)]
     assert clip_grad_norm_(grads, 1.0).isinf() and not grads[0].any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_c_by_one_thread_and_by_two(isa, dtype):
+    def clipped():
+        grads = random_tensors((1, 21, 100_000, 1, 20_000, 0), (dtype,), device=needs.CPU)
+        return [check(native.clip_grad_norm_, grads, 16), *grads]
+
+    assert same(*by_one_thread_and_by_two(clipped))
+    assert native.clip_grad_norm_([], 1.0) == 0
+
+
+@needs.NATIVE
+def test_limits_of_c():
+    assert native.clip_limits([torch.randn(3, 4).t()]) is None
+    assert "side by side" in native.clip_limits([torch.randn(3, 4)[:, :2]])
 
 
 def test_limits():
@@ -188,16 +215,10 @@ class TestOnDevice:
     def test_the_host_does_not_wait(self, kind):
         grads, params = random_tensors(SIZES[kind], DTYPES), random_tensors(SIZES[kind], DTYPES, seed=1)
         torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
+        with nobody_waits():
             clip_grad_norm_(grads, 1.0)
             clip_and_sgd_step_(params, grads, 1.0, 0.1)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
 
     def test_a_hundred_million_elements(self):
         grads = random_tensors((50_000_000, 1_000_003, 49_000_000), (torch.float32,))
-        norm, clipped = exact(grads, 1.0)
-        assert_rounded(clip_grad_norm_(grads, 1.0), norm, 8)
-        for got, wanted in zip(grads, clipped, strict=True):
-            assert_rounded(got, wanted, 8)
+        check(clip_grad_norm_, grads, 8)
