@@ -85,9 +85,15 @@ def read_texts(
 def _files(path: str) -> list[tuple[str, Path | BinaryIO]]:
     """What a path on the command line stands for."""
     if path == STANDARD_INPUT:
-        return [("standard input", _spooled())]
+        try:
+            return [("standard input", _spooled(sys.stdin.buffer))]
+        except (OSError, ValueError, AttributeError) as error:  # closed, or replaced by something without bytes
+            raise InputError(f"cannot read standard input: {getattr(error, 'strerror', None) or error}") from None
     place = Path(path)
     try:
+        if place.is_fifo():  # a shell's <(command)
+            with open(place, "rb") as pipe:
+                return [(path, _spooled(pipe))]
         if not place.is_dir():
             return [(path, place)]
         found = sorted(file for file in place.iterdir() if file.is_file() and not file.name.startswith("."))
@@ -98,14 +104,11 @@ def _files(path: str) -> list[tuple[str, Path | BinaryIO]]:
     return [(str(file), file) for file in found]
 
 
-def _spooled() -> BinaryIO:
-    """Standard input, which can be read only once, in a file without a name."""
+def _spooled(source: BinaryIO) -> BinaryIO:
+    """What can be read only once, in a file without a name."""
     # No BinaryIO to the type checker, though it has the methods; open as long as the text is read, so no `with`.
     spool: BinaryIO = tempfile.SpooledTemporaryFile(max_size=LARGE)  # type: ignore[assignment]  # noqa: SIM115
-    try:
-        shutil.copyfileobj(sys.stdin.buffer, spool, PIECE)
-    except (OSError, ValueError, AttributeError) as error:  # closed, or replaced by something without bytes
-        raise InputError(f"cannot read standard input: {getattr(error, 'strerror', None) or error}") from None
+    shutil.copyfileobj(source, spool, PIECE)
     return spool
 
 
@@ -121,7 +124,7 @@ def _size(name: str, place: Path | BinaryIO) -> int:
 def _pieces(name: str, place: Path | BinaryIO) -> Iterator[bytes]:
     try:
         with open(place, "rb") if isinstance(place, Path) else nullcontext(place) as file:
-            if file is place:  # it may have been read before; a path may be of what cannot go back
+            if file is place:  # it may have been read before
                 file.seek(0)
             while piece := file.read(PIECE):
                 yield piece

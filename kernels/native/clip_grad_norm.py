@@ -47,13 +47,13 @@ def clip_grad_norm_(grads: Sequence[Tensor], max_norm: float, found: Survey | No
         dtype = functools.reduce(torch.promote_types, found.dtypes)
         wide = [g.to(torch.promote_types(dtype, torch.float32), copy=True) for g in grads]
         norm = clip_grad_norm_(wide, max_norm)
-        result = norm.to(dtype)
-        if result.isinf() and norm.isfinite():  # torch scales by the norm as it is in the gradients' type
-            torch._foreach_mul_(list(grads), torch.clamp(max_norm / (result + 1e-6), max=1.0))
-            return result
+        narrow = norm.to(dtype)
+        if narrow.isinf() and norm.isfinite():  # torch scales by the norm as it is in the gradients' type
+            torch._foreach_mul_(list(grads), torch.clamp(max_norm / (narrow + 1e-6), max=1.0))
+            return narrow
         for g, w in zip(grads, wide, strict=True):
             g.copy_(w)
-        return result
+        return narrow
     address, size = found.table.buffer_info()[0], 8 * found.count
     limit, result = array("d", [max_norm]), array("d", [0.0])
     library.extension.clip(

@@ -1,9 +1,11 @@
 """A user's own text: files, folders, standard input, line ends, marks, NUL; long ones in pieces; parts by place."""
 
 import io
+import os
 import random
 import subprocess
 import sys
+import threading
 from dataclasses import replace
 
 import malformed
@@ -72,6 +74,21 @@ def test_files_folders_and_standard_input_one_after_the_other(tmp_path, monkeypa
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match="the folder holds no files"):
         read_texts([str(tmp_path / "empty")])
+
+
+@pytest.mark.parametrize("large", [0, 10**9])
+def test_a_pipe_is_a_text(tmp_path, large):
+    """A shell's <(command), which can be read once; a long text is read twice."""
+    pipe, file = tmp_path / "pipe", tmp_path / "file"
+    os.mkfifo(pipe)
+    file.write_bytes(b"first ")
+    writer = threading.Thread(target=pipe.write_bytes, args=(b"second " * 30_000,), daemon=True)
+    writer.start()
+    corpus = read_texts([str(file), str(pipe)], large=large)
+    for _ in range(2):
+        text = corpus.text if isinstance(corpus, Corpus) else "".join(corpus.chunks())
+        assert text == "first " + "second " * 30_000
+    writer.join()
 
 
 @pytest.mark.parametrize("piece", [1, 2, 5, 100])
