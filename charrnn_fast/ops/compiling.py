@@ -15,10 +15,9 @@ compiler, and it has to be an instance of torch.nn.RNN to users, whose initialis
 
 import functools
 import importlib.abc
-import importlib.util
 import sys
 from collections.abc import Callable, Sequence
-from importlib.machinery import ModuleSpec
+from importlib.machinery import ModuleSpec, PathFinder
 from types import ModuleType
 from typing import Any, TypeVar
 
@@ -27,40 +26,48 @@ import torch
 _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
-def after_import(name: str, run: Callable[[], None]) -> None:
+_waiting: dict[str, list[Callable[[], object]]] = {}  # by the module that is waited for
+
+
+def after_import(name: str, run: Callable[[], object]) -> None:
     """Call ``run`` as soon as a module of this name has been imported, which is now if it has.
 
     torch's compiler takes as long to import as torch itself: who compiles nothing does not wait for it.
     """
     if name in sys.modules:
         run()
-    else:
-        sys.meta_path.insert(0, _Waiting(name, run))
+        return
+    if not _waiting:
+        sys.meta_path.insert(0, _FINDER)
+    _waiting.setdefault(name, []).append(run)
 
 
-class _Waiting(importlib.abc.MetaPathFinder):
-    """Finds one module once, by the other finders, and has something run when that has been executed."""
-
-    def __init__(self, name: str, run: Callable[[], None]):
-        self._name, self._run = name, run
+class _Finder(importlib.abc.MetaPathFinder):
+    """Finds the modules that are waited for, and has run what waits once one has been executed: not when it was but
+    looked for, nor when its import failed.
+    """
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        if fullname != self._name:
-            return None
-        sys.meta_path.remove(self)
-        spec = importlib.util.find_spec(fullname)
+        spec = PathFinder.find_spec(fullname, path, target) if fullname in _waiting else None
         if spec is None or spec.loader is None:
             return spec
         execute = spec.loader.exec_module
 
         def execute_and_run(module: ModuleType) -> None:
             execute(module)
-            self._run()
+            for run in _waiting.pop(fullname, ()):
+                run()
+            if not _waiting and self in sys.meta_path:
+                sys.meta_path.remove(self)
 
+        # The loader is this spec's alone, so nobody else's import is changed; a type checker sees a method replaced.
         spec.loader.exec_module = execute_and_run  # type: ignore[method-assign]
         return spec
+
+
+_FINDER = _Finder()
 
 
 def constant_to_compilers(function: _Function) -> _Function:

@@ -69,6 +69,8 @@ def test_every_operator_is_known_here():
 IMPORTS = """
 import sys, torch, charrnn_fast
 print([name for name in ("torch._dynamo", "torch.utils.flop_counter", "triton") if name in sys.modules])
+import importlib.util
+assert importlib.util.find_spec("torch._dynamo") is not None  # who looks for it does not import it
 import torch.utils.flop_counter
 print(sum("charrnn_fast" in str(packet) for packet in torch.utils.flop_counter.flop_registry))
 import torch._dynamo
