@@ -130,7 +130,7 @@ class _ByNative(torch.autograd.Function):
         saved = ctx.saved_tensors
         unusual = grad_h_n is not None or must_recompute(grad_loss, *saved)
         if unusual and read_by_compiler():
-            return _wanted(ctx, _gradients_to_compilers(ctx.nonlinearity, *saved, *grad_outputs))
+            return _wanted(ctx, _gradients_to_compilers(ctx.nonlinearity, saved, *grad_outputs))
         # Given away, so that autograd can keep them as they are in place of copies; a graph that is retained and walked
         # again makes them anew, the same bits.
         gradients = ctx.gradients.take()
@@ -169,7 +169,7 @@ class _ByTriton(torch.autograd.Function):
         gradients: Sequence[Tensor | None]
         if grad_h_n is not None or must_recompute(grad_loss, *saved):
             if read_by_compiler():
-                gradients = _gradients_to_compilers(ctx.nonlinearity, *saved, *grad_outputs)
+                gradients = _gradients_to_compilers(ctx.nonlinearity, saved, *grad_outputs)
             else:
                 gradients = _recomputed(ctx, saved, grad_loss, grad_h_n)
         elif grad_loss is None:
@@ -247,20 +247,10 @@ def _recomputed(
 
 
 def _gradients_to_compilers(
-    nonlinearity: str,
-    tokens: Tensor,
-    targets: Tensor,
-    h0: Tensor | None,
-    weight_ih: Tensor,
-    weight_hh: Tensor,
-    bias_ih: Tensor | None,
-    bias_hh: Tensor | None,
-    head_weight: Tensor,
-    head_bias: Tensor | None,
-    grad_loss: Tensor | None,
-    grad_h_n: Tensor | None,
+    nonlinearity: str, saved: Sequence[Any], grad_loss: Tensor | None, grad_h_n: Tensor | None
 ) -> list[Tensor | None]:
     """All gradients, from h0 to head_bias, where a compiler reads a Function's backward."""
+    tokens, targets, h0, weight_ih, weight_hh, bias_ih, bias_hh, head_weight, head_bias = saved
     biases = [bias for bias in (bias_ih, bias_hh) if bias is not None]
     weights, state = [weight_ih, weight_hh, *biases], None if h0 is None else h0[None]
     backend = "native" if weight_ih.device.type == "cpu" else "triton"

@@ -160,17 +160,9 @@ class LinearCrossEntropy(Operation):
     ignore_index: int
     loss_dtype: torch.dtype
 
-    def check_target(self) -> None:
-        """IndexError for a target that is no class, in torch's words, on a CPU; on a GPU the kernels assert it."""
-        target, classes = self.target, self.weight.shape[0]
-        if target.device.type == "cpu" and not ids_are_known(classes) and addressable(target):
-            outside = target[(target != self.ignore_index) & ((target < 0) | (target >= classes))]
-            if len(outside):
-                raise IndexError(f"Target {int(outside[0])} is out of bounds.")
-
     def forward(self) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, log-sum-exp of each row (N,), number of rows that count ()."""
-        self.check_target()
+        _check_target(self.target, self.weight.shape[0], self.ignore_index)
         return self.by_kernels()
 
     def by_kernels(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -261,9 +253,16 @@ def _by_triton(
     arguments = (input, weight, bias, target, reduction, ignore_index, loss_dtype)
     if onlooker is REGISTERED:
         return _operator(*arguments)[0]
-    operation = LinearCrossEntropy(*arguments)
-    operation.check_target()
-    return _apply_triton(*arguments) if torch.is_grad_enabled() else operation.by_kernels()[0]
+    _check_target(target, weight.shape[0], ignore_index)
+    return _apply_triton(*arguments) if torch.is_grad_enabled() else LinearCrossEntropy(*arguments).by_kernels()[0]
+
+
+def _check_target(target: Tensor, classes: int, ignore_index: int) -> None:
+    """IndexError for a target that is no class, in torch's words, on a CPU; on a GPU the kernels assert it."""
+    if target.device.type == "cpu" and not ids_are_known(classes) and addressable(target):
+        outside = target[(target != ignore_index) & ((target < 0) | (target >= classes))]
+        if len(outside):
+            raise IndexError(f"Target {int(outside[0])} is out of bounds.")
 
 
 # ---- under autograd: forward's arguments are the fields of LinearCrossEntropy ---------------------------------------
