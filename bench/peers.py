@@ -8,6 +8,7 @@ the states of every CHECKPOINT_STEPS-th step, of a loss of h_n) and "lengths" (p
 device).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from importlib.util import find_spec
@@ -59,7 +60,6 @@ class Peer:
     tasks: tuple[str, ...] = ("forward", "forward_backward", "lm_step")
     package: str | None = None
     takes_minutes = False  # to build: not among the sides unless it is asked for
-    clip_grad_norm: Callable[..., Tensor]
 
     def why_not(self, problem: Problem | ClipProblem, task: str) -> str | None:
         if self.package is not None and find_spec(self.package) is None:
@@ -74,19 +74,26 @@ class Peer:
     def job(self, problem: Problem | ClipProblem, task: str) -> Job:
         return getattr(self, task)(problem)
 
+
+class _WithModel(Peer, ABC):
+    """A peer that has the whole language model, and a clip of its own."""
+
+    clip_grad_norm: Callable[..., Tensor]
+
+    @abstractmethod
+    def language_model(self, problem: Problem) -> Any:
+        """What its training loop or decoder asks of a model."""
+
     def clip(self, problem: ClipProblem) -> Job:
         parameters, bounds, clip = problem.parameters(), problem.bounds(), self.clip_grad_norm
         return lambda: clip(parameters, next(bounds))
-
-    def language_model(self, problem: Problem) -> Any:
-        raise NotImplementedError
 
     def generation(self, problem: Problem) -> Job:
         model, prompt = self.language_model(problem), prompts(problem)
         return lambda: reference_generate.generate(model, prompt, problem.config.T)[0]
 
 
-class _Module(Peer):
+class _Module(_WithModel):
     """A torch.nn.RNN-like module."""
 
     tasks = (*TASKS, *BEYOND)
@@ -244,7 +251,7 @@ class TorchRNN(_Module):
         return self.beyond(rnn, problem, call, problem.grad_padded)
 
 
-class Reference(Peer):
+class Reference(_WithModel):
     """The from-scratch loop in tensor operations."""
 
     name = key = "reference"
